@@ -1,0 +1,1 @@
+"""The online phase: load a part of the FFN neurons, compute a part of those, on installed transformers classes."""

@@ -1,0 +1,144 @@
+"""PartInferConfig: the settings of one run, their argparse flags, and their validation."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields
+
+from transformers_patches.errors import PartInferError
+
+METHODS = ("partinfer", "coreinfer", "dense")
+BASE_NEURONS_TYPES = ("dataset", "model")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
+FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_num and end_num are not given
+
+
+def neuron_count(fraction: float, intermediate_size: int) -> int:
+    """Neurons in a fraction of a layer: round half to even of fraction * N, at least 1 (ALGORITHM: one rule for all)."""
+    return max(1, round(fraction * intermediate_size))
+
+
+def _option(default, help_text: str, **argparse_options):
+    return field(default=default, metadata={"help": help_text, "argparse": argparse_options})
+
+
+@dataclass
+class PartInferConfig:
+    """What to load and what to compute. Fractions are of N, the FFN neurons of one layer.
+
+    Raises PartInferError from the constructor when values contradict each other; `resolve_layers` checks what
+    depends on the model.
+    """
+
+    method: str = _option("partinfer", "what computes the FFNs", choices=METHODS)
+    use_partial_loading: bool = _option(
+        False, "read only --loaded_neurons_percent of the neurons (partinfer always does)", action="store_true"
+    )
+    loaded_neurons_percent: float | None = _option(
+        None, "fraction of the neurons read from disk, gamma (0.7; --sparsity where that is larger)", type=float
+    )
+    sparsity: float = _option(0.4, "portion of the neurons computed in decoding, phi", type=float)
+    base_neurons_percent: float | None = _option(
+        None, "fraction of the neurons always computed, delta (0.3; --sparsity where that is smaller)", type=float
+    )
+    token_sparsity: float = _option(
+        0.2, "share of a token's positive activations that count as its core neurons, alpha", type=float
+    )
+    start_num: int | None = _option(None, "first sparse layer, 0-based, inclusive (3)", type=int)
+    end_num: int | None = _option(None, "last sparse layer, inclusive (the third from the end)", type=int)
+    base_neurons_type: str = _option(
+        "dataset", "which neuron file ranks the base neurons", choices=BASE_NEURONS_TYPES
+    )
+    dataset_neurons_filepath: str | None = _option(None, "neuron file of the task (looked up if not given)")
+    model_neurons_filepath: str | None = _option(None, "neuron file of the model (looked up if not given)")
+    memory_limit: bool = _option(
+        False,
+        "keep the FFN weights of the sparse layers on the CPU and move only active neurons to the GPU",
+        action="store_true",
+    )
+    dtype: str = _option("auto", "weights and arithmetic; auto: as the checkpoint says", choices=DTYPES)
+    device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: cuda if there is one")
+
+    def __post_init__(self) -> None:
+        self._check_choice("method", METHODS)
+        self._check_choice("base_neurons_type", BASE_NEURONS_TYPES)
+        self._check_choice("dtype", DTYPES)
+        if self.loaded_neurons_percent is None:
+            self.loaded_neurons_percent = max(DEFAULT_LOADED, self.sparsity)
+        if self.base_neurons_percent is None:
+            self.base_neurons_percent = min(DEFAULT_BASE, self.sparsity)
+        for name in ("sparsity", "loaded_neurons_percent", "base_neurons_percent", "token_sparsity"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise PartInferError(f"{name} must be a fraction in [0, 1], got {value}")
+        if self.method == "partinfer":
+            self.use_partial_loading = True
+            self._check_order("base_neurons_percent", "sparsity")
+        if self.method != "dense" and self.use_partial_loading:
+            self._check_order("sparsity", "loaded_neurons_percent")
+        if self.use_partial_loading:
+            self._check_order("base_neurons_percent", "loaded_neurons_percent")
+        if self.memory_limit and self.device == "cpu":
+            raise PartInferError("memory_limit moves active neurons to a GPU, got device cpu: leave one of them out")
+        if self.memory_limit and self.method == "dense":
+            raise PartInferError("memory_limit needs a sparse method (partinfer or coreinfer), got method dense")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise PartInferError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    def _check_order(self, smaller: str, larger: str) -> None:
+        low, high = getattr(self, smaller), getattr(self, larger)
+        if low > high:
+            raise PartInferError(f"{smaller} must be at most {larger}, got {low} > {high}: change one of them")
+
+    @property
+    def computes_sparsely(self) -> bool:
+        """Whether decoding computes only a part of the loaded neurons."""
+        return self.method != "dense"
+
+    @property
+    def needs_neuron_files(self) -> bool:
+        return self.use_partial_loading
+
+    def resolve_layers(self, num_layers: int) -> range:
+        """The sparse layers of a model with num_layers layers.
+
+        Raises PartInferError when a given end is outside the model or nothing is left between the two.
+        """
+        start = FIRST_LAYERS_KEPT if self.start_num is None else self.start_num
+        end = num_layers - 1 - LAST_LAYERS_KEPT if self.end_num is None else self.end_num
+        for name, value, given in (("start_num", start, self.start_num), ("end_num", end, self.end_num)):
+            if given is not None and not 0 <= value < num_layers:
+                raise PartInferError(f"{name} must be a layer of the model, 0 to {num_layers - 1}, got {value}")
+        if start > end:
+            raise PartInferError(
+                f"no sparse layers: start_num {start} is after end_num {end} in a model of {num_layers} layers; "
+                "give --start_num and --end_num"
+            )
+        return range(start, end + 1)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
+        """Add one flag per field; a flag that is not given stays out of the namespace's way (default None)."""
+        group = parser.add_argument_group("what is loaded and computed")
+        for item in fields(cls):
+            if item.name in skip:
+                continue
+            options = dict(item.metadata["argparse"])
+            if item.default not in (None, False):
+                options["help"] = f"{item.metadata['help']} ({item.default})"
+            else:
+                options["help"] = item.metadata["help"]
+            group.add_argument(f"--{item.name}", default=None, **options)
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> PartInferConfig:
+        """The config of parsed arguments; None means not given."""
+        names = {item.name for item in fields(cls)}
+        return cls(**{k: v for k, v in vars(arguments).items() if k in names and v is not None})

@@ -1,0 +1,172 @@
+"""NeuronFile: the contract between the profiler, which writes it, and the runner, which reads it.
+
+The project's format is one safetensors file: `ranking` (int32), optionally `scores` (float32) and
+`statistics.<name>` (float32, see STATISTICS), every one [layers, N], and string metadata. The legacy format of the original
+is JSON, `{"neurons": [[N indices] * layers]}`, best neuron first. Both are validated before anything is done with them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PretrainedConfig
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.families import ffn_spec
+from transformers_patches.files import atomic_path, write_text_atomic
+
+FORMAT = "partinfer-neurons"
+VERSION = "1"
+# Per-token means over all counted tokens of h, the activation that enters the down projection, and of
+# h / ||h||_2 (the norm over the neurons of one token).
+STATISTICS = ("mean_abs", "mean", "mean_sq", "normalized_mean_abs", "normalized_mean", "normalized_mean_sq")
+
+
+@dataclass
+class NeuronFile:
+    """A ranking of the FFN neurons of every layer, best first, with what it was made from.
+
+    ranking: int32 [layers, N], each row a permutation of 0…N-1; scores: float32 [layers, N] by neuron index, or
+    None; statistics: float32 [layers, N] by neuron index, for names in STATISTICS; metadata: strings, among them
+    `model_name`, `model_type`, `fingerprint`, `dataset`, `task_type`, `score`, `tokens`, `texts`; source: where it
+    was read from, for messages.
+    """
+
+    ranking: torch.Tensor
+    scores: torch.Tensor | None = None
+    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    source: str = "(in memory)"
+
+    def __post_init__(self) -> None:
+        validate_ranking(self.ranking, self.source)
+        for name, values in {"scores": self.scores, **self.statistics}.items():
+            if values is not None and values.shape != self.ranking.shape:
+                raise PartInferError(
+                    f"{self.source}: {name} has shape {list(values.shape)}, the ranking {list(self.ranking.shape)}: "
+                    "the file is damaged, make it again"
+                )
+
+    @property
+    def num_layers(self) -> int:
+        return self.ranking.shape[0]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.ranking.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were counted, 0 if the file does not say."""
+        return int(self.metadata.get("tokens", 0))
+
+    def check_fits(self, config: PretrainedConfig, fingerprint: str | None, model_name: str) -> None:
+        """Raise PartInferError, naming both sides, unless this file belongs to the model.
+
+        fingerprint: of the model (see `fingerprint`); files without one (legacy) are checked by shape only.
+        """
+        size = ffn_spec(config).intermediate_size(config)
+        if (self.num_layers, self.intermediate_size) != (config.num_hidden_layers, size):
+            raise PartInferError(
+                f"{self.source} ranks {self.num_layers} layers of {self.intermediate_size} neurons, but {model_name} "
+                f"has {config.num_hidden_layers} layers of {size}: use a neuron file made from this model"
+            )
+        ours = self.metadata.get("fingerprint")
+        if ours and fingerprint and ours != fingerprint:
+            made_from = self.metadata.get("model_name", "another model")
+            raise PartInferError(
+                f"{self.source} was made from {made_from} (fingerprint {ours}), not from {model_name} "
+                f"(fingerprint {fingerprint}): profile this model, see python -m profiler run --help"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the project's format; a path that ends in .json gets the legacy format (the ranking only)."""
+        path = Path(path)
+        if path.suffix == ".json":
+            write_text_atomic(path, json.dumps({"neurons": self.ranking.tolist()}))
+            return
+        tensors = {"ranking": self.ranking.to(torch.int32).contiguous()}
+        if self.scores is not None:
+            tensors["scores"] = self.scores.float().contiguous()
+        tensors.update({f"statistics.{name}": v.float().contiguous() for name, v in self.statistics.items()})
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={**self.metadata, "format": FORMAT, "version": VERSION})
+
+    @classmethod
+    def load(cls, path: str | Path) -> NeuronFile:
+        """Read and validate a neuron file of either format; raises PartInferError that says what is wrong."""
+        path = Path(path)
+        if not path.is_file():
+            raise PartInferError(f"no neuron file at {path}: make one with python -m profiler run")
+        return _load_legacy(path) if path.suffix == ".json" else _load_safetensors(path)
+
+
+def ranking_from_scores(scores: torch.Tensor) -> torch.Tensor:
+    """int32 [layers, N] ranking from float [layers, N] scores, descending; equal scores keep index order."""
+    return torch.argsort(scores, dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def validate_ranking(ranking: torch.Tensor, source: str) -> None:
+    """Raise PartInferError unless ranking is [layers, N] and each row is a permutation of 0…N-1."""
+    if ranking.ndim != 2 or 0 in ranking.shape or ranking.is_floating_point() or ranking.dtype == torch.bool:
+        raise PartInferError(
+            f"{source}: expected whole numbers of shape [layers, neurons], got {ranking.dtype} {list(ranking.shape)}"
+        )
+    size = ranking.shape[1]
+    for layer, row in enumerate(ranking.long()):
+        low, high = int(row.min()), int(row.max())
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise PartInferError(f"{source}: layer {layer} has neuron {wrong}, expected 0 to {size - 1}")
+        counts = torch.bincount(row, minlength=size)
+        if int(counts.max()) > 1:
+            twice, never = int(counts.argmax()), int(counts.argmin())
+            raise PartInferError(
+                f"{source}: layer {layer} is not a permutation: neuron {twice} is there {int(counts.max())} times, "
+                f"neuron {never} is missing; make the file again"
+            )
+
+
+def _load_legacy(path: Path) -> NeuronFile:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PartInferError(f"{path} is not valid JSON (truncated?): {error}; fetch or make it again") from None
+    rows = content.get("neurons") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
+        raise PartInferError(f'{path}: expected {{"neurons": [[indices, best first], one list per layer]}}')
+    size = max(len(row) for row in rows)
+    for layer, row in enumerate(rows):
+        if len(row) != size:
+            raise PartInferError(f"{path}: layer {layer} has {len(row)} neurons, other layers have {size}")
+        wrong = next((value for value in row if type(value) is not int), None)
+        if wrong is not None:
+            raise PartInferError(f"{path}: layer {layer} has {wrong!r}, expected whole numbers 0 to {size - 1}")
+        outside = next((value for value in row if not 0 <= value < size), None)
+        if outside is not None:
+            raise PartInferError(f"{path}: layer {layer} has neuron {outside}, expected 0 to {size - 1}")
+    if size == 0:
+        raise PartInferError(f"{path}: the layers are empty, expected a ranking of every neuron")
+    return NeuronFile(torch.tensor(rows, dtype=torch.int32), source=str(path))
+
+
+def _load_safetensors(path: Path) -> NeuronFile:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            # clone: a view would keep the whole file mapped
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PartInferError(f"{path} is not a readable neuron file (truncated?): {error}; make it again") from None
+    if metadata.pop("format", None) != FORMAT or "ranking" not in tensors:
+        raise PartInferError(f"{path} is a safetensors file but not a neuron file: make one with python -m profiler run")
+    version = metadata.pop("version", "")
+    if version != VERSION:
+        raise PartInferError(f"{path} has format version {version!r}, this program reads {VERSION!r}: make it again")
+    statistics = {name.removeprefix("statistics."): v for name, v in tensors.items() if name.startswith("statistics.")}
+    return NeuronFile(tensors["ranking"], tensors.get("scores"), statistics, metadata, str(path))

@@ -1,0 +1,88 @@
+"""Tiny random models of every family, as checkpoint folders, and the real demo model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from transformers_patches.neuron_file import NeuronFile
+
+ROOT = Path(__file__).parent.parent
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 6, 32, 80, 128
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": INTERMEDIATE,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.4,  # activations far from each other, so that selections are clear
+}
+_OPT = {k: v for k, v in _COMMON.items() if k not in ("num_key_value_heads", "head_dim", "initializer_range")}
+FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", _COMMON),
+    "llama-mlp-bias": ("llama", {**_COMMON, "mlp_bias": True}),
+    "smollm2": ("llama", {**_COMMON, "tie_word_embeddings": True}),
+    "mistral": ("mistral", _COMMON),
+    "qwen2": ("qwen2", _COMMON),
+    "qwen3": ("qwen3", _COMMON),
+    "gemma": ("gemma", _COMMON),
+    "gemma2": ("gemma2", _COMMON),
+    "gemma3": ("gemma3_text", _COMMON),
+    "opt": ("opt", {**_OPT, "ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN, "init_std": 0.4}),
+}
+FAMILIES = list(FAMILY_CONFIGS)
+
+
+def make_tiny_checkpoint(folder: Path, family: str, **save_options) -> Path:
+    """Save a seeded random model of a family; biases and norms are random too, so that nothing is left untested."""
+    model_type, options = FAMILY_CONFIGS[family]
+    torch.manual_seed(FAMILIES.index(family))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.1 + (0.0 if name.endswith("bias") else 1.0))
+    model.save_pretrained(folder, **save_options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tiny")
+    return {family: make_tiny_checkpoint(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def checkpoint(request, tiny_checkpoints) -> Path:
+    """The checkpoint folder of each family in turn."""
+    return tiny_checkpoints[request.param]
+
+
+def random_neuron_file(seed: int, layers: int = LAYERS, size: int = INTERMEDIATE) -> NeuronFile:
+    generator = torch.Generator().manual_seed(seed)
+    ranking = torch.stack([torch.randperm(size, generator=generator) for _ in range(layers)]).to(torch.int32)
+    return NeuronFile(ranking)
+
+
+@pytest.fixture
+def neuron_files() -> dict[str, NeuronFile]:
+    """A data set's and a model's ranking for the tiny models, as load_model takes them."""
+    return {"dataset_neurons": random_neuron_file(1), "model_neurons": random_neuron_file(2)}
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    if not DEMO_MODEL.is_dir():
+        pytest.skip(f"the demo model is not there: python download.py --model_name smollm2-135m ({DEMO_MODEL.name})")
+    return DEMO_MODEL

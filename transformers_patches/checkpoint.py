@@ -1,0 +1,123 @@
+"""Reading a Hugging Face checkpoint folder tensor by tensor, and counting the bytes that were read.
+
+A safetensors handle or view that stays alive keeps the whole file mapped, and mapped pages count as memory, so each
+read opens its file, copies what it needs, and closes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from transformers_patches.errors import PartInferError
+
+CHUNK_BYTES = 32 * 2**20  # what one read maps at most, so that peak memory stays near the tensors that are kept
+
+
+class Checkpoint:
+    """The tensors of a folder with model.safetensors, or shards and their index.
+
+    bytes_read counts what was read from the files. Raises PartInferError for folders without such files and for
+    damaged ones.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.bytes_read = 0
+        self._files = self._find_files()
+        self._sizes: dict[str, int] = {}
+
+    def _find_files(self) -> dict[str, Path]:
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if index.is_file():
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {name: self.folder / shard for name, shard in shards.items()}
+            missing = sorted({str(path) for path in files.values() if not path.is_file()})
+            if missing:
+                raise PartInferError(f"{index} names {missing[0]}, which is not there: fetch the model again")
+            return files
+        if single.is_file():
+            with self._open(single) as file:
+                return dict.fromkeys(file.keys(), single)
+        if list(self.folder.glob("pytorch_model*.bin")):
+            raise PartInferError(
+                f"{self.folder} has only pytorch_model*.bin: python download.py converts such models to safetensors"
+            )
+        raise PartInferError(f"{self.folder} has no model.safetensors: fetch a model with python download.py")
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator:
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise PartInferError(f"{path} can't be read (truncated?): {error}; fetch the model again") from None
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with self._open(self._files[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor in the file."""
+        if name not in self._sizes:
+            with self._open(self._files[name]) as file:
+                part = file.get_slice(name)
+                self._sizes[name] = _element_size(part.get_dtype()) * torch.Size(part.get_shape()).numel()
+        return self._sizes[name]
+
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(self.nbytes(name) for name in self._files)
+
+    def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Copy a tensor, or some rows of it, into `out`, converted to its dtype and device.
+
+        out: the tensor's shape, or [len(rows), …]; rows: int64 indices into dimension 0, checked by the caller.
+        """
+        if out.ndim == 0 or (rows is None and self.nbytes(name) <= CHUNK_BYTES):
+            with self._open(self._files[name]) as file:
+                out.copy_(file.get_tensor(name))
+            self.bytes_read += self.nbytes(name)
+            return
+        row_bytes = max(1, self.nbytes(name) // self.shape(name)[0])
+        step = max(1, CHUNK_BYTES // row_bytes)
+        if rows is None:
+            for start in range(0, len(out), step):
+                with self._open(self._files[name]) as file:
+                    out[start : start + step].copy_(file.get_slice(name)[start : start + step])
+            self.bytes_read += self.nbytes(name)
+            return
+        order = rows.argsort()  # the file is read front to back
+        for places in order.split(step):
+            with self._open(self._files[name]) as file:
+                # a view of the mapped file: only the pages of these rows are touched
+                part = file.get_tensor(name).index_select(0, rows[places])
+            out[places.to(out.device)] = part.to(out.device, out.dtype)
+        self.bytes_read += row_bytes * len(rows)
+
+    def read_columns_into(self, name: str, out: torch.Tensor, columns: torch.Tensor) -> None:
+        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H].
+
+        A row of the file is shorter than the gaps that could be skipped, so all of the tensor is read.
+        """
+        height = out.shape[1]
+        step = max(1, CHUNK_BYTES // (self.nbytes(name) // height))
+        for start in range(0, height, step):
+            with self._open(self._files[name]) as file:
+                part = file.get_slice(name)[start : start + step].index_select(1, columns)
+            out[:, start : start + step] = part.t().to(out.device, out.dtype)
+        self.bytes_read += self.nbytes(name)
+
+
+def _element_size(dtype: str) -> int:
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+    return sizes.get(dtype, 1)

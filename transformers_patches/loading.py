@@ -1,0 +1,271 @@
+"""load_model(): build the model on the meta device, swap the planned FFNs, stream the planned weights in."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from transformers_patches.checkpoint import Checkpoint
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.families import FFNSpec, ffn_spec
+from transformers_patches.fingerprint import fingerprint
+from transformers_patches.load_plan import LoadPlan, build_load_plan
+from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.phase import RequestState
+from transformers_patches.sparse_ffn import SparseFFN
+
+
+@dataclass
+class LoadReport:
+    """What loading cost. Bytes are of weights; dense is what the whole checkpoint holds."""
+
+    seconds: float
+    bytes_read: int
+    bytes_dense: int
+    bytes_resident: int
+
+
+@dataclass
+class LoadedModel:
+    """A transformers model whose planned layers are SparseFFNs, and what is known about it.
+
+    `model` is used as any transformers model is: the phase of each pass and the selection are taken care of.
+    """
+
+    model: PreTrainedModel
+    settings: PartInferConfig
+    plan: LoadPlan
+    state: RequestState
+    report: LoadReport
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def computed_fraction(self) -> float:
+        """Share of the sparse layers' neurons that decode steps computed since the last reset, as counted."""
+        tokens = sum(layer.decoded_tokens for layer in self.state.layers)
+        if not tokens:
+            return self.plan.loaded_fraction
+        return sum(layer.computed_neurons for layer in self.state.layers) / (tokens * self.plan.intermediate_size)
+
+    def reset_counters(self) -> None:
+        for layer in self.state.layers:
+            layer.reset_counters()
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is cuda if there is one; PartInferError if a named device is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise PartInferError(f"unknown device {device!r}: expected cpu, cuda or cuda:NUMBER") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise PartInferError(f"device {device} is not there ({torch.cuda.device_count()} found): use --device cpu")
+    return resolved
+
+
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """The config of a checkpoint folder, without network; PartInferError if it is not one."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise PartInferError(f"no model at {folder} (config.json is missing): fetch one with python download.py")
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(
+    folder: str | Path,
+    settings: PartInferConfig,
+    dataset_neurons: NeuronFile | None = None,
+    model_neurons: NeuronFile | None = None,
+) -> LoadedModel:
+    """Load a checkpoint as the settings say: only planned neurons of the sparse layers, all other weights whole.
+
+    Neuron files that are not given are read from the paths in the settings, if there are any. Raises PartInferError
+    for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.
+    """
+    started = time.perf_counter()
+    config = read_config(folder)
+    spec = ffn_spec(config)
+    if dataset_neurons is None and settings.dataset_neurons_filepath:
+        dataset_neurons = NeuronFile.load(settings.dataset_neurons_filepath)
+    if model_neurons is None and settings.model_neurons_filepath:
+        model_neurons = NeuronFile.load(settings.model_neurons_filepath)
+    checkpoint = Checkpoint(folder)
+    names = _checkpoint_names(checkpoint)
+    _check_neuron_files(config, checkpoint, names, Path(folder).resolve().name, dataset_neurons, model_neurons)
+    plan = build_load_plan(settings, config, dataset_neurons, model_neurons)
+    device, dtype = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
+
+    model = _build_on_meta(config, dtype)
+    state = RequestState()
+    sources = _swap_ffns(model, spec, plan, settings, state, dtype)
+    _stream_weights(
+        model,
+        checkpoint,
+        names,
+        sources,
+        device,
+        intermediate_size=plan.intermediate_size,
+        keep_on_cpu=settings.memory_limit,
+    )
+    state.attach(model)
+    if (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    report = LoadReport(
+        seconds=time.perf_counter() - started,
+        bytes_read=checkpoint.bytes_read,
+        bytes_dense=checkpoint.total_bytes(),
+        bytes_resident=sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+    return LoadedModel(model, settings, plan, state, report)
+
+
+def _resolve_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
+    return (config.dtype or torch.float32) if name == "auto" else getattr(torch, name)
+
+
+def _check_neuron_files(config, checkpoint: Checkpoint, names: dict[str, str], model_name: str, *files) -> None:
+    def read(name: str) -> torch.Tensor:
+        stored = names[name]
+        values = torch.empty(checkpoint.shape(stored))
+        checkpoint.read_into(stored, values)
+        return values
+
+    given = [file for file in files if file is not None]
+    if given:
+        ours = fingerprint(config, read)
+        for file in given:
+            file.check_fits(config, ours, model_name)
+
+
+def _checkpoint_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter name in the model -> name in the file. Files of a bare decoder lack the leading `model.`."""
+    return {_with_prefix(name): name for name in checkpoint.names()}
+
+
+def _with_prefix(name: str) -> str:
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+
+def _build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def _swap_ffns(
+    model: PreTrainedModel,
+    spec: FFNSpec,
+    plan: LoadPlan,
+    settings: PartInferConfig,
+    state: RequestState,
+    dtype: torch.dtype,
+) -> dict[str, tuple[str, str, torch.Tensor]]:
+    """Put a SparseFFN in place of each planned FFN.
+
+    Returns, for each new parameter, (name of the replaced one, how to read it: rows | columns | whole, neurons).
+    """
+    inputs = {"up": spec.up} | ({"gate": spec.gate} if spec.gated else {})
+    sources: dict[str, tuple[str, str, torch.Tensor]] = {}
+    for layer, layer_plan in plan.layers.items():
+        dense = spec.ffn_module(model, layer)
+        up, down = getattr(dense, spec.up), getattr(dense, spec.down)
+        with init_empty_weights():
+            sparse = SparseFFN(
+                layer_plan,
+                state,
+                up.in_features,
+                spec.activation(model.config),
+                gated=spec.gated,
+                input_bias=up.bias is not None,
+                output_bias=down.bias is not None,
+                token_sparsity=settings.token_sparsity,
+            ).to(dtype)
+        if spec.ffn:
+            place = f"{spec.layers}.{layer}.{spec.ffn}"
+        else:  # the projections are the layer's own: the first becomes the FFN, what follows it does nothing
+            place = f"{spec.layers}.{layer}.{spec.up}"
+            setattr(dense, spec.activation_module, nn.Identity())
+            setattr(dense, spec.down, nn.Identity())
+        model.set_submodule(place, sparse)
+        neurons = layer_plan.neurons
+        for row, projection in inputs.items():
+            prefix = spec.projection(layer, projection)
+            sources[f"{place}.{row}"] = (f"{prefix}.weight", "rows", neurons)
+            if up.bias is not None:
+                sources[f"{place}.{row}_bias"] = (f"{prefix}.bias", "rows", neurons)
+        prefix = spec.projection(layer, spec.down)
+        sources[f"{place}.down"] = (f"{prefix}.weight", "columns", neurons)
+        if down.bias is not None:
+            sources[f"{place}.output_bias"] = (f"{prefix}.bias", "whole", neurons)
+    return sources
+
+
+def _stream_weights(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    sources: dict[str, tuple[str, str, torch.Tensor]],
+    device: torch.device,
+    *,
+    intermediate_size: int,
+    keep_on_cpu: bool,
+) -> None:
+    """Give every parameter memory on its device, and read it. Nothing may be left over on either side."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    used = set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        source, how, neurons = sources.get(name, (name, "whole", None))
+        stored = names.get(source)
+        if stored is None:
+            if name in tied:
+                continue
+            raise PartInferError(f"{checkpoint.folder} lacks {source}: the checkpoint is incomplete, fetch it again")
+        used.add(source)
+        if name in tied:
+            continue  # the same tensor as its partner, which is read
+        target = torch.device("cpu") if keep_on_cpu and name in sources and how != "whole" else device
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=target)
+        _check_shape(checkpoint, stored, parameter, how, intermediate_size)
+        if how == "columns":
+            checkpoint.read_columns_into(stored, values, neurons)
+        else:
+            checkpoint.read_into(stored, values, neurons if how == "rows" else None)
+        if target.type == "cpu" and device.type == "cuda":
+            values = values.pin_memory()
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=False))
+    ignored = [re.compile(p) for p in (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))]
+    unexpected = sorted(n for n in set(names) - used if not any(pattern.search(n) for pattern in ignored))
+    if unexpected:
+        raise PartInferError(f"{checkpoint.folder} has {unexpected[0]}, which {model.config.model_type} has no place for")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise PartInferError(f"{checkpoint.folder}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again")
+
+
+def _check_shape(checkpoint: Checkpoint, stored: str, parameter: torch.Tensor, how: str, intermediate_size: int) -> None:
+    """Rows and columns were chosen by the config; a file of another size must not be read with them."""
+    expected = tuple(parameter.shape)
+    if how == "rows":
+        expected = (intermediate_size, *expected[1:])
+    elif how == "columns":
+        expected = (expected[1], intermediate_size)
+    shape = checkpoint.shape(stored)
+    if shape != expected:
+        raise PartInferError(f"{checkpoint.folder}: {stored} has shape {shape}, its config.json says {expected}")

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
-from transformers_patches.files import atomic_path, write_text_atomic
+from transformers_patches.files import save_tensors_atomic, write_text_atomic
 
 FORMAT = "partinfer-neurons"
 VERSION = "1"
 # Per-token means over all counted tokens of h, the activation that enters the down projection, and of
 # h / ||h||_2 (the norm over the neurons of one token).
-STATISTICS = ("mean_abs", "mean", "mean_sq", "normalized_mean_abs", "normalized_mean", "normalized_mean_sq")
+ACTIVATION_STATISTICS = ("mean_abs", "mean", "mean_sq", "normalized_mean_abs", "normalized_mean", "normalized_mean_sq")
+# And a property of the weights, ||W_down[:, i]||_2, so that a ranking can be weighted with it without the model.
+STATISTICS = (*ACTIVATION_STATISTICS, "down_norm")
 
 
 @dataclass
@@ -94,8 +95,7 @@ class NeuronFile:
         if self.scores is not None:
             tensors["scores"] = self.scores.float().contiguous()
         tensors.update({f"statistics.{name}": v.float().contiguous() for name, v in self.statistics.items()})
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={**self.metadata, "format": FORMAT, "version": VERSION})
+        save_tensors_atomic(path, tensors, {**self.metadata, "format": FORMAT, "version": VERSION})
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronFile:

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from transformers_patches.neuron_file import NeuronFile
+
+# no time limit per example (the machine may be busy), no database folder, the same examples on every run
+settings.register_profile("project", deadline=None, database=None, derandomize=True)
+settings.load_profile("project")
 
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"

@@ -144,9 +144,9 @@ def _load_legacy(path: Path) -> NeuronFile:
     for layer, row in enumerate(rows):
         if len(row) != size:
             raise PartInferError(f"{path}: layer {layer} has {len(row)} neurons, other layers have {size}")
-        wrong = next((value for value in row if type(value) is not int), None)
-        if wrong is not None:
-            raise PartInferError(f"{path}: layer {layer} has {wrong!r}, expected whole numbers 0 to {size - 1}")
+        wrong = [value for value in row if type(value) is not int]  # null, true and 1.0 too
+        if wrong:
+            raise PartInferError(f"{path}: layer {layer} has {wrong[0]!r}, expected whole numbers 0 to {size - 1}")
         outside = next((value for value in row if not 0 <= value < size), None)
         if outside is not None:
             raise PartInferError(f"{path}: layer {layer} has neuron {outside}, expected 0 to {size - 1}")

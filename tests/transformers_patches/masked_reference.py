@@ -1,0 +1,120 @@
+"""An independent reference: plain transformers models whose FFN activations are masked, and formulas written naively.
+
+Nothing here uses the project's code: the FFNs are found by the names that transformers gives their projections, the
+counts, plans and selections are Python loops over ALGORITHM's formulas.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+DOWN_PROJECTION = re.compile(r"layers\.(\d+)\.(?:mlp\.down_proj|fc2)$")
+
+
+def naive_count(fraction: float, size: int) -> int:
+    """Round half to even of fraction * size, at least 1."""
+    product = fraction * size
+    whole = int(product)
+    rest = product - whole
+    if rest > 0.5 or (rest == 0.5 and whole % 2 == 1):
+        whole += 1
+    return max(whole, 1)
+
+
+def naive_plan(base_ranking: list[int], other_ranking: list[int], delta: float, gamma: float) -> list[int]:
+    """The loaded neurons of a layer: the base first, then what the other ranking has best and is not yet in."""
+    size = len(base_ranking)
+    loaded = list(base_ranking[: naive_count(delta, size)])
+    for neuron in other_ranking:
+        if len(loaded) == naive_count(gamma, size):
+            break
+        if neuron not in loaded:
+            loaded.append(neuron)
+    return loaded
+
+
+def naive_core_counts(h: list[list[float]], alpha: float) -> list[int]:
+    """How many tokens mark each neuron; h: tokens x neurons of one prompt, without padding."""
+    mean_positives = Fraction(sum(value > 0 for token in h for value in token), len(h))
+    k = int(Fraction(str(alpha)) * mean_positives)
+    counts = [0] * len(h[0])
+    for token in h:
+        for neuron in sorted(range(len(token)), key=lambda i: -token[i])[:k]:
+            if token[neuron] > 0:  # an activation that is not positive is nobody's core neuron
+                counts[neuron] += 1
+    return counts
+
+
+def naive_selection(counts: dict[int, int], base_ranking: list[int], base: list[int], computed: int) -> set[int]:
+    """The neurons that decoding computes: the base, and the most marked others, ties by the base ranking."""
+    others = sorted((n for n in counts if n not in base), key=lambda n: (-counts[n], base_ranking.index(n)))
+    return set(base) | set(others[: computed - len(base)])
+
+
+class MaskedReference:
+    """A plain transformers model in float32, each of whose FFN activations can be masked per layer and sequence.
+
+    masks: layer -> float [1 or B, 1, N], what the activations are multiplied by; seen: layer -> list of float
+    [B, T, N], the activations of each pass since `seen` was emptied, before masking.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.masks: dict[int, torch.Tensor] = {}
+        self.seen: dict[int, list[torch.Tensor]] = {}
+        self._batch = 1
+        layers = 0
+        for name, module in self.model.named_modules():
+            if match := DOWN_PROJECTION.search(name):
+                module.register_forward_pre_hook(self._hook(int(match[1])))
+                layers += 1
+        assert layers == self.model.config.num_hidden_layers
+
+    def _hook(self, layer: int):
+        def mask_activations(module, args):
+            (h,) = args
+            per_sequence = h.reshape(self._batch, -1, h.shape[-1])  # OPT's fc2 sees [B*T, N]
+            self.seen.setdefault(layer, []).append(per_sequence)
+            if layer in self.masks:
+                return ((per_sequence * self.masks[layer]).reshape(h.shape),)
+            return None
+
+        return mask_activations
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor, **kwargs):
+        self._batch = len(input_ids)
+        return self.model(input_ids=input_ids, use_cache=True, **kwargs)
+
+    def mask(self, layer: int, *neurons: set[int] | list[int]) -> None:
+        """Keep these neurons of a layer: one collection for every sequence, or one for each."""
+        mask = torch.zeros(len(neurons), 1, self.size)
+        for row, kept in enumerate(neurons):
+            mask[row, 0, list(kept)] = 1
+        self.masks[layer] = mask
+
+    @property
+    def size(self) -> int:
+        config = self.model.config
+        return getattr(config, "ffn_dim", None) or config.intermediate_size
+
+    @contextmanager
+    def fresh(self) -> Iterator[MaskedReference]:
+        """No masks and nothing seen, before and after."""
+        self.masks, self.seen = {}, {}
+        try:
+            yield self
+        finally:
+            self.masks, self.seen = {}, {}
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids of tokens behind padding."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,1 @@
+"""Evaluation: lm-eval tasks, perplexity and reports, every method through the path that it decodes with."""

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Perplexity, KL divergence to the dense model and top-1 agreement of several methods on the same windows."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: imports come from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from evaluation.methods import Configuration, add_method_arguments, build_grid
+from evaluation.tables import markdown_table
+from evaluation.windows import HALVES, Example, Source, read_examples
+from transformers_patches import cli
+from transformers_patches.errors import PartInferError
+from transformers_patches.files import write_text_atomic
+
+DEFAULT_METHODS = "dense,dense+partial,partinfer,coreinfer"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_method_arguments(parser, DEFAULT_METHODS)
+    add = parser.add_argument
+    add("--dataset", required=True, metavar="FILE-or-hub-id", help="a text, JSON lines, or a hub id (ID or ID:CONFIG)")
+    add("--split", default="test", help="split of a hub data set (test)")
+    add("--half", default="all", choices=HALVES, help="which half of the examples, in order (all)")
+    add("--limit", type=int, metavar="WINDOWS", help="measure on a sample of this size (all)")
+    add("--prefill_tokens", type=int, default=256, help="context of a window (256)")
+    add("--scored_tokens", type=int, default=128, help="scored part of a window (128)")
+    add("--prompt_template", help='rows instead of a text: what is prefilled, such as "Question: {question}\\nAnswer:"')
+    add("--target_template", help='what is scored after it, such as " {answer}"')
+    add("--batch_size", type=int, default=4, help="windows that are scored together (4)")
+    add("--bootstrap_iters", type=int, default=1000, help="resamples of the confidence intervals (1000)")
+    add("--seed", type=int, default=0, help="of the sample, the bootstrap, and random rankings without a file (0)")
+    add("--json", metavar="FILE", help="write the rows as JSON")
+    add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = cli.parse_with_config(parser, argv)
+    try:
+        grid, source = build_grid(arguments), _source(arguments)
+        for name in ("batch_size", "bootstrap_iters"):
+            if getattr(arguments, name) < 1:
+                raise PartInferError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    except PartInferError as error:
+        parser.error(str(error))
+    # heavy imports only now: --help and wrong usage answer at once
+    from transformers import AutoTokenizer
+
+    from evaluation.models import find_model
+    from transformers_patches.loading import read_config
+
+    folder = find_model(arguments.model_name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    examples = read_examples(source, tokenizer, read_config(folder).max_position_embeddings)
+    rows = _measure(grid, folder, examples, arguments)
+    result = {
+        "model": folder.name,
+        "dataset": source.dataset,
+        "half": source.half,
+        "task_type": arguments.task_type,
+        "examples": len(examples),
+        "scored_tokens": sum(len(example.target) for example in examples),
+        "seed": arguments.seed,
+        "rows": rows,
+    }
+    print(_table(rows))
+    if arguments.json:
+        write_text_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
+    return cli.DONE
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    return Source(**{name: getattr(arguments, name) for name in Source.__dataclass_fields__})
+
+
+def _measure(
+    grid: list[Configuration], folder: Path, examples: list[Example], arguments: argparse.Namespace
+) -> list[dict]:
+    """A row per configuration. The dense model goes first: the others are compared to its logits."""
+    from evaluation.bootstrap import Bootstrap
+    from evaluation.models import load_configuration
+    from evaluation.perplexity import dense_logits, result_row, score_examples
+
+    bootstrap = Bootstrap(len(examples), arguments.bootstrap_iters, arguments.seed)
+    rows, dense_table = {}, None
+    with dense_logits() as store:
+        reference = store if any(c.method == "dense" for c in grid) else None
+        for configuration in sorted(grid, key=lambda c: c.method != "dense"):
+            print(f"{configuration.label}: {len(examples)} examples", file=sys.stderr)
+            loaded = load_configuration(configuration, folder, arguments.task_type, arguments.seed)
+            is_dense = configuration.method == "dense"
+            table = score_examples(loaded, examples, arguments.batch_size, reference, is_dense=is_dense)
+            dense_table = table if is_dense else dense_table
+            rows[configuration.label] = result_row(configuration, loaded, table, dense_table, bootstrap)
+            del loaded  # one model at a time in memory
+            gc.collect()
+    return [rows[configuration.label] for configuration in grid]
+
+
+def _table(rows: list[dict]) -> str:
+    columns = ["label", "nll", "perplexity", "excess_nll", "kl_to_dense", "top1_agreement", "ffn_bytes_fraction"]
+    return markdown_table(rows, columns)
+
+
+if __name__ == "__main__":
+    cli.run(main)

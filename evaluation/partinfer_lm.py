@@ -1,0 +1,176 @@
+"""PartInferLM: lm-eval's HFLM over a partially loaded, partially computed model, registered as "partinfer".
+
+Every field of PartInferConfig is a model argument. Plain lm-eval use, with all of its options:
+
+    python -m evaluation.partinfer_lm run --model partinfer --tasks piqa \\
+        --model_args pretrained=models/NAME,method=partinfer,sparsity=0.4,task_type=QA
+
+(lm-eval finds a model class only if its module is imported first, which this module does when it is run.)
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+if not __package__:  # run as a file: imports come from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from evaluation.models import find_model, find_rankings
+from evaluation.scoring import Request, batches, continuation_logits
+from evaluation.weights import weight_counts
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.loading import LoadedModel, load_model, resolve_device
+from transformers_patches.neuron_file import NeuronFile
+
+logger = logging.getLogger(__name__)
+PREFILL_TOKENS, SCORED_TOKENS = 256, 128  # windows of rolling log-likelihoods, see ALGORITHM's evaluation semantics
+AUTO_BATCH_ON_CPU = 8  # memory does not run out there, and larger batches are no faster
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model("partinfer")
+class PartInferLM(HFLM):
+    """An lm-eval model whose log-likelihoods and generations use the neurons that decoding would use.
+
+    pretrained: a checkpoint folder, or the name of one in models/. task_type: whose neuron file is looked up.
+    rankings: neuron files in memory instead. prefill_tokens, scored_tokens: windows of rolling log-likelihoods;
+    not given, 256 and 128 for sparse methods and lm-eval's own windows for dense ones. Other arguments are those of
+    PartInferConfig and of HFLM. Raises PartInferError for bad settings, and for HFLM options that would replace the
+    model (peft, quantization, parallelize).
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        task_type: str | None = None,
+        rankings: dict[str, NeuronFile] | None = None,
+        prefill_tokens: int | None = None,
+        scored_tokens: int | None = None,
+        **options,
+    ) -> None:
+        names = {item.name for item in fields(PartInferConfig)}
+        settings = PartInferConfig(**{key: value for key, value in options.items() if key in names})
+        others = {key: value for key, value in options.items() if key not in names}
+        folder = find_model(str(pretrained))
+        self.settings = settings
+        self.rankings = find_rankings(settings, folder, task_type) if rankings is None else rankings
+        self.windows = (prefill_tokens, scored_tokens)
+        if None in self.windows and settings.computes_sparsely:
+            self.windows = (prefill_tokens or PREFILL_TOKENS, scored_tokens or SCORED_TOKENS)
+        device = str(resolve_device(settings.device))
+        super().__init__(pretrained=str(folder), device=device, dtype=settings.dtype, **others)
+
+    def _get_config(self, pretrained: str, **_options) -> None:
+        super()._get_config(pretrained)
+
+    def _create_model(self, pretrained: str, **options) -> None:
+        for name in ("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "parallelize", "tp_plan"):
+            if options.get(name):
+                raise PartInferError(f"the partinfer model does not take {name}: use lm-eval's own model hf with it")
+        self.loaded: LoadedModel = load_model(pretrained, self.settings, **self.rankings)
+        self._model = self.loaded.model
+
+    def get_model_info(self) -> dict:
+        """What lm-eval writes into its result file: the settings, the weights, and the neurons that were counted."""
+        return {
+            "model_num_parameters": self._model.num_parameters(),
+            "model_dtype": str(self._model.dtype),
+            "partinfer": {"settings": self.settings.to_dict(), **weight_counts(self.loaded)},
+        }
+
+    def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
+        if self.device.type == "cpu":
+            return AUTO_BATCH_ON_CPU
+        return super()._detect_batch_size(requests, pos)
+
+    def _loglikelihood_tokens(
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation, whether greedy decoding gives it) of each request.
+
+        Dense methods compute the same neurons in prefill and decoding, so HFLM's single pass is right for them.
+        """
+        if not self.settings.computes_sparsely:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        grouped, places = self._group_by_context(requests)
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        size = override_bs or (self.batch_size if self.batch_size != "auto" else self._detect_batch_size())
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring over the cache")
+        for indices in batches(grouped, size):
+            batch = [grouped[i] for i in indices]
+            for row, slot, logits in continuation_logits(self.model, batch):
+                answer = self._score(logits, batch[row][1][slot])
+                for place in places[indices[row]][slot]:
+                    results[place] = answer
+                    if requests[place][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
+                progress.update(len(places[indices[row]][slot]))
+        progress.close()
+        return results
+
+    def _score(self, logits: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
+        log_probs = torch.log_softmax(logits.float(), dim=-1)  # [T, V]
+        target = torch.tensor(continuation, device=logits.device)
+        total = log_probs.gather(1, target[:, None]).sum()
+        return float(total), bool((log_probs.argmax(-1) == target).all())
+
+    def _group_by_context(self, requests: list[TokenRequest]) -> tuple[list[Request], list[list[list[int]]]]:
+        """Requests with one context become one, and for each continuation the places it came from.
+
+        What exceeds the model's length is cut from the left, as HFLM does.
+        """
+        contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+        for place, (_, context, continuation) in enumerate(requests):
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            scored = min(len(continuation), len(whole) - 1)
+            if len(whole) < len(context) + len(continuation):
+                logger.warning("a request of %d tokens is cut from the left", len(context) + len(continuation))
+            split = len(whole) - scored
+            contexts.setdefault(tuple(whole[:split]), {}).setdefault(tuple(whole[split:]), []).append(place)
+        grouped = [(list(context), [list(c) for c in conts]) for context, conts in contexts.items()]
+        return grouped, [list(conts.values()) for conts in contexts.values()]
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts; every token is scored once.
+
+        With windows, blocks of scored tokens follow up to prefill_tokens of context; the first block follows the
+        prefix token only.
+        """
+        if None in self.windows:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        windows, owners = [], []
+        for owner, (text,) in enumerate(request.args for request in requests):
+            for context, continuation in rolling_windows(self.tok_encode(text), self.prefix_token_id, *self.windows):
+                windows.append((None, context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+
+def rolling_windows(tokens: list[int], prefix: int, prefilled: int, scored: int) -> list[tuple[list[int], list[int]]]:
+    """Cut a text into (context, continuation) so that each token is in exactly one continuation."""
+    return [
+        (tokens[max(0, start - prefilled) : start] or [prefix], tokens[start : start + scored])
+        for start in range(0, len(tokens), scored)
+    ]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

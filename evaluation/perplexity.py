@@ -1,0 +1,127 @@
+"""Negative log-likelihood, KL divergence and top-1 agreement of methods on the same examples."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from evaluation.bootstrap import Bootstrap
+from evaluation.methods import Configuration
+from evaluation.scoring import batches, continuation_logits
+from evaluation.weights import weight_counts
+from evaluation.windows import Example
+from transformers_patches.errors import PartInferError
+from transformers_patches.loading import LoadedModel
+
+COLUMNS = ("nll", "tokens", "kl", "agreement")
+
+
+class DenseLogits:
+    """The dense model's logits of every example, in a temporary folder, in the type they were computed in.
+
+    Files, so that one model at a time is in memory, whatever the number of examples.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def check_space(self, examples: list[Example], vocabulary: int, bytes_each: int) -> None:
+        """PartInferError unless the folder's disk takes the logits of all examples."""
+        needed = sum(len(example.target) for example in examples) * vocabulary * bytes_each
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise PartInferError(
+                f"the dense model's logits take {needed / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB free: "
+                "give a smaller --limit, or set TMPDIR to a larger disk"
+            )
+
+    def save(self, index: int, logits: torch.Tensor) -> None:
+        save_file({"logits": logits.cpu().contiguous()}, self.folder / f"{index}.safetensors")
+
+    def load(self, index: int, device: torch.device) -> torch.Tensor:
+        return load_file(self.folder / f"{index}.safetensors")["logits"].to(device)
+
+
+@contextmanager
+def dense_logits() -> Iterator[DenseLogits]:
+    """A place for the dense model's logits, removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="partinfer-dense-") as folder:
+        yield DenseLogits(Path(folder))
+
+
+def score_examples(
+    loaded: LoadedModel, examples: list[Example], batch_size: int, dense: DenseLogits | None, *, is_dense: bool
+) -> dict[str, np.ndarray]:
+    """Sums over each example's scored tokens, float64 [examples], by the names of COLUMNS.
+
+    dense: where the dense logits are, or are put if is_dense; None leaves `kl` and `agreement` not-a-number.
+    """
+    table = {name: np.full(len(examples), np.nan) for name in COLUMNS}
+    requests = [(example.context, [example.target]) for example in examples]
+    if is_dense and dense is not None:
+        dense.check_space(examples, loaded.model.config.vocab_size, loaded.model.dtype.itemsize)
+    loaded.reset_counters()
+    with tqdm(total=len(examples), desc="Scoring", leave=False) as progress:
+        for indices in batches(requests, batch_size):
+            for row, _, logits in continuation_logits(loaded.model, [requests[i] for i in indices]):
+                index = indices[row]
+                if is_dense and dense is not None:
+                    dense.save(index, logits)
+                reference = None if dense is None else dense.load(index, logits.device)
+                for name, value in _sums(logits, examples[index].target, reference).items():
+                    table[name][index] = value
+                progress.update()
+    return table
+
+
+def _sums(logits: torch.Tensor, target: list[int], dense: torch.Tensor | None) -> dict[str, float]:
+    """logits, dense: [T, V]. KL(dense || method) as in Kullback and Leibler 1951, in nats."""
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    own = log_probs.gather(1, torch.tensor(target, device=logits.device)[:, None])
+    sums = {"nll": -float(own.double().sum()), "tokens": float(len(target))}
+    if dense is not None:
+        expected = torch.log_softmax(dense.float(), dim=-1)
+        sums["kl"] = float((expected.exp() * (expected - log_probs)).sum(dtype=torch.float64))
+        sums["agreement"] = float((dense.argmax(-1) == logits.argmax(-1)).sum())
+    return sums
+
+
+def result_row(
+    configuration: Configuration,
+    loaded: LoadedModel,
+    table: dict[str, np.ndarray],
+    dense: dict[str, np.ndarray] | None,
+    bootstrap: Bootstrap,
+) -> dict:
+    """One row of the result: means per scored token, each with its 95 % interval as `<name>_ci`."""
+    settings, tokens = configuration.settings, table["tokens"]
+    row = {
+        "label": configuration.label,
+        "method": configuration.method,
+        "sparsity": settings.sparsity if settings.computes_sparsely else None,
+        "loaded_neurons_percent": settings.loaded_neurons_percent if settings.use_partial_loading else 1.0,
+        "base_neurons_percent": settings.base_neurons_percent if settings.use_partial_loading else None,
+        "token_sparsity": settings.token_sparsity if settings.computes_sparsely else None,
+    }
+
+    def put(name: str, sums: np.ndarray, transform=np.asarray) -> None:
+        if np.isnan(sums).any():
+            row[name] = row[f"{name}_ci"] = None
+            return
+        row[name] = float(transform(sums.sum() / tokens.sum()))
+        row[f"{name}_ci"] = bootstrap.ratio_interval(sums, tokens, transform)
+
+    put("nll", table["nll"])
+    put("perplexity", table["nll"], np.exp)
+    put("excess_nll", table["nll"] - (np.nan if dense is None else dense["nll"]))
+    put("kl_to_dense", table["kl"])
+    put("top1_agreement", table["agreement"])
+    return row | weight_counts(loaded) | {"examples": len(tokens), "scored_tokens": int(tokens.sum())}

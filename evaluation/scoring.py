@@ -1,0 +1,83 @@
+"""Log-likelihoods through the path that decodes: prefill, select, score over the cache with the selected neurons.
+
+The context without its last token is prefilled; the last context token and the continuation are then scored in one
+pass over the cache, which under a fixed selection equals step-by-step decoding. A one-token context is a prompt too:
+it is prefilled, and its prediction comes from the prefill. B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+Tokens = list[int]
+Request = tuple[Tokens, list[Tokens]]  # a context of at least one token, and what may follow it
+
+
+def batches(requests: list[Request], batch_size: int) -> Iterator[list[int]]:
+    """Indices of requests that are scored together: alike in the number of continuations, then in length."""
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]), -len(requests[i][0])))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@torch.inference_mode()
+def continuation_logits(model: PreTrainedModel, batch: list[Request]) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (index in the batch, index of the continuation, logits [len(continuation), V]).
+
+    Each context is prefilled once, whatever the number of its continuations; padding is masked, and the selection of
+    each sequence is its own.
+    """
+    prompts = [context[:-1] or context for context, _ in batch]
+    ids, mask = _left_pad(prompts, model.device)  # [B, T]
+    cache = DynamicCache()  # without the config: no sliding-window layers, so that it can be cropped
+    first = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]  # [B, V]
+    for slot in range(max(len(continuations) for _, continuations in batch)):
+        rows = [_pass_tokens(context, continuations[slot : slot + 1]) for context, continuations in batch]
+        logits = _pass_logits(model, cache, rows, mask)
+        for index, (context, continuations) in enumerate(batch):
+            if slot < len(continuations):
+                own = logits[index, : len(rows[index])]
+                yield index, slot, own if len(context) > 1 else torch.cat([first[index : index + 1], own])
+
+
+def _pass_tokens(context: Tokens, continuation: list[Tokens]) -> Tokens:
+    """What is fed over the cache: the last context token, unless it was prefilled, and all but the last of the rest."""
+    if not continuation:
+        return []
+    return (context[-1:] if len(context) > 1 else []) + continuation[0][:-1]
+
+
+def _pass_logits(model: PreTrainedModel, cache: DynamicCache, rows: list[Tokens], mask: torch.Tensor) -> torch.Tensor:
+    """Logits [B, width, V] of one pass over the cache, which is left as it was. Rows are padded on the right."""
+    width = max(map(len, rows))
+    if width == 0:
+        return torch.empty(len(rows), 0, model.config.vocab_size, device=mask.device, dtype=model.dtype)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=mask.device)
+    positions = mask.sum(1, keepdim=True) + torch.arange(width, device=mask.device)
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.cat([mask, torch.ones_like(ids)], dim=1),  # nothing that counts sees the right padding
+        position_ids=positions.clamp(max=model.config.max_position_embeddings - 1),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    cache.crop(-width)
+    return logits
+
+
+def _left_pad(prompts: list[Tokens], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, int64 [B, longest prompt]."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask

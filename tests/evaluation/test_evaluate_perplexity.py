@@ -1,0 +1,189 @@
+"""evaluate_perplexity.py end to end on a tiny model, and its parts against direct computation."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import string
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluation.bootstrap import Bootstrap
+from evaluation.evaluate_perplexity import main
+from evaluation.windows import Source, read_examples
+from tests.evaluation.conftest import SETTINGS
+from transformers_patches.errors import PartInferError
+
+ALL = "dense,dense+partial,partinfer,coreinfer,coreinfer+partial,coreinfer_random_loading"
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    generator = random.Random(1)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(generator.choice(string.ascii_lowercase + " ") for _ in range(500)), encoding="utf-8")
+    return path
+
+
+def run(folder, ranking_paths, out, *arguments) -> dict:
+    flags = [f"--{name}={value}" for name, value in (SETTINGS | ranking_paths).items()]
+    code = main([f"--model_name={folder}", f"--json={out}", "--device=cpu", *flags, *map(str, arguments)])
+    assert code == 0
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def windows(text_file):
+    return ["--dataset", text_file, "--prefill_tokens", 24, "--scored_tokens", 8, "--limit", 6, "--bootstrap_iters", 50]
+
+
+def test_every_method_on_the_same_windows(model_folder, ranking_paths, windows, tmp_path):
+    result = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, "--method", ALL)
+    rows = {row["label"]: row for row in result["rows"]}
+    assert list(rows) == ALL.split(",")
+    assert rows["dense"]["kl_to_dense"] == 0
+    assert rows["dense"]["top1_agreement"] == 1
+    assert rows["dense"]["excess_nll"] == 0
+    fractions = {label: row["ffn_bytes_fraction"] for label, row in rows.items()}
+    assert fractions == pytest.approx({label: {"dense": 1.0, "dense+partial": 0.7}.get(label, 0.4) for label in rows})
+    for label, row in rows.items():
+        assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
+        assert row["excess_nll"] == pytest.approx(row["nll"] - rows["dense"]["nll"])
+        assert row["nll_ci"][0] <= row["nll"] <= row["nll_ci"][1]
+        assert (row["examples"], row["scored_tokens"]) == (6, 48)
+        if label != "dense":
+            assert row["kl_to_dense"] > 0
+    assert rows["coreinfer_random_loading"]["nll"] != rows["coreinfer+partial"]["nll"]
+    assert (
+        rows["dense"]["bytes_per_token"]
+        > rows["dense+partial"]["bytes_per_token"]
+        > rows["partinfer"]["bytes_per_token"]
+    )
+
+
+def test_dense_nll_is_that_of_the_plain_model(model_folder, ranking_paths, windows, text_file, tmp_path):
+    row = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, "--method", "dense")["rows"][0]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    examples = read_examples(Source(str(text_file), limit=6, prefill_tokens=24, scored_tokens=8), tokenizer, 256)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    losses = []
+    for example in examples:
+        ids = torch.tensor([example.context + example.target])
+        with torch.inference_mode():
+            log_probs = torch.log_softmax(model(ids).logits[0, 23:-1], -1)
+        losses.append(-log_probs.gather(1, torch.tensor(example.target)[:, None]).mean())
+    assert row["nll"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+
+
+def test_batch_size_makes_no_difference(model_folder, ranking_paths, windows, tmp_path):
+    results = [
+        run(
+            model_folder,
+            ranking_paths,
+            tmp_path / "out.json",
+            *windows,
+            "--batch_size",
+            size,
+            "--method",
+            "dense,partinfer",
+        )
+        for size in (1, 4)
+    ]
+    for one, four in zip(results[0]["rows"], results[1]["rows"], strict=True):
+        assert one["nll"] == pytest.approx(four["nll"], abs=1e-5)
+        assert one["kl_to_dense"] == pytest.approx(four["kl_to_dense"], abs=1e-5)
+
+
+def test_sweeps_run_the_grid(model_folder, ranking_paths, windows, tmp_path):
+    grid = ["--method", "dense,partinfer", "--sparsity", "0.3,0.5", "--loaded_neurons_percent", "0.6,0.8"]
+    rows = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, *grid)["rows"]
+    points = [(row["method"], row["sparsity"], row["loaded_neurons_percent"]) for row in rows]
+    assert points == [
+        ("dense", None, 1.0),
+        *[("partinfer", sparsity, loaded) for sparsity in (0.3, 0.5) for loaded in (0.6, 0.8)],
+    ]
+    assert len({row["label"] for row in rows}) == 5
+    assert rows[1]["ffn_bytes_fraction"] == pytest.approx(0.3)
+
+
+def test_questions_are_prefilled_and_answers_scored(model_folder, ranking_paths, tmp_path):
+    path = tmp_path / "qa.jsonl"
+    rows = [{"question": f"what is {i}", "answer": "x" * (i + 1)} for i in range(6)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    result = run(model_folder, ranking_paths, tmp_path / "out.json", "--dataset", path, "--half", "second")
+    assert result["examples"] == 3
+    assert result["scored_tokens"] == sum(1 + i + 1 for i in (3, 4, 5))  # a space before each answer
+    templates = ["--prompt_template", "Q {question} A", "--target_template", "{answer}!"]
+    other = run(model_folder, ranking_paths, tmp_path / "out.json", "--dataset", path, *templates)
+    assert other["scored_tokens"] == sum(i + 1 + 1 for i in range(6))
+
+
+def test_without_dense_there_is_nothing_to_compare_to(model_folder, ranking_paths, windows, tmp_path):
+    row = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, "--method", "partinfer")["rows"][0]
+    assert row["kl_to_dense"] is row["excess_nll"] is row["top1_agreement_ci"] is None
+    assert row["nll"] > 0
+
+
+def test_windows_follow_one_another_and_the_sample_is_seeded(model_folder, text_file):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    source = Source(str(text_file), prefill_tokens=24, scored_tokens=8)
+    examples = read_examples(source, tokenizer, 256)
+    tokens = tokenizer.encode(text_file.read_text(encoding="utf-8"))
+    assert sum((e.context + e.target for e in examples), []) == tokens[: len(examples) * 32]
+    samples = [
+        read_examples(Source(str(text_file), prefill_tokens=24, scored_tokens=8, limit=5, seed=seed), tokenizer, 256)
+        for seed in (0, 0, 1)
+    ]
+    assert samples[0] == samples[1] != samples[2]
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ({"half": "third"}, "half must be one of"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"prompt_template": "{question}"}, "needs target_template"),
+    ],
+)
+def test_bad_sources_are_told(source, message):
+    with pytest.raises(PartInferError, match=message):
+        Source("x.txt", **source)
+
+
+def test_unreadable_sources_are_told(model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    short = tmp_path / "short.txt"
+    short.write_text("too short", encoding="utf-8")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"a": 1}\n', encoding="utf-8")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"a": \n', encoding="utf-8")
+    for path, message in (
+        (short, "gives no example"),
+        (rows, "does not fit the templates"),
+        (broken, "is not JSON lines"),
+        (tmp_path / "nothing.txt", "no data set at"),
+    ):
+        with pytest.raises(PartInferError, match=message):
+            read_examples(Source(str(path)), tokenizer, 256)
+
+
+def test_the_bootstrap_interval_covers_the_mean_at_its_rate():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        sample = generator.normal(1.0, 1.0, size=60)
+        low, high = Bootstrap(60, 400, seed).ratio_interval(sample, np.ones(60))
+        covered += low <= 1.0 <= high
+    assert 0.88 < covered / 200 < 0.99
+
+
+@pytest.mark.parametrize("flags", [["--method", "fancy"], ["--sparsity", "a"], ["--batch_size", "0"], ["--half", "x"]])
+def test_wrong_usage_ends_with_2(model_folder, text_file, flags):
+    with pytest.raises(SystemExit) as ended:
+        main(["--model_name", str(model_folder), "--dataset", str(text_file), *flags])
+    assert ended.value.code == 2

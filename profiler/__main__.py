@@ -1,0 +1,49 @@
+"""`python -m profiler COMMAND`: dispatches to profiler/commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from transformers_patches.errors import PartInferError
+
+COMMANDS = ("run", "merge", "rank", "random", "convert", "show", "compare")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiler", description="Find out which FFN neurons of a model matter for a task."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"profiler.commands.{name}")
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 1 failed, 130 interrupted (2, wrong usage, is argparse's)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.main(arguments)
+    except PartInferError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run again with --resume to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""One batch through the model: greedy continuation, then one pass in which the activations are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from profiler.statistics import ActivationStatistics
+from transformers_patches.families import ffn_spec
+
+
+class Collector:
+    """Adds the activations of batches of token sequences to ActivationStatistics.
+
+    The continuation is generated first; then prompt and continuation go through the model in one padded-right pass
+    whose down projections are watched. So every token is counted once, the last generated one too, and, since a
+    token only sees what is before it, neither padding nor the rest of the batch has an influence.
+
+    max_new_tokens: greedily generated tokens per sequence, up to and with the first end token; 0: prompts only.
+    """
+
+    def __init__(self, model: PreTrainedModel, statistics: ActivationStatistics, max_new_tokens: int) -> None:
+        self.model, self.statistics, self.max_new_tokens = model.eval(), statistics, max_new_tokens
+        self._spec = ffn_spec(model.config)
+        self._end_ids = end_token_ids(model)
+        self._counted: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def observe(self, batch: list[list[int]]) -> int:
+        """Add a batch to the pending statistics; returns how many tokens were counted."""
+        if self.max_new_tokens:
+            batch = self._with_continuations(batch)
+        inputs, mask = pad(batch, self.model.device, left=False)
+        self._counted = None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
+        with self._watched():
+            # The body alone: logits are not needed. No mask: padding is on the right, and attention is causal.
+            self.model.base_model(input_ids=inputs, use_cache=False)
+        return int(mask.sum())
+
+    def _with_continuations(self, batch: list[list[int]]) -> list[list[int]]:
+        inputs, mask = pad(batch, self.model.device, left=True)
+        output = generate(self.model, inputs, mask, self.max_new_tokens, do_sample=False)
+        return [ids + until_end(new, self._end_ids) for ids, new in zip(batch, output, strict=True)]
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        handles = [
+            self._spec.down_projection(self.model, layer).register_forward_pre_hook(self._hook(layer))
+            for layer in range(self.statistics.num_layers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: int):
+        def count(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+            h = args[0].reshape(-1, args[0].shape[-1])  # [B*T, N]; OPT's is already
+            if self._counted is not None:
+                h = h.index_select(0, self._counted.to(h.device))
+            self.statistics.observe(layer, h)
+
+        return count
+
+
+def generate(
+    model: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, *, do_sample: bool
+) -> list[list[int]]:
+    """Continue a left-padded batch: lists of new ids, padded after the end token. Sampling is plain, temperature 1.
+
+    The model's own generation settings (penalties, temperature, …) are not used, except for its end tokens.
+    """
+    ends = end_token_ids(model)
+    model.generation_config = GenerationConfig(
+        do_sample=do_sample,
+        top_k=0 if do_sample else None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+    )
+    output = model.generate(inputs, attention_mask=mask)
+    return output[:, inputs.shape[1] :].tolist()
+
+
+def end_token_ids(model: PreTrainedModel) -> set[int]:
+    """The ids that end a text, from the generation settings or else the model's config."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = model.config.eos_token_id
+    if ends is None:
+        return set()
+    return {ends} if isinstance(ends, int) else set(ends)
+
+
+def until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """The ids up to and with the first end token."""
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[: place + 1]
+    return ids
+
+
+def pad(batch: list[list[int]], device: torch.device, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids [B, T] filled up with 0 on one side, and the mask [B, T] of what is real (int64)."""
+    width = max(len(ids) for ids in batch)
+    rows, masks = [], []
+    for ids in batch:
+        filler = [0] * (width - len(ids))
+        real = [1] * len(ids)
+        rows.append(filler + ids if left else ids + filler)
+        masks.append(filler + real if left else real + filler)
+    return torch.tensor(rows, device=device), torch.tensor(masks, device=device)

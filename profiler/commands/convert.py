@@ -1,0 +1,42 @@
+"""`convert`: the original's JSON to the project's format and back."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from profiler.placement import checkpoint_fingerprint
+from transformers_patches.errors import PartInferError
+from transformers_patches.neuron_file import NeuronFile
+
+HELP = "convert a neuron file between the original's JSON and the project's format, by the names' endings"
+EXAMPLES = """examples:
+  python -m profiler convert qa.json qa.safetensors --checkpoint_path models/Llama-3.2-3B
+  python -m profiler convert qa.safetensors qa.json
+
+JSON holds the ranking only: scores, statistics and where they came from are lost on the way to it.
+"""
+ENDINGS = (".json", ".safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", type=Path, help="neuron file, .json or .safetensors")
+    parser.add_argument("output", type=Path, help="neuron file, .json or .safetensors")
+    parser.add_argument(
+        "--checkpoint_path", type=Path, help="check that the file fits this model, and note the model in the output"
+    )
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.output.suffix not in ENDINGS:
+        raise PartInferError(f"{arguments.output}: expected a name that ends in {' or '.join(ENDINGS)}")
+    file = NeuronFile.load(arguments.input)
+    if arguments.checkpoint_path:
+        config, fingerprint = checkpoint_fingerprint(arguments.checkpoint_path)
+        name = arguments.checkpoint_path.resolve().name
+        file.check_fits(config, fingerprint, name)
+        model = {"model_name": name, "model_type": config.model_type, "fingerprint": fingerprint}
+        file = replace(file, metadata={**file.metadata, **model})
+    file.save(arguments.output)
+    print(f"{arguments.output}: {file.num_layers} layers of {file.intermediate_size} neurons")

@@ -1,0 +1,51 @@
+"""`random`: the baseline, a seeded permutation of every layer's neurons."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from profiler.commands.run import DEMO_MODEL, NEURON_FILES
+from profiler.placement import checkpoint_fingerprint
+from transformers_patches.families import ffn_spec
+from transformers_patches.neuron_file import NeuronFile
+
+HELP = "write a random ranking, the baseline"
+EXAMPLES = """examples:
+  python -m profiler random --seed 0
+  python -m profiler random --checkpoint_path models/Qwen2.5-Coder-1.5B-Instruct --output random.safetensors
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
+    parser.add_argument("--output", type=Path, help="neuron file (neuron_files/<model>/random.safetensors)")
+    parser.add_argument("--seed", type=int, default=0, help="other seeds, other permutations (0)")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    config, fingerprint = checkpoint_fingerprint(arguments.checkpoint_path)
+    name = arguments.checkpoint_path.resolve().name
+    ranking = random_ranking(config.num_hidden_layers, ffn_spec(config).intermediate_size(config), arguments.seed)
+    metadata = {
+        "model_name": name,
+        "model_type": config.model_type,
+        "fingerprint": fingerprint,
+        "dataset": "none",
+        "task_type": "random",
+        "score": "random",
+        "seed": str(arguments.seed),
+        "tokens": "0",
+        "texts": "0",
+    }
+    output = arguments.output or NEURON_FILES / name / "random.safetensors"
+    NeuronFile(ranking, metadata=metadata).save(output)
+    print(f"{output}: {ranking.shape[0]} layers of {ranking.shape[1]} neurons in random order, seed {arguments.seed}")
+
+
+def random_ranking(num_layers: int, intermediate_size: int, seed: int) -> torch.Tensor:
+    """int32 [layers, N], each row a permutation; the same for the same seed on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(intermediate_size, generator=generator) for _ in range(num_layers)]).int()

@@ -1,0 +1,26 @@
+"""`rank`: another ranking from statistics that are already there."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from profiler.ranking import SCORES, rank
+from transformers_patches.neuron_file import NeuronFile
+
+HELP = "rank again by another score, from a neuron file's statistics, without the model"
+EXAMPLES = """examples:
+  python -m profiler rank qa.safetensors --score std_down --output qa_std_down.safetensors
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="neuron file with statistics")
+    parser.add_argument("--score", choices=SCORES, required=True, help="what the ranking goes by")
+    parser.add_argument("--output", type=Path, required=True, help="the new neuron file; may be the same")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    file = NeuronFile.load(arguments.file)
+    rank(file.statistics, arguments.score, file.metadata, file.source).save(arguments.output)
+    print(f"{arguments.output}: ranked by {arguments.score}")

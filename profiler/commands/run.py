@@ -1,0 +1,269 @@
+"""`run`: texts -> statistics -> neuron file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from profiler.collect import Collector
+from profiler.own_texts import OwnTexts
+from profiler.placement import ProfiledModel, load_for_profiling
+from profiler.profile import ProfilingRun
+from profiler.ranking import SCORES, down_norms, rank
+from profiler.sequences import Encoder, Window, windows
+from profiler.statistics import ActivationStatistics
+from profiler.store import CheckpointFile, Progress, exclusive, interrupts_deferred
+from profiler.templates import TASK_TYPES, TEXT
+from profiler.texts import BUILTIN, HUB_DATASETS, SELF, ResolvedSource, TextSource
+from transformers_patches.config import DTYPES
+from transformers_patches.errors import PartInferError
+from transformers_patches.families import ffn_spec
+from transformers_patches.fingerprint import fingerprint_of_model
+from transformers_patches.neuron_file import NeuronFile
+
+HELP = "profile a model on texts and write a neuron file"
+EXAMPLES = """examples:
+  python -m profiler run --dataset builtin --task_type QA --max_new_tokens 32 --output my_qa.safetensors
+  python -m profiler run --dataset questions.jsonl --task_type QA --text_field question --limit 500
+  python -m profiler run --dataset pairs.csv --template "Translate to English: {german}" --output own.safetensors
+  python -m profiler run --dataset book.txt --task_type text --max_new_tokens 0
+  python -m profiler run --dataset truthfulqa/truthful_qa --dataset_config generation
+  python -m profiler run --dataset self --task_type QA --limit 200
+  accelerate launch --num_processes 2 -m profiler run --dataset xsum --limit 1000 --resume
+"""
+DEMO_MODEL = Path("models/SmolLM2-135M-Instruct")
+NEURON_FILES = Path("neuron_files")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    texts = parser.add_argument_group("texts")
+    texts.add_argument(
+        "--dataset",
+        default=BUILTIN,
+        help=f"a .jsonl, .csv or .txt file; a folder that download.py saved; a hub data set (mapped already: "
+        f"{', '.join(HUB_DATASETS)}); {BUILTIN}: texts that come with the project; {SELF}: the model writes its own "
+        f"by sampling ({BUILTIN})",
+    )
+    texts.add_argument("--dataset_config", help="configuration of a hub data set")
+    texts.add_argument("--dataset_split", help="split of a hub or saved data set (train, or as the mapping says)")
+    texts.add_argument("--task_type", choices=TASK_TYPES, help="whose template is put around the texts (text: none)")
+    texts.add_argument(
+        "--text_field", help="the field of a record that is the text, such as question or translation.de"
+    )
+    texts.add_argument("--template", help="instead of the task's template; names fields of the record: 'Q: {question}'")
+    texts.add_argument("--chat_template", action="store_true", help="wrap texts in the model's chat template")
+    texts.add_argument("--skip", type=_count, default=0, help="texts left out at the beginning (0)")
+    texts.add_argument("--limit", type=_positive, help="texts to profile (all; needed with --dataset self)")
+    texts.add_argument("--max_length", type=_positive, default=512, help="tokens of a text; the rest is cut off (512)")
+    texts.add_argument("--max_new_tokens", type=_count, default=128, help="greedy tokens after a text; 0: none (128)")
+    texts.add_argument("--seed", type=int, default=0, help="of the sampling of --dataset self (0)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
+    model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as the checkpoint says")
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: all GPUs if there are any")
+    model.add_argument(
+        "--batch_size", type=_positive, default=8, help="texts at a time; no influence on the result (8)"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, help="neuron file (neuron_files/<model>/<task>.safetensors)")
+    output.add_argument("--score", choices=SCORES, default="mean_abs", help="what the ranking goes by (mean_abs)")
+    output.add_argument("--checkpoint_every", type=_positive, default=256, help="texts between checkpoints (256)")
+    output.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run, if any")
+    output.add_argument("--overwrite", action="store_true", help="replace the output; start again")
+    output.add_argument("--json", action="store_true", help="print the summary as a JSON object")
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    source = TextSource(
+        arguments.dataset,
+        arguments.task_type,
+        arguments.dataset_config,
+        arguments.dataset_split,
+        arguments.text_field,
+        arguments.template,
+    ).resolve()
+    own = source.dataset == SELF
+    if own and (arguments.limit is None or arguments.max_new_tokens == 0 or arguments.skip):
+        raise PartInferError("--dataset self needs --limit and --max_new_tokens above 0, and no --skip")
+    output = arguments.output or default_output(arguments.checkpoint_path, source.task_type)
+    # a state that says it is alone asks nothing of the launcher; more processes come with `accelerate launch`
+    processes = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    if not processes.is_main_process:
+        profile(arguments, source, output, processes)
+        return
+    with exclusive(output):
+        if _already_there(arguments, output):
+            _report(arguments, NeuronFile.load(output), output)
+            return
+        _report(arguments, profile(arguments, source, output, processes), output)
+
+
+def default_output(checkpoint_path: Path, task_type: str) -> Path:
+    """neuron_files/<model>/<task>.safetensors, where the runner looks."""
+    name = {"QA": "qa", "Summarize": "summarize"}.get(task_type, task_type)
+    return NEURON_FILES / checkpoint_path.resolve().name / f"{name}.safetensors"
+
+
+def _already_there(arguments: argparse.Namespace, output: Path) -> bool:
+    """Whether --resume has nothing left to do; PartInferError where something would be lost without being asked."""
+    checkpoint = CheckpointFile(output)
+    if arguments.overwrite:
+        checkpoint.remove()
+        return False
+    if checkpoint.exists():
+        if arguments.resume:
+            return False
+        raise PartInferError(
+            f"{checkpoint.path} is left of an interrupted run: go on with --resume, or start again with --overwrite"
+        )
+    if not output.exists():
+        return False
+    if arguments.resume:
+        return True
+    raise PartInferError(f"{output} is there already: replace it with --overwrite, or give another --output")
+
+
+def profile(
+    arguments: argparse.Namespace, source: ResolvedSource, output: Path, processes: PartialState
+) -> NeuronFile | None:
+    """Run the model over the texts; the main process writes and returns the neuron file, others return None."""
+    own = source.dataset == SELF
+    device = f"cuda:{processes.local_process_index}" if _shares_gpus(arguments, processes) else arguments.device
+    loaded = load_for_profiling(
+        arguments.checkpoint_path,
+        device,
+        arguments.dtype,
+        arguments.batch_size,
+        arguments.max_length + arguments.max_new_tokens,
+    )
+    config = loaded.model.config
+    statistics = ActivationStatistics(config.num_hidden_layers, ffn_spec(config).intermediate_size(config))
+    collector = Collector(loaded.model, statistics, 0 if own else arguments.max_new_tokens)
+    settings = _settings(arguments, source, loaded, processes)
+    run = ProfilingRun(
+        collector=collector,
+        windows=_window_source(arguments, source, loaded, processes),
+        batch_size=arguments.batch_size,
+        checkpoint=CheckpointFile(output),
+        settings=settings,
+        processes=processes,
+        describe=loaded.tokenizer.decode,
+        total=arguments.limit,
+        quiet=arguments.quiet,
+    )
+    run.run(resume=_resumes(run, arguments))
+    if not processes.is_main_process:
+        return None
+    counted = {"tokens": str(statistics.tokens), "texts": str(run.progress.texts)}
+    named = {name: str(value) for name, value in settings.items() if value is not None}
+    metadata = {**named, **counted, "datasets": "1", "texts_sha256": run.progress.digest}
+    neurons = rank({**statistics.means(), "down_norm": down_norms(loaded.model)}, arguments.score, metadata)
+    with interrupts_deferred():
+        neurons.save(output)
+        run.checkpoint.remove()
+    return neurons
+
+
+def _shares_gpus(arguments: argparse.Namespace, processes: PartialState) -> bool:
+    return processes.num_processes > 1 and processes.device.type == "cuda" and arguments.device in ("auto", "cuda")
+
+
+def _resumes(run: ProfilingRun, arguments: argparse.Namespace) -> bool:
+    return arguments.resume and run.checkpoint.exists()
+
+
+def _window_source(
+    arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel, processes: PartialState
+):
+    """What gives the run its windows; their size is a multiple of the batch size."""
+    size = -(-arguments.checkpoint_every // arguments.batch_size) * arguments.batch_size
+    if source.dataset == SELF:
+        own = OwnTexts(
+            loaded.model,
+            loaded.tokenizer,
+            prefix=source.template.prefix(),
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            processes=processes,
+        )
+
+        def own_windows(done: Progress) -> Iterator[Window]:
+            rest = own.sequences(done.windows * size)
+            return windows(rest, size, limit=arguments.limit, done=done.windows, digest=done.digest)
+
+        return own_windows
+
+    encoder = Encoder(
+        loaded.tokenizer,
+        arguments.max_length,
+        chat_template=arguments.chat_template,
+        split=source.task_type == TEXT,
+    )
+
+    def read_windows(done: Progress) -> Iterator[Window]:
+        return windows(encoder.sequences(source.prompts()), size, arguments.skip, arguments.limit)
+
+    return read_windows
+
+
+def _settings(
+    arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel, processes: PartialState
+) -> dict:
+    """All that decides the result: what a resumed run must have in common, and the neuron file's metadata."""
+    model = loaded.model
+    return {
+        "model_name": loaded.name,
+        "model_type": model.config.model_type,
+        "fingerprint": fingerprint_of_model(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "dataset": Path(source.dataset).name if Path(source.dataset).exists() else source.dataset,
+        "dataset_config": source.config,
+        "dataset_split": source.split,
+        "task_type": source.task_type,
+        "template": source.template.template,
+        "fields": source.template.fields,
+        "chat_template": arguments.chat_template,
+        "skip": arguments.skip,
+        "limit": arguments.limit,
+        "max_length": arguments.max_length,
+        "max_new_tokens": arguments.max_new_tokens,
+        "seed": arguments.seed if source.dataset == SELF else None,
+        "batch_size": arguments.batch_size,
+        "checkpoint_every": arguments.checkpoint_every,
+        "processes": processes.num_processes,
+    }
+
+
+def _report(arguments: argparse.Namespace, neurons: NeuronFile | None, output: Path) -> None:
+    data = neurons.metadata
+    if arguments.json:
+        print(json.dumps({"output": os.fspath(output), **data}))
+        return
+    print(
+        f"{output}: {neurons.num_layers} layers of {neurons.intermediate_size} neurons ranked by {data['score']} "
+        f"over {data['tokens']} tokens of {data['texts']} texts ({data['dataset']}, {data['task_type']})"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text}")
+    return value

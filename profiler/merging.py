@@ -1,0 +1,50 @@
+"""Task groups and model neurons: the mean of several data sets' per-token means."""
+
+from __future__ import annotations
+
+import torch
+
+from profiler.ranking import rank
+from transformers_patches.errors import PartInferError
+from transformers_patches.neuron_file import STATISTICS, NeuronFile
+
+
+def merge(files: list[NeuronFile], score: str, task_type: str) -> NeuronFile:
+    """One neuron file from several of the same model; every data set has equal weight, whatever its tokens.
+
+    A file that is itself merged weighs as many times as it has data sets. Raises PartInferError for files without
+    statistics and of different models.
+    """
+    first = files[0]
+    for file in files:
+        _check(file, first)
+    weights = torch.tensor([int(file.metadata.get("datasets", 1)) for file in files], dtype=torch.float64)
+    statistics = {}
+    for name in STATISTICS:
+        values = torch.stack([file.statistics[name].double() for file in files])  # [files, layers, N]
+        statistics[name] = torch.einsum("f,fln->ln", weights / weights.sum(), values).float()
+    shared = {k: v for k, v in first.metadata.items() if k in ("model_name", "model_type", "fingerprint")}
+    metadata = {
+        **shared,
+        "task_type": task_type,
+        "dataset": " + ".join(file.metadata.get("dataset", file.source) for file in files),
+        "datasets": str(int(weights.sum())),
+        "tokens": str(sum(file.tokens for file in files)),
+        "texts": str(sum(int(file.metadata.get("texts", 0)) for file in files)),
+    }
+    return rank(statistics, score, metadata)
+
+
+def _check(file: NeuronFile, first: NeuronFile) -> None:
+    missing = [name for name in STATISTICS if name not in file.statistics]
+    if missing:
+        raise PartInferError(
+            f"{file.source} has no statistics ({', '.join(missing)}): only files made by python -m profiler run or merge "
+            "can be merged"
+        )
+    ours, theirs = ((f.ranking.shape, f.metadata.get("fingerprint")) for f in (first, file))
+    if ours != theirs:
+        raise PartInferError(
+            f"{file.source} was made from {file.metadata.get('model_name', 'another model')}, "
+            f"{first.source} from {first.metadata.get('model_name', 'another model')}: merge files of one model"
+        )

@@ -1,0 +1,55 @@
+"""Texts that the model writes itself, by sampling: calibration without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from profiler.collect import end_token_ids, generate, until_end
+
+
+class OwnTexts:
+    """Sampled token sequences; text i is the same whatever was sampled before it.
+
+    prefix: what every text begins with, such as `Question:`; without one, a begin-of-text token (or the end token,
+    or token 0, whichever the tokenizer has). max_new_tokens: sampled tokens per text. Batches are dealt to the
+    processes of `accelerate launch` and collected again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prefix: str,
+        max_new_tokens: int,
+        batch_size: int,
+        seed: int,
+        processes: PartialState,
+    ) -> None:
+        self.model, self.batch_size, self.seed, self.processes = model, batch_size, seed, processes
+        self.max_new_tokens = max_new_tokens
+        start = tokenizer(prefix)["input_ids"] if prefix else []
+        self.start = start or [next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)]
+
+    def sequences(self, first: int = 0) -> Iterator[list[int]]:
+        """Texts without end, from text `first` on, a multiple of the batch size."""
+        batch = first // self.batch_size
+        while True:
+            mine = self._sample(batch + self.processes.process_index)
+            yield from gather_object(mine) if self.processes.num_processes > 1 else mine
+            batch += self.processes.num_processes
+
+    @torch.inference_mode()
+    def _sample(self, batch: int) -> list[list[int]]:
+        inputs = torch.tensor([self.start] * self.batch_size, device=self.model.device)
+        cuda = list(range(torch.cuda.device_count()))
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(self.seed * 1_000_003 + batch)
+            sampled = generate(self.model, inputs, torch.ones_like(inputs), self.max_new_tokens, do_sample=True)
+        ends = end_token_ids(self.model)
+        return [self.start + until_end(ids, ends) for ids in sampled]

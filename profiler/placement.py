@@ -1,0 +1,144 @@
+"""Loading a model for profiling where it fits, and refusing it before anything is loaded where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from transformers_patches.checkpoint import Checkpoint
+from transformers_patches.errors import PartInferError
+from transformers_patches.families import ffn_spec
+from transformers_patches.fingerprint import fingerprint
+from transformers_patches.loading import read_config, resolve_device
+
+AUTO = "auto"  # spread over all GPUs, and the CPU if those are not enough
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that profiling will take: the weights, and one batch with the statistics."""
+
+    weights: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.batch
+
+    def __str__(self) -> str:
+        return f"{_gib(self.total)} (weights {_gib(self.weights)}, one batch and statistics {_gib(self.batch)})"
+
+
+def estimate_memory(config: PretrainedConfig, dtype: torch.dtype, batch_size: int, tokens: int) -> Estimate:
+    """The memory of a run with batches of `batch_size` sequences of `tokens` tokens.
+
+    Weights exactly, from the model's shape. A batch roughly: hidden states and FFN activations of one layer with
+    their float32 copies, keys and values of all layers, logits of one step; twice six float64 sums per neuron.
+    """
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    size, layers = ffn_spec(config).intermediate_size(config), config.num_hidden_layers
+    element = torch.empty(0, dtype=dtype).element_size()
+    keys = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = (3 * element + 12) * size + 8 * element * config.hidden_size + 2 * element * layers * keys * head
+    batch = batch_size * (tokens * per_token + 4 * config.vocab_size) + 2 * 6 * 8 * layers * size
+    return Estimate(weights, batch)
+
+
+def choose_placement(estimate: Estimate, device: torch.device, free_gpus: list[int], free_cpu: int) -> str:
+    """Where the model goes: `cpu`, `cuda:0` (or the named GPU), or AUTO over several devices.
+
+    free_gpus, free_cpu: free bytes. Raises PartInferError, with the estimate, if it fits nowhere.
+    """
+    if device.type != "cuda":
+        if estimate.total > free_cpu:
+            raise PartInferError(_too_large(estimate, f"{_gib(free_cpu)} of memory"))
+        return str(device)
+    place = device.index or 0
+    if estimate.total <= free_gpus[place]:
+        return f"cuda:{place}"
+    if estimate.total <= sum(free_gpus) + free_cpu:
+        return AUTO
+    free = f"{_gib(sum(free_gpus))} on {len(free_gpus)} GPUs and {_gib(free_cpu)} of memory"
+    raise PartInferError(_too_large(estimate, free))
+
+
+def _too_large(estimate: Estimate, free: str) -> str:
+    return (
+        f"profiling needs about {estimate}, but {free} is free: "
+        "lower --batch_size or --max_length, use --dtype bfloat16, a larger machine, or a smaller model"
+    )
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can still be taken, within the control group's limit if there is one."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+    except OSError:  # not Linux, or no such controller
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+@dataclass
+class ProfiledModel:
+    """A model and its tokenizer, ready to profile; `name` is its folder's."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_for_profiling(folder: str | Path, device: str, dtype: str, batch_size: int, tokens: int) -> ProfiledModel:
+    """Load a checkpoint folder as plain transformers does, after checking that it fits. No network.
+
+    device: auto, cpu, cuda, cuda:1; dtype: auto or a torch dtype's name; batch_size, tokens: the largest batch.
+    """
+    config = read_config(folder)
+    ffn_spec(config)  # an unknown architecture is refused here
+    _check_length(config, tokens)
+    torch_dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    where = resolve_device(device)
+    gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())] if where.type == "cuda" else []
+    placement = choose_placement(estimate_memory(config, torch_dtype, batch_size, tokens), where, gpus, free_memory())
+    Checkpoint(folder)  # complete, or a clear error
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, device_map=placement, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return ProfiledModel(Path(folder).resolve().name, model.eval(), tokenizer)
+
+
+def _check_length(config: PretrainedConfig, tokens: int) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise PartInferError(
+            f"--max_length and --max_new_tokens make {tokens} tokens, the model has positions for {longest}: lower them"
+        )
+
+
+def checkpoint_fingerprint(folder: str | Path) -> tuple[PretrainedConfig, str]:
+    """Config and fingerprint of a checkpoint folder; reads four small tensors, not the model."""
+    config = read_config(folder)
+    checkpoint = Checkpoint(folder)
+    stored = checkpoint.names()
+
+    def read(name: str) -> torch.Tensor:
+        name = name if name in stored else name.removeprefix("model.")  # files of a bare decoder lack the prefix
+        if name not in stored:
+            raise KeyError(name)
+        values = torch.empty(checkpoint.shape(name))
+        checkpoint.read_into(name, values)
+        return values
+
+    return config, fingerprint(config, read)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

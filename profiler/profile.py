@@ -1,0 +1,136 @@
+"""A profiling run: windows of texts through the model, checkpoints on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
+from tqdm import tqdm
+
+from profiler.collect import Collector
+from profiler.sequences import Sequence, Window
+from profiler.statistics import ActivationStatistics, NonFiniteActivation
+from profiler.store import CheckpointFile, Progress, interrupts_deferred
+from transformers_patches.errors import PartInferError
+
+# What gives the windows of a source, from the first or, if the source can begin there, from Progress.windows on.
+WindowSource = Callable[[Progress], Iterator[Window]]
+
+
+@dataclass
+class ProfilingRun:
+    """Counts the activations of a source's texts, going on from a checkpoint if asked to.
+
+    settings: all that decides the result, kept in the checkpoint; describe: token ids -> text, for messages;
+    total: number of texts if known, for the progress bar. Several processes take the batches in turn and add up their
+    sums at the end of every window, so the order of additions does not depend on where a run was interrupted.
+    """
+
+    collector: Collector
+    windows: WindowSource
+    batch_size: int
+    checkpoint: CheckpointFile
+    settings: dict
+    processes: PartialState
+    describe: Callable[[list[int]], str]
+    total: int | None = None
+    quiet: bool = False
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def statistics(self) -> ActivationStatistics:
+        return self.collector.statistics
+
+    def run(self, *, resume: bool) -> None:
+        """Process every text that is left; the totals are then in the main process's statistics.
+
+        Raises PartInferError for NaN or Inf, naming layer and text, for a source that changed since the checkpoint and
+        for one without texts. On Ctrl-C a single process saves a checkpoint; with several the last window's stays.
+        """
+        if resume:
+            self._restore()
+        try:
+            self._process_windows()
+        except KeyboardInterrupt:
+            if self.processes.num_processes == 1 and self.progress.texts:
+                with interrupts_deferred():
+                    self.statistics.discard()
+                    self._save()
+            raise
+        if not self.progress.texts:
+            raise PartInferError("there are no texts: check --dataset, --skip and --limit")
+
+    def _process_windows(self) -> None:
+        done = self.progress
+        hidden = self.quiet or not self.processes.is_main_process
+        with tqdm(total=self.total, initial=done.texts, unit=" texts", desc="profiling", disable=hidden) as bar:
+            for window in self.windows(done):
+                if window.index >= done.windows:
+                    self._process(window, bar)
+                elif window.index == done.windows - 1 and window.digest != done.digest:
+                    raise PartInferError(
+                        "the texts have changed since the run was interrupted: start again with --overwrite"
+                    )
+
+    def _process(self, window: Window, bar: tqdm) -> None:
+        for number, batch in enumerate(window.batches(self.batch_size)):
+            if number < self.progress.batches:
+                continue  # done before the run was interrupted
+            mine = number % self.processes.num_processes == self.processes.process_index
+            tokens = self.collector.observe([sequence.ids for sequence in batch]) if mine else 0
+            with interrupts_deferred():
+                if mine:
+                    self._commit(batch, tokens)
+                self.progress = self.progress.after_batch(len(batch))
+            bar.update(len(batch))
+        with interrupts_deferred():
+            self._add_up_processes()
+            self.progress = self.progress.after_window(window.digest)
+            self._save()
+
+    def _commit(self, batch: list[Sequence], tokens: int) -> None:
+        try:
+            self.statistics.commit(tokens)
+        except NonFiniteActivation as error:
+            layer, text = self._blame(batch, error.layer)
+            raise PartInferError(
+                f"NaN or Inf among the activations of layer {layer}, {text}: "
+                "use --dtype float32, or leave the text out; nothing was written for this batch"
+            ) from None
+
+    def _blame(self, batch: list[Sequence], layer: int) -> tuple[int, str]:
+        """Which text of a batch it was: each goes through the model alone."""
+        for sequence in batch:
+            self.statistics.discard()
+            self.collector.observe([sequence.ids])
+            try:
+                self.statistics.check_pending()
+            except NonFiniteActivation as error:
+                return error.layer, f"text {sequence.number} (from 0), {self.describe(sequence.ids)[:60]!r}"
+        numbers = ", ".join(str(sequence.number) for sequence in batch)
+        return layer, f"only when texts {numbers} (from 0) are in one batch"
+
+    def _add_up_processes(self) -> None:
+        """Move the sums of all processes to the main one."""
+        if self.processes.num_processes == 1:
+            return
+        device = self.processes.device
+        sums = reduce(self.statistics.sums().to(device), "sum").cpu()
+        tokens = int(reduce(torch.tensor(self.statistics.tokens, device=device), "sum"))
+        main = self.processes.is_main_process
+        self.statistics.restore(sums if main else torch.zeros_like(sums), tokens if main else 0)
+
+    def _save(self) -> None:
+        if self.processes.is_main_process:
+            statistics = self.statistics
+            self.checkpoint.save(self.progress, statistics.sums(), statistics.tokens, self.settings)
+
+    def _restore(self) -> None:
+        if self.processes.is_main_process:
+            self.progress, sums, tokens = self.checkpoint.load(self.settings)
+            self.statistics.restore(sums, tokens)
+        if self.processes.num_processes > 1:
+            self.progress = broadcast_object_list([self.progress])[0]

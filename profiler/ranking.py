@@ -1,0 +1,62 @@
+"""Statistics -> score -> ranking."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.families import ffn_spec
+from transformers_patches.neuron_file import NeuronFile, ranking_from_scores
+
+WEIGHTED = "_down"  # suffix of the scores that are weighted with the norm of the neuron's down column
+SCORES = ("mean_abs", "rms", "griffin", "mean_abs_down", "rms_down", "griffin_down", "std_down")
+
+
+def score_neurons(statistics: dict[str, torch.Tensor], score: str, source: str = "the statistics") -> torch.Tensor:
+    """The score of every neuron: float32 [layers, N].
+
+    mean_abs: mean |h|, the original's. rms: root of mean h^2. griffin: root of mean (h / ||h||_2)^2, the statistic of
+    GRIFFIN (arXiv 2404.01365). std: standard deviation of h. With `_down`, times ||W_down[:, i]||_2, the size of what the neuron writes. Raises PartInferError for an
+    unknown score and for statistics that are not there.
+    """
+    if score not in SCORES:
+        raise PartInferError(f"unknown score {score!r}: expected one of {', '.join(SCORES)}")
+
+    def get(name: str) -> torch.Tensor:
+        if name not in statistics:
+            raise PartInferError(
+                f"{source} has no statistic {name!r}, which score {score} needs: profile again with python -m profiler run"
+            )
+        return statistics[name].double()
+
+    plain = score.removesuffix(WEIGHTED)
+    if plain == "mean_abs":
+        values = get("mean_abs")
+    elif plain == "rms":
+        values = get("mean_sq").sqrt()
+    elif plain == "griffin":
+        values = get("normalized_mean_sq").sqrt()
+    else:
+        values = (get("mean_sq") - get("mean").square()).clamp(min=0).sqrt()
+    if score.endswith(WEIGHTED):
+        values = values * get("down_norm")
+    return values.float()
+
+
+def rank(
+    statistics: dict[str, torch.Tensor], score: str, metadata: dict[str, str], source: str = "the statistics"
+) -> NeuronFile:
+    """The neuron file of a score: ranking, scores, and all the statistics it can be derived from again."""
+    scores = score_neurons(statistics, score, source)
+    return NeuronFile(ranking_from_scores(scores), scores, dict(statistics), {**metadata, "score": score})
+
+
+def down_norms(model: nn.Module) -> torch.Tensor:
+    """||W_down[:, i]||_2 of every neuron: float32 [layers, N] on the CPU. Needs the weights in memory."""
+    spec = ffn_spec(model.config)
+    norms = []
+    for layer in range(model.config.num_hidden_layers):
+        weight = spec.down_projection(model, layer).weight.detach()  # [H, N]
+        norms.append(torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).cpu())
+    return torch.stack(norms)

@@ -1,0 +1,121 @@
+"""What keeps a run safe on disk: its lock, its checkpoint, and interrupts that wait until a step is complete."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.files import save_tensors_atomic
+
+FORMAT = "partinfer-profiler-checkpoint"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: whole windows, batches of the window after those, and the texts in all of them.
+
+    digest: of the texts of the windows that are done.
+    """
+
+    windows: int = 0
+    batches: int = 0
+    texts: int = 0
+    digest: str = ""
+
+    def after_batch(self, texts: int) -> Progress:
+        return replace(self, batches=self.batches + 1, texts=self.texts + texts)
+
+    def after_window(self, digest: str) -> Progress:
+        return replace(self, windows=self.windows + 1, batches=0, digest=digest)
+
+
+class CheckpointFile:
+    """The state of an unfinished run, beside its output: `<output>.checkpoint`."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output.with_name(f"{output.name}.checkpoint")
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def save(self, progress: Progress, sums: torch.Tensor, tokens: int, settings: dict) -> None:
+        """Replace the checkpoint. sums: float64 [layers, 6, N] over `tokens`; settings: what decides the result."""
+        metadata = {
+            "format": FORMAT,
+            "progress": json.dumps(vars(progress)),
+            "tokens": str(tokens),
+            "settings": json.dumps(settings),
+        }
+        save_tensors_atomic(self.path, {"sums": sums}, metadata)
+
+    def load(self, settings: dict) -> tuple[Progress, torch.Tensor, int]:
+        """Progress, sums and tokens; PartInferError if the checkpoint is damaged or from a run with other settings."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata, sums = file.metadata() or {}, file.get_tensor("sums").clone()
+        except (SafetensorError, OSError) as error:
+            raise PartInferError(f"{self.path} can't be read: {error}; start again with --overwrite") from None
+        if metadata.get("format") != FORMAT:
+            raise PartInferError(f"{self.path} is not a checkpoint of the profiler; start again with --overwrite")
+        theirs = json.loads(metadata["settings"])
+        for name in sorted(settings.keys() | theirs.keys()):
+            if settings.get(name) != theirs.get(name):
+                raise PartInferError(
+                    f"the unfinished run had {name} {theirs.get(name)!r}, this one has {settings.get(name)!r}: "
+                    "use the same arguments with --resume, or start again with --overwrite"
+                )
+        return Progress(**json.loads(metadata["progress"])), sums, int(metadata["tokens"])
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Hold the lock of an output file; PartInferError if another run holds it. A killed run's lock is free again."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise PartInferError(f"another run is writing {output}: wait for it, or give another --output") from None
+    try:
+        _remove_leftovers(output)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still held; who opened it meanwhile sees that it is gone
+        lock.release()
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Temporary files of a run that was killed while it wrote."""
+    for path in output.parent.glob(f".{output.name}.*"):
+        if not path.name.endswith(".lock"):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C take effect only at the end of the block, so that what is inside is done wholly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt

@@ -1,0 +1,106 @@
+"""How a record of a data set becomes the text of a task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers_patches.errors import PartInferError
+
+LANGUAGES = {"de": "German", "ro": "Romanian", "fr": "French", "en": "English"}
+TEXT = "text"  # language modelling: no template, long documents are cut in pieces
+TASK_TEMPLATES = {
+    "QA": "Question: {text}\nAnswer: ",
+    "Summarize": "Summarize the following document:\n{text}",
+    **{
+        f"translate_{source}_{target}": f"{LANGUAGES[source]} phrase: {{text}}\n{LANGUAGES[target]} phrase: "
+        for source, target in (("de", "en"), ("ro", "en"), ("fr", "en"), ("en", "fr"))
+    },
+    TEXT: "{text}",
+}
+TASK_TYPES = tuple(TASK_TEMPLATES)
+
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text for the model. `suffix` is its end that must stay when the text is cut to a length."""
+
+    text: str
+    suffix: str = ""
+
+
+class Template:
+    """Fills a task's template from records.
+
+    task_type: one of TASK_TYPES; fields: what stands for {text}, itself a template over the record's fields, such as
+    `{context}\\n{question}` or `{translation.de}`; None: the first of the task's usual fields that a record has;
+    template: replaces the task's template, and may name fields of the record.
+    """
+
+    def __init__(self, task_type: str, fields: str | None = None, template: str | None = None) -> None:
+        self.task_type, self.fields = task_type, fields
+        self.template = TASK_TEMPLATES[task_type] if template is None else template
+        names = _PLACEHOLDER.findall(self.template)
+        if not names:
+            raise PartInferError(
+                f"the template {self.template!r} names no field: write for example 'Question: {{text}}'"
+            )
+        self._needs_text = "text" in names
+        self.suffix = self.template[self.template.rindex("}") + 1 :]
+
+    def fill(self, record: Mapping, where: str) -> Prompt:
+        """The prompt of a record; PartInferError, naming `where`, if a field is missing."""
+        values = dict(record)
+        if self._needs_text:
+            fields = self.fields or self._usual_fields(record, where)
+            values["text"] = substitute(fields, record, where).strip()
+        return Prompt(substitute(self.template, values, where), self.suffix)
+
+    def prefix(self) -> str:
+        """The template up to its first field, for a model that writes its own texts."""
+        return self.template[: self.template.index("{")].rstrip(" ")
+
+    def _usual_fields(self, record: Mapping, where: str) -> str:
+        for fields in usual_fields(self.task_type):
+            if all(_lookup(record, name) is not None for name in _PLACEHOLDER.findall(fields)):
+                return fields
+        raise PartInferError(
+            f"{where} has none of the usual fields of {self.task_type}; it has {', '.join(record)}: "
+            "name one with --text_field"
+        )
+
+
+def usual_fields(task_type: str) -> tuple[str, ...]:
+    """Where records of a task keep their text, in the order in which they are tried."""
+    if task_type == "QA":
+        return ("{context}\n{question}", "{question}", "{goal}", "{text}")
+    if task_type == "Summarize":
+        return ("{document}", "{article}", "{dialogue}", "{text}")
+    if task_type.startswith("translate_"):
+        source = task_type.split("_")[1]
+        return (f"{{translation.{source}}}", f"{{{source}}}", "{text}")
+    return ("{text}",)
+
+
+def substitute(template: str, record: Mapping, where: str) -> str:
+    """Replace {name} and {name.inner} by the record's values; other braces stay as they are."""
+
+    def value(match: re.Match) -> str:
+        found = _lookup(record, match.group(1))
+        if found is None:
+            raise PartInferError(f"{where} has no field {match.group(1)!r}; it has {', '.join(map(str, record))}")
+        return str(found)
+
+    return _PLACEHOLDER.sub(value, template)
+
+
+def _lookup(record: Mapping, path: str) -> object | None:
+    found: object = record
+    for part in path.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return None
+        found = found[part]
+    return found

@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Run a model with a part of its FFN neurons: answer a prompt, chat, or run the predefined prompts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from downloads.catalog import model_folder
+from transformers_patches import VERSION, cli
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.neuron_lookup import TASK_TYPES, find_neuron_files
+
+DEMO_MODEL = "smollm2-135m"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Without options: the demo model answers a predefined question.",
+    )
+    add = parser.add_argument
+    add("--version", action="version", version=f"PartInfer {VERSION}")
+    add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_name", default=DEMO_MODEL, help=f"short name or hub id ({DEMO_MODEL})")
+    model.add_argument("--checkpoint_path", help="the model's folder (models/<name>, where download.py puts it)")
+    model.add_argument("--cpu_only", action="store_true", help="the same as --device cpu")
+    model.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice)")
+    PartInferConfig.add_arguments(parser)
+    add("--mask_filepath", metavar="FILE", help="write the load plan that was used, as JSON")
+    task = parser.add_argument_group("what to do")
+    task.add_argument("--function", choices=("normal", "chat", "predefined_prompts"), default="normal")
+    task.add_argument("--task_type", choices=TASK_TYPES, default="QA")
+    task.add_argument("--prompt", help="the text; - reads standard input (a predefined prompt)")
+    task.add_argument("--num_fewshot", type=int, help="worked examples before the prompt (0; 3 for base models)")
+    task.add_argument("--system_prompt", help="what the model is told first")
+    task.add_argument("--no_chat_template", action="store_true", help="treat the model as a base model")
+    choice = parser.add_argument_group("generation")
+    choice.add_argument("--num_tokens_to_generate", type=int, default=128, help="at most (128)")
+    choice.add_argument("--sampling-method", "--sampling_method", choices=("greedy", "top-p"), default="greedy")
+    choice.add_argument("--temperature", type=float, default=1.0, help="of top-p sampling (1.0)")
+    choice.add_argument("--top_p", type=float, default=0.9, help="of top-p sampling (0.9)")
+    choice.add_argument("--top_k", type=int, default=0, help="of top-p sampling, 0: no limit (0)")
+    choice.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
+    choice.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    out.add_argument("--quiet", action="store_true", help="the text only")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = cli.parse_with_config(parser, argv)
+    try:
+        settings = _settings(arguments)
+    except PartInferError as error:
+        parser.error(str(error))
+    # heavy imports only now: --help and wrong usage answer at once
+    from transformers_patches.running import Runner, generation_options
+
+    try:
+        options = generation_options(arguments)
+    except PartInferError as error:
+        parser.error(str(error))
+    folder = _checkpoint_folder(arguments)
+    settings = _with_neuron_files(settings, folder, arguments)
+    runner = Runner(folder, settings, options, arguments)
+    if arguments.mask_filepath:
+        runner.loaded.plan.save(arguments.mask_filepath)
+    interrupted = getattr(runner, arguments.function)()
+    if arguments.json:
+        print(json.dumps(runner.report(), ensure_ascii=False))
+    return cli.INTERRUPTED if interrupted else cli.DONE
+
+
+def _settings(arguments: argparse.Namespace) -> PartInferConfig:
+    if arguments.cpu_only:
+        if arguments.device not in (None, "auto", "cpu"):
+            raise PartInferError(f"--cpu_only contradicts --device {arguments.device}: leave one of them out")
+        arguments.device = "cpu"
+    if arguments.threads is not None and arguments.threads < 1:
+        raise PartInferError(f"threads must be at least 1, got {arguments.threads}")
+    return PartInferConfig.from_arguments(arguments)
+
+
+def _checkpoint_folder(arguments: argparse.Namespace) -> Path:
+    """Where the model is; PartInferError with the command that fetches it if it is not there."""
+    folder = Path(arguments.checkpoint_path or model_folder(arguments.model_name))
+    if not folder.exists():
+        raise PartInferError(
+            f"no model at {folder}: fetch it with python download.py --model_name {arguments.model_name}"
+        )
+    return folder
+
+
+def _with_neuron_files(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
+    """Fill in the neuron files that the settings need and do not name."""
+    if settings.dataset_neurons_filepath or settings.model_neurons_filepath or not settings.needs_neuron_files:
+        return settings
+    found = find_neuron_files(folder.resolve().name, arguments.task_type)
+    if not arguments.quiet:
+        named = ", ".join(str(path.name) for path in (found.dataset, found.model) if path)
+        print(f"neuron files: {named} for {folder.name}", file=sys.stderr)
+    return dataclasses.replace(
+        settings,
+        dataset_neurons_filepath=found.dataset and str(found.dataset),
+        model_neurons_filepath=found.model and str(found.model),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

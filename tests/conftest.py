@@ -31,7 +31,7 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "initializer_range": 0.4,  # activations far from each other, so that selections are clear
+    "initializer_range": 0.2,  # activations far from each other, so that selections are clear
 }
 _OPT = {k: v for k, v in _COMMON.items() if k not in ("num_key_value_heads", "head_dim", "initializer_range")}
 FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
@@ -44,7 +44,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "gemma": ("gemma", _COMMON),
     "gemma2": ("gemma2", _COMMON),
     "gemma3": ("gemma3_text", _COMMON),
-    "opt": ("opt", {**_OPT, "ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN, "init_std": 0.4}),
+    "opt": ("opt", {**_OPT, "ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN, "init_std": 0.2}),
 }
 FAMILIES = list(FAMILY_CONFIGS)
 
@@ -54,10 +54,12 @@ def make_tiny_checkpoint(folder: Path, family: str, **save_options) -> Path:
     model_type, options = FAMILY_CONFIGS[family]
     torch.manual_seed(FAMILIES.index(family))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options), dtype=torch.float32)
+    norm_center = 0.0 if model_type.startswith("gemma") else 1.0  # Gemma's norms add 1 to their weights
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.1 + (0.0 if name.endswith("bias") else 1.0))
+                center = 0.0 if name.endswith("bias") else norm_center
+                parameter.copy_(torch.randn_like(parameter) * 0.1 + center)
     model.save_pretrained(folder, **save_options)
     return folder
 

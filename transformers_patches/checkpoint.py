@@ -7,6 +7,7 @@ read opens its file, copies what it needs, and closes it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,14 +31,17 @@ class Checkpoint:
         self.folder = Path(folder)
         self.bytes_read = 0
         self._files = self._find_files()
-        self._sizes: dict[str, int] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], int]] = {}
 
     def _find_files(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: self.folder / shard for name, shard in shards.items()}
+            try:
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = {name: self.folder / shard for name, shard in shards.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise PartInferError(f"{index} can't be read (truncated?): {error}; fetch the model again") from None
             missing = sorted({str(path) for path in files.values() if not path.is_file()})
             if missing:
                 raise PartInferError(f"{index} names {missing[0]}, which is not there: fetch the model again")
@@ -63,16 +67,25 @@ class Checkpoint:
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(self._files[name]) as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._header(name)[0]
 
     def nbytes(self, name: str) -> int:
         """Size of a tensor in the file."""
-        if name not in self._sizes:
-            with self._open(self._files[name]) as file:
-                part = file.get_slice(name)
-                self._sizes[name] = _element_size(part.get_dtype()) * torch.Size(part.get_shape()).numel()
-        return self._sizes[name]
+        return self._header(name)[1]
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], int]:
+        """(shape, bytes) of a tensor; a file is opened once for all of its tensors."""
+        if name not in self._headers:
+            path = self._files[name]
+            with self._open(path) as file:
+                for stored in file.keys():  # noqa: SIM118
+                    if self._files.get(stored) == path:
+                        part = file.get_slice(stored)
+                        shape = tuple(part.get_shape())
+                        self._headers[stored] = (shape, _element_size(part.get_dtype()) * math.prod(shape))
+            if name not in self._headers:
+                raise PartInferError(f"{path} lacks {name}, which the index says it has: fetch the model again")
+        return self._headers[name]
 
     def total_bytes(self) -> int:
         """Size of all tensors."""

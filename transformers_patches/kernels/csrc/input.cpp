@@ -1,0 +1,56 @@
+#include "input.h"
+
+#include <cstring>
+
+namespace partinfer {
+namespace {
+
+int64_t groups_of(int64_t hidden) { return (hidden + GROUP - 1) / GROUP; }
+int64_t q_stride_of(int64_t hidden) { return groups_of(hidden) * GROUP + 2 * PAD; }
+int64_t scale_stride_of(int64_t hidden) { return groups_of(hidden) + PAD; }
+int64_t offset_stride_of(int64_t hidden) { return groups_of(hidden) * GROUP / 4 + PAD; }
+
+}  // namespace
+
+size_t input_bytes(int64_t tokens, int64_t hidden) {
+  return Scratch::padded(size_t(tokens * hidden) * sizeof(float)) + Scratch::padded(size_t(tokens * q_stride_of(hidden))) +
+         Scratch::padded(size_t(tokens * scale_stride_of(hidden)) * sizeof(float)) +
+         Scratch::padded(size_t(tokens * offset_stride_of(hidden)) * sizeof(int32_t));
+}
+
+Input prepare(const Kernels& kernels, Type weights, const char* x, Type x_type, int64_t first, int64_t tokens,
+              int64_t hidden, Scratch& scratch) {
+  Input input;
+  input.tokens = tokens;
+  input.hidden = hidden;
+  const char* start = x + first * hidden * element_size(x_type);
+  if (weights == Type::BF16 && x_type == Type::BF16 && *kernels.bf16_input) {
+    input.bf16 = reinterpret_cast<const bf16_t*>(start);
+    return input;
+  }
+  if (x_type == Type::F32) {
+    input.f32 = reinterpret_cast<const float*>(start);
+  } else {
+    float* wide = scratch.take<float>(tokens * hidden);
+    kernels.widen(x_type, start, tokens * hidden, wide);
+    input.f32 = wide;
+  }
+  if (weights != Type::Q8 && weights != Type::Q4) return input;
+  input.q_stride = q_stride_of(hidden);
+  input.scale_stride = scale_stride_of(hidden);
+  input.offset_stride = offset_stride_of(hidden);
+  // Zeroed, because kernels read whole vectors past the last group.
+  int8_t* q = scratch.take<int8_t>(tokens * input.q_stride);
+  float* scales = scratch.take<float>(tokens * input.scale_stride);
+  int32_t* offsets = scratch.take<int32_t>(tokens * input.offset_stride);
+  std::memset(q, 0, size_t(tokens * input.q_stride));
+  std::memset(scales, 0, size_t(tokens * input.scale_stride) * sizeof(float));
+  std::memset(offsets, 0, size_t(tokens * input.offset_stride) * sizeof(int32_t));
+  kernels.prepare_quant(weights, input.f32, tokens, hidden, input, q, scales, offsets);
+  input.q = q;
+  input.scales = scales;
+  input.offsets = offsets;
+  return input;
+}
+
+}  // namespace partinfer

@@ -1,0 +1,46 @@
+// Matrix-vector products over a range of rows, for any kind of rows (float_rows.h, quant_rows.h).
+#pragma once
+
+#include "ffn_loop.h"
+
+namespace partinfer {
+namespace PARTINFER_ISA {
+
+inline void linear_rows_of(const LinearTask& task, int64_t position, RowRef* rows) {
+  for (int i = 0; i < DOT_ROWS; ++i)
+    rows[i] = row_at(task.weight, row_number(task.rows, smaller(position + i, task.rows.end - 1)));
+}
+
+template <class Products>
+struct LinearGroup {
+  const LinearTask& task;
+  const RowRef *rows, *next;
+  int64_t position;
+  template <int T>
+  void operator()(int64_t first) const {
+    float products[DOT_ROWS][T];
+    Products::template dot<DOT_ROWS, T>(rows, next, task.x, first, products);
+    const int64_t count = smaller(DOT_ROWS, task.rows.end - position);
+    for (int64_t i = 0; i < count; ++i) {
+      const float bias = task.bias.data == nullptr ? 0.0f : element(task.bias, row_number(task.rows, position + i));
+      for (int64_t t = 0; t < T; ++t)
+        store_element(task.out, task.out_type, (first + t) * task.out_stride + position + i, products[i][t] + bias);
+    }
+  }
+};
+
+template <class Products>
+inline void linear(const LinearTask& task) {
+  RowRef rows[DOT_ROWS], next[DOT_ROWS];
+  if (task.rows.begin >= task.rows.end) return;
+  linear_rows_of(task, task.rows.begin, rows);
+  for (int64_t position = task.rows.begin; position < task.rows.end; position += DOT_ROWS) {
+    linear_rows_of(task, smaller(position + DOT_ROWS, task.rows.end - 1), next);
+    Products::prefetch_scales(next, DOT_ROWS, task.weight.row_scales);
+    token_blocks(task.x.tokens, LinearGroup<Products>{task, rows, next, position});
+    __builtin_memcpy(rows, next, sizeof(rows));
+  }
+}
+
+}  // namespace PARTINFER_ISA
+}  // namespace partinfer

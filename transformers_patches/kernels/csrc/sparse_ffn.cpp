@@ -1,0 +1,75 @@
+// The FFN with float32, bfloat16 and float16 weights.
+#include "ffn_loop.h"
+#include "float_rows.h"
+#include "variants.h"
+
+namespace partinfer {
+namespace PARTINFER_ISA {
+
+void ffn_float(const FfnTask& task) {
+  switch (task.type) {
+    case Type::F32:
+      return ffn<FloatRows<float, float>>(task);
+    case Type::F16:
+      return ffn<FloatRows<f16_t, float>>(task);
+    default:
+#ifdef PARTINFER_BF16_DOT
+      if (task.x.bf16 != nullptr) return ffn<FloatRows<bf16_t, bf16_t>>(task);
+#endif
+      return ffn<FloatRows<bf16_t, float>>(task);
+  }
+}
+
+template <class T>
+inline void widen_all(const T* values, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(out + i, load(values + i));
+  for (; i < count; ++i) out[i] = to_float(values[i]);
+}
+
+void widen(Type from, const char* values, int64_t count, float* out) {
+  switch (from) {
+    case Type::BF16:
+      return widen_all(reinterpret_cast<const bf16_t*>(values), count, out);
+    case Type::F16:
+      return widen_all(reinterpret_cast<const f16_t*>(values), count, out);
+    default:
+      return widen_all(reinterpret_cast<const float*>(values), count, out);
+  }
+}
+
+#ifdef PARTINFER_BF16_DOT
+extern const bool bf16_input = true;
+#else
+extern const bool bf16_input = false;
+#endif
+
+template <class Out>
+inline void finish(const FinishTask& task) {
+  for (int64_t t = 0; t < task.tokens; ++t) {
+    Out* out = reinterpret_cast<Out*>(task.out) + t * task.hidden;
+    for (int64_t j = task.begin; j < task.end; j += LANES) {
+      F total = load(task.y + t * task.y_stride + j);
+      for (int64_t thread = 1; thread < task.threads; ++thread)
+        total = add(total, load(task.y + thread * task.thread_stride + t * task.y_stride + j));
+      if (j + LANES <= task.end)
+        store(out + j, total);
+      else
+        store_tail(out + j, total, task.end - j);
+    }
+  }
+}
+
+void finish_float(const FinishTask& task) {
+  switch (task.out_type) {
+    case Type::BF16:
+      return finish<bf16_t>(task);
+    case Type::F16:
+      return finish<f16_t>(task);
+    default:
+      return finish<float>(task);
+  }
+}
+
+}  // namespace PARTINFER_ISA
+}  // namespace partinfer

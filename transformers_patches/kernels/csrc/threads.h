@@ -1,0 +1,52 @@
+// Shares one call out over the threads of torch's OpenMP pool.
+#pragma once
+
+#include "types.h"
+
+namespace partinfer {
+
+struct ActiveRows {
+  int64_t prefix = 0;
+  const int32_t* index = nullptr;  // [count]
+  int64_t count = 0;
+};
+
+// x [tokens, hidden] -> out [tokens, hidden] of x's type.
+struct FfnCall {
+  Type type = Type::F32;
+  Matrix gate, up, down;
+  Vector gate_bias, up_bias;
+  Activation activation = Activation::SILU;
+  ActiveRows rows;
+  const char* x = nullptr;
+  Type x_type = Type::F32;
+  int64_t tokens = 0, hidden = 0;
+  char* out = nullptr;
+};
+
+// x [tokens, hidden] -> out [tokens, rows] of x's type.
+struct LinearCall {
+  Type type = Type::F32;
+  Matrix weight;
+  Vector bias;
+  int64_t rows = 0;
+  const char* x = nullptr;
+  Type x_type = Type::F32;
+  int64_t tokens = 0, hidden = 0;
+  char* out = nullptr;
+};
+
+// For one token: keep the candidates whose |up·x| * size is largest, compute only those.
+struct ByUpCall {
+  FfnCall ffn;
+  const float* size = nullptr;  // [rows of the weights]
+  int64_t keep = -1;            // how many; below 0: all with |up·x| * size > threshold
+  float threshold = 0.0f;
+};
+
+void run_ffn(const Kernels& kernels, const FfnCall& call, int threads);
+void run_linear(const Kernels& kernels, const LinearCall& call, int threads);
+// Returns the number of neurons computed.
+int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads);
+
+}  // namespace partinfer

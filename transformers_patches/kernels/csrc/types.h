@@ -1,0 +1,111 @@
+// What the drivers (threads.cpp) and the per-instruction-set kernels say to each other. Plain structs, no C++ library:
+// inline functions of the standard library compiled with AVX-512 flags could be picked by the linker for every caller.
+#pragma once
+
+#include <cstdint>
+
+namespace partinfer {
+
+enum class Type : int32_t { F32, BF16, F16, Q8, Q4 };
+enum class Activation : int32_t { SILU, GELU, GELU_TANH, RELU };
+
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+constexpr int64_t GROUP = 32;       // columns that share one scale
+constexpr int64_t MAX_TOKENS = 8;   // tokens per kernel call; the drivers split longer inputs
+constexpr int64_t PAD = 64;         // every buffer that kernels read may be read this many elements past its end
+
+// A weight of `rows` neuron-major rows. `scales` is only there for the quantised types: float16 [rows, H / 32].
+struct Matrix {
+  const char* data = nullptr;
+  const uint16_t* scales = nullptr;
+  int64_t row_bytes = 0;
+  int64_t row_scales = 0;
+};
+
+// A vector in one of the float types, read element by element (biases).
+struct Vector {
+  const char* data = nullptr;
+  Type type = Type::F32;
+};
+
+// The input [tokens, H], prepared once per call for the weights' type.
+struct Input {
+  int64_t tokens = 0;
+  int64_t hidden = 0;
+  const float* f32 = nullptr;     // [tokens, hidden]; float weights
+  const bf16_t* bf16 = nullptr;   // [tokens, hidden] if the caller's input is bfloat16, else null
+  const int8_t* q = nullptr;      // [tokens, q_stride] int8 of groups of 32; for Q4 first all low halves, then all high
+  const float* scales = nullptr;  // [tokens, scale_stride]
+  const int32_t* offsets = nullptr;  // [tokens, offset_stride]: what unsigned weights add too much, per 4 weight bytes
+  int64_t q_stride = 0, scale_stride = 0, offset_stride = 0;
+};
+
+// Positions [begin, end) of the active set: position p is row p below `prefix`, else row index[p - prefix].
+struct Rows {
+  int64_t prefix = 0;
+  const int32_t* index = nullptr;
+  int64_t begin = 0, end = 0;
+};
+
+// y[t] += sum over the positions of act(gate·x + bias) * (up·x + bias) * down, all of one thread.
+struct FfnTask {
+  Type type = Type::F32;
+  Matrix gate, up, down;  // up.data is null for the plain FFN (gate is fc1, down is fc2 transposed)
+  Vector gate_bias, up_bias;
+  Activation activation = Activation::SILU;
+  Rows rows;
+  Input x;
+  const float* up_values = nullptr;  // [position]: up·x already known (one token); then `up` is not read
+  float* y = nullptr;                // [tokens, y_stride], in the kernel's own column order
+  int64_t y_stride = 0;
+};
+
+// out[t, p] = weight[row of p]·x[t] + bias[row of p]
+struct LinearTask {
+  Type type = Type::F32;
+  Matrix weight;
+  Vector bias;
+  Rows rows;
+  Input x;
+  char* out = nullptr;  // [tokens, out_stride] of out_type
+  Type out_type = Type::F32;
+  int64_t out_stride = 0;
+};
+
+// out[t, j] = sum over the threads of their y, columns [begin, end) (multiples of COLUMN_BLOCK, or the end).
+struct FinishTask {
+  Type type = Type::F32;
+  const float* y = nullptr;
+  int64_t threads = 1, thread_stride = 0, y_stride = 0;
+  int64_t tokens = 0, hidden = 0, begin = 0, end = 0;
+  char* out = nullptr;  // [tokens, hidden]
+  Type out_type = Type::F32;
+};
+
+constexpr int64_t COLUMN_BLOCK = 128;  // columns are reordered only inside blocks of this many
+
+// One instruction set's kernels. Single-threaded; threads.cpp shares the work out.
+struct Kernels {
+  const char* name;
+  void (*ffn_float)(const FfnTask&);
+  void (*linear_float)(const LinearTask&);
+  void (*finish_float)(const FinishTask&);
+  void (*widen)(Type from, const char* values, int64_t count, float* out);
+  const bool* bf16_input;  // whether bfloat16 weights are multiplied with a raw bfloat16 input
+  void (*ffn_quant)(const FfnTask&);
+  void (*linear_quant)(const LinearTask&);
+  void (*finish_quant)(const FinishTask&);
+  // x [tokens, hidden] -> int8, scales and offsets, in the strides of `layout`.
+  void (*prepare_quant)(Type weights, const float* x, int64_t tokens, int64_t hidden, const Input& layout, int8_t* q,
+                        float* scales, int32_t* offsets);
+};
+
+static inline int64_t element_size(Type type) { return type == Type::F32 ? 4 : 2; }
+
+}  // namespace partinfer

@@ -1,0 +1,30 @@
+// The entry points that every variant compiles, declared in its own namespace.
+#pragma once
+
+#include "types.h"
+
+#define PARTINFER_DECLARE_FLOAT(isa)       \
+  namespace partinfer {                    \
+  namespace isa {                          \
+  void ffn_float(const FfnTask&);          \
+  void linear_float(const LinearTask&);    \
+  void finish_float(const FinishTask&);    \
+  void widen(Type, const char*, int64_t, float*); \
+  extern const bool bf16_input;            \
+  }                                        \
+  }
+
+#define PARTINFER_DECLARE_QUANT(isa)                                        \
+  namespace partinfer {                                                     \
+  namespace isa {                                                           \
+  void ffn_quant(const FfnTask&);                                           \
+  void linear_quant(const LinearTask&);                                     \
+  void finish_quant(const FinishTask&);                                     \
+  void prepare_quant(Type, const float*, int64_t, int64_t, const Input&, int8_t*, float*, int32_t*); \
+  }                                                                         \
+  }
+
+#ifdef PARTINFER_ISA
+PARTINFER_DECLARE_FLOAT(PARTINFER_ISA)
+PARTINFER_DECLARE_QUANT(PARTINFER_ISA)
+#endif

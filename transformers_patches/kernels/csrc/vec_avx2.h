@@ -1,0 +1,86 @@
+// AVX2 with FMA and F16C.
+#pragma once
+
+constexpr int LANES = 8;
+constexpr int MAX_ACCUMULATORS = 8;
+
+struct F {
+  __m256 v;
+};
+
+inline F zero() { return {_mm256_setzero_ps()}; }
+inline F set1(float a) { return {_mm256_set1_ps(a)}; }
+inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline F load(const bf16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline F load(const f16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+inline void store(f16_t* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(bf16_t* p, F a) {
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, a.v);
+  for (int i = 0; i < 8; ++i) p[i] = to_bf16(lanes[i]);
+}
+inline F add(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F mul(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(F a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+constexpr int BYTES = 32;
+constexpr int32_t S8_OFFSET = 0;
+
+struct I8 {
+  __m256i v;
+};
+struct I32 {
+  __m256i v;
+};
+
+inline I8 load_bytes(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+inline I32 load_i32(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline I8 low_nibbles(I8 a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
+inline I8 high_nibbles(I8 a) { return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))}; }
+inline I32 dot_u4(I32 acc, I8 w, I8 x) {
+  const __m256i pairs = _mm256_maddubs_epi16(w.v, x.v);
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+// |w| * (x with w's sign): pairs stay below 2^15 because x is within -127 … 127.
+inline I32 dot_s8(I32 acc, I8 w, I8 x) {
+  return dot_u4(acc, I8{_mm256_abs_epi8(w.v)}, I8{_mm256_sign_epi8(x.v, w.v)});
+}
+inline F to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
+
+template <int GROUP_BYTES>
+inline __m256i spread_bits(const void* p) {
+  const float* values = static_cast<const float*>(p);
+  if constexpr (GROUP_BYTES == 32) return _mm256_castps_si256(_mm256_broadcast_ss(values));
+  return _mm256_castps_si256(_mm256_set_m128(_mm_broadcast_ss(values + 1), _mm_broadcast_ss(values)));
+}
+template <int GROUP_BYTES>
+inline F spread(const float* p) {
+  return {_mm256_castsi256_ps(spread_bits<GROUP_BYTES>(p))};
+}
+template <int GROUP_BYTES>
+inline I32 spread(const int32_t* p) {
+  return {spread_bits<GROUP_BYTES>(p)};
+}
+template <int GROUP_BYTES>
+inline I8 spread_bytes(const int32_t* p) {
+  return {spread_bits<GROUP_BYTES>(p)};
+}
+inline void interleave4(const I8 (&r)[4], I8 (&out)[4]) {
+  const __m256i low01 = _mm256_unpacklo_epi8(r[0].v, r[1].v), high01 = _mm256_unpackhi_epi8(r[0].v, r[1].v);
+  const __m256i low23 = _mm256_unpacklo_epi8(r[2].v, r[3].v), high23 = _mm256_unpackhi_epi8(r[2].v, r[3].v);
+  out[0].v = _mm256_unpacklo_epi16(low01, low23);
+  out[1].v = _mm256_unpackhi_epi16(low01, low23);
+  out[2].v = _mm256_unpacklo_epi16(high01, high23);
+  out[3].v = _mm256_unpackhi_epi16(high01, high23);
+}

@@ -1,0 +1,112 @@
+// AVX-512 F, BW, DQ, VL; with AVX512_BF16 and AVX512_VNNI where the compiler was told that they are there.
+#pragma once
+
+constexpr int LANES = 16;
+constexpr int MAX_ACCUMULATORS = 16;
+
+struct F {
+  __m512 v;
+};
+
+inline F zero() { return {_mm512_setzero_ps()}; }
+inline F set1(float a) { return {_mm512_set1_ps(a)}; }
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F load(const bf16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline F load(const f16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline void store(f16_t* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(bf16_t* p, F a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+inline F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
+
+#ifdef __AVX512BF16__
+// 32 bfloat16 at once, products exact and summed in float32.
+#define PARTINFER_BF16_DOT 1
+struct BF {
+  __m512bh v;
+};
+inline BF load_pairs(const bf16_t* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+inline F dot_pairs(BF a, BF b, F c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
+#endif
+
+constexpr int BYTES = 64;
+
+struct I8 {
+  __m512i v;
+};
+struct I32 {
+  __m512i v;
+};
+
+inline I8 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline I8 low_nibbles(I8 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
+inline I8 high_nibbles(I8 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+#ifdef __AVX512VNNI__
+// vpdpbusd wants one unsigned factor: weights go in as w + 128, and the accumulator starts at -128 * sum(x).
+constexpr int32_t S8_OFFSET = 128;
+inline I32 dot_s8(I32 acc, I8 w, I8 x) {
+  return {_mm512_dpbusd_epi32(acc.v, _mm512_xor_si512(w.v, _mm512_set1_epi8(-128)), x.v)};
+}
+inline I32 dot_u4(I32 acc, I8 w, I8 x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
+#else
+constexpr int32_t S8_OFFSET = 0;
+inline I32 dot_u4(I32 acc, I8 w, I8 x) {
+  const __m512i pairs = _mm512_maddubs_epi16(w.v, x.v);
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+}
+inline I32 dot_s8(I32 acc, I8 w, I8 x) {
+  const __m512i signed_x = _mm512_mask_sub_epi8(x.v, _mm512_movepi8_mask(w.v), _mm512_setzero_si512(), x.v);
+  return dot_u4(acc, I8{_mm512_abs_epi8(w.v)}, I8{signed_x});
+}
+#endif
+inline F to_float(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+// One value per group of GROUP_BYTES weight bytes -> the lanes that the group's bytes sum into.
+template <int GROUP_BYTES>
+inline __m512i spread_bits(const void* p) {
+  if constexpr (GROUP_BYTES == 32) {
+    long long two;
+    __builtin_memcpy(&two, p, 8);
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    return _mm512_castps_si512(_mm512_permutevar_ps(_mm512_castsi512_ps(_mm512_set1_epi64(two)), lanes));
+  } else {
+    const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)));
+    return _mm512_castps_si512(_mm512_permutevar_ps(four, lanes));
+  }
+}
+template <int GROUP_BYTES>
+inline F spread(const float* p) {
+  return {_mm512_castsi512_ps(spread_bits<GROUP_BYTES>(p))};
+}
+template <int GROUP_BYTES>
+inline I32 spread(const int32_t* p) {
+  return {spread_bits<GROUP_BYTES>(p)};
+}
+template <int GROUP_BYTES>
+inline I8 spread_bytes(const int32_t* p) {
+  return {spread_bits<GROUP_BYTES>(p)};
+}
+// Bytes of four rows side by side: lane i of quarter q of out[k] holds column 16 q + 4 k + i of the rows.
+inline void interleave4(const I8 (&r)[4], I8 (&out)[4]) {
+  const __m512i low01 = _mm512_unpacklo_epi8(r[0].v, r[1].v), high01 = _mm512_unpackhi_epi8(r[0].v, r[1].v);
+  const __m512i low23 = _mm512_unpacklo_epi8(r[2].v, r[3].v), high23 = _mm512_unpackhi_epi8(r[2].v, r[3].v);
+  out[0].v = _mm512_unpacklo_epi16(low01, low23);
+  out[1].v = _mm512_unpackhi_epi16(low01, low23);
+  out[2].v = _mm512_unpacklo_epi16(high01, high23);
+  out[3].v = _mm512_unpackhi_epi16(high01, high23);
+}

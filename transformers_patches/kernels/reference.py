@@ -1,0 +1,102 @@
+"""What the native kernels compute, in plain PyTorch: the path without a compiler, and what tests compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transformers_patches.kernels.quantization import QuantizedTensor, dequantize
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+Weight = Tensor | QuantizedTensor
+
+
+def rows_of(weight: Weight, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    """Some rows of a float or quantised weight as floats."""
+    if isinstance(weight, QuantizedTensor):
+        return dequantize(weight.rows(rows), dtype)
+    return weight[rows]
+
+
+def _dtype_of(weight: Weight, x: Tensor) -> torch.dtype:
+    return x.dtype if isinstance(weight, QuantizedTensor) else weight.dtype
+
+
+def _active_parts(prefix: int, index: Tensor | None) -> list[slice | Tensor]:
+    """The prefix as a slice, so that nothing is copied, and the list as indices."""
+    parts: list[slice | Tensor] = [slice(0, prefix)] if prefix else []
+    return parts if index is None or index.numel() == 0 else [*parts, index.long()]
+
+
+def sparse_ffn(
+    x: Tensor,
+    gate: Weight,
+    up: Weight | None,
+    down: Weight,
+    prefix: int,
+    index: Tensor | None,
+    activation: str,
+    bias_gate: Tensor | None = None,
+    bias_up: Tensor | None = None,
+) -> Tensor:
+    """Sum over the active neurons i of act(gate_i·x + b) (up_i·x + c) down_i; without `up`, of act(gate_i·x + b) down_i.
+
+    x [..., H]; gate, up, down [L, H], neuron-major; active = the first `prefix` and those in `index`. Out like x.
+    """
+    dtype = _dtype_of(gate, x)
+    inputs, result = x.to(dtype), torch.zeros_like(x, dtype=dtype)
+
+    def product(weight: Weight, bias: Tensor | None, rows: slice | Tensor) -> Tensor:
+        return F.linear(inputs, rows_of(weight, rows, dtype), None if bias is None else bias[rows].to(dtype))
+
+    for rows in _active_parts(prefix, index):
+        h = ACTIVATIONS[activation](product(gate, bias_gate, rows))
+        if up is not None:
+            h = h * product(up, bias_up, rows)
+        result = result + h @ rows_of(down, rows, dtype)
+    return result.to(x.dtype)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x [..., in], weight [out, in], bias [out] -> [..., out]."""
+    dtype = _dtype_of(weight, x)
+    floats = rows_of(weight, slice(None), dtype)
+    return F.linear(x.to(dtype), floats, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def sparse_ffn_by_up(
+    x: Tensor,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    prefix: int,
+    index: Tensor | None,
+    scale: Tensor,
+    keep_count: int | None,
+    threshold: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Per token, only the candidates with the largest |up_i·x| scale_i: out like x, and how many were computed [T]."""
+    dtype = _dtype_of(gate, x)
+    candidates = torch.cat(
+        [torch.arange(prefix), torch.empty(0, dtype=torch.int64) if index is None else index.long()]
+    )
+    out, computed = torch.empty_like(x), []
+    for token, place in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
+        u = rows_of(up, candidates, dtype) @ token.to(dtype)
+        score = u.float().abs() * scale[candidates]
+        kept = score.topk(keep_count).indices if keep_count is not None else (score > threshold).nonzero().squeeze(1)
+        rows = candidates[kept]
+        h = ACTIVATIONS[activation](rows_of(gate, rows, dtype) @ token.to(dtype)) * u[kept]
+        place.copy_(h @ rows_of(down, rows, dtype))
+        computed.append(rows.numel())
+    return out, torch.tensor(computed)

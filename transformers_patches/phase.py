@@ -7,6 +7,7 @@ length first, with `expect_prompt`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -55,14 +56,13 @@ class RequestState:
             self._prompt_length = None
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = kwargs.get("input_ids", args[0] if args else None)
+        # families order their parameters differently: positional arguments get their names first
+        given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs if args else kwargs
+        inputs, cache = given.get("input_ids"), given.get("past_key_values")
         if inputs is None:
-            inputs = kwargs["inputs_embeds"]
-        cache = kwargs.get("past_key_values")
-        if cache is None and len(args) > 3:
-            cache = args[3]
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self.begin_pass(inputs.shape[0], inputs.shape[1], 0 if cache is None else int(cache.get_seq_length()), mask)
+            inputs = given["inputs_embeds"]
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        self.begin_pass(inputs.shape[0], inputs.shape[1], cached, given.get("attention_mask"))
 
     def begin_pass(self, batch: int, tokens: int, cached: int, attention_mask: torch.Tensor | None) -> None:
         """Set the phase for a pass over [batch, tokens] ids with `cached` tokens before them.

@@ -149,18 +149,20 @@ class NaiveMethod:
     def prefill(self, reference: MaskedReference, chunks: list[tuple[torch.Tensor, dict]], cache=None):
         """Run (input_ids, kwargs) of a prompt with the loaded neurons only; the last pass's output.
 
-        Every kwargs holds `attention_mask`, [B, cached + tokens]. Afterwards the masks are those of decoding.
+        Every kwargs holds `attention_mask`, [B, cached + tokens]. Given a cache, the prompt follows the ones before
+        it, and what those marked counts too. Afterwards the masks are those of decoding.
         """
         for layer in self.layers:
             reference.mask(layer, self.loaded(layer))
-        counts = {layer: [[0] * len(self.loaded(layer)) for _ in chunks[0][0]] for layer in self.layers}
+        if cache is None:
+            self.counts = {layer: [[0] * len(self.loaded(layer)) for _ in chunks[0][0]] for layer in self.layers}
         for input_ids, kwargs in chunks:
             reference.seen = {}
             output = reference(input_ids, past_key_values=cache, **kwargs)
             cache = output.past_key_values
             for layer in self.layers:
-                self._count(counts[layer], reference.seen[layer][0], layer, kwargs["attention_mask"])
-        self.selected = {layer: self._select(counts[layer], layer) for layer in self.layers}
+                self._count(self.counts[layer], reference.seen[layer][0], layer, kwargs["attention_mask"])
+        self.selected = {layer: self._select(self.counts[layer], layer) for layer in self.layers}
         for layer in self.layers:
             reference.mask(layer, *self.selected[layer])
         return output

@@ -1,109 +1,31 @@
 """SparseFFN in whole models: equal to plain transformers whose FFN activations are masked to the same neurons."""
 
-from functools import cache
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, random_neuron_file
-from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, naive_count, positions
+from tests.conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS
+from tests.transformers_patches.masked_reference import naive_count
+from tests.transformers_patches.model_passes import (
+    DATASET,
+    METHODS,
+    MODEL,
+    SPARSE,
+    assert_equal_where_real,
+    naive,
+    padded_prompts,
+    passes,
+    run,
+    run_reference,
+    selection_of,
+)
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import ffn_spec
 from transformers_patches.loading import load_model
 from transformers_patches.sparse_ffn import SparseFFN
 
-SPARSE = range(1, 5)
-DATASET, MODEL = random_neuron_file(1), random_neuron_file(2)
-METHODS = {
-    "partinfer": {"method": "partinfer"},
-    "coreinfer": {"method": "coreinfer"},
-    "coreinfer+partial": {"method": "coreinfer", "use_partial_loading": True},
-    "dense+partial": {"method": "dense", "use_partial_loading": True},
-}
 # sequences of these lengths, padded on one side to the longest
 LENGTHS = {"one sequence": [7], "left": [7, 3, 1], "right": [5, 9, 2], "one token": [1]}
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_checkpoints):
-    """loaded(family, method, **settings): each model once, shared by the tests, as by the requests of a program."""
-
-    @cache
-    def load(family: str, method: str, **settings):
-        config = PartInferConfig(**METHODS[method], **settings, start_num=1, end_num=4, dtype="float32", device="cpu")
-        return load_model(tiny_checkpoints[family], config, DATASET, MODEL)
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def references(tiny_checkpoints):
-    return cache(lambda family: MaskedReference(tiny_checkpoints[family]))
-
-
-def naive(method: str, **settings) -> NaiveMethod:
-    options = METHODS[method]
-    partial = method != "coreinfer"
-    return NaiveMethod(options["method"], partial, DATASET.ranking.tolist(), MODEL.ranking.tolist(), SPARSE, **settings)
-
-
-def padded_prompts(lengths: list[int], side: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T] random ids and their attention mask."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = max(lengths)
-    input_ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, length in enumerate(lengths):
-        place = slice(longest - length, longest) if side == "left" else slice(0, length)
-        input_ids[row, place] = torch.randint(3, VOCABULARY, (length,), generator=generator)
-        attention_mask[row, place] = 1
-    return input_ids, attention_mask
-
-
-def passes(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, sizes: list[int], seed: int = 1
-) -> list[tuple[torch.Tensor, dict]]:
-    """The prompt's pass, then passes of `sizes` more random tokens over the cache, as model arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(input_ids)
-    result = [(input_ids, {"attention_mask": attention_mask, "position_ids": positions(attention_mask)})]
-    for size in sizes:
-        attention_mask = torch.cat([attention_mask, torch.ones(batch, size, dtype=torch.int64)], dim=1)
-        more = torch.randint(3, VOCABULARY, (batch, size), generator=generator)
-        result.append((more, {"attention_mask": attention_mask, "position_ids": positions(attention_mask)[:, -size:]}))
-    return result
-
-
-@torch.no_grad()
-def run(model, all_passes: list[tuple[torch.Tensor, dict]]) -> list[torch.Tensor]:
-    """The logits of every pass."""
-    past, logits = None, []
-    for input_ids, kwargs in all_passes:
-        output = model(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs)
-        past = output.past_key_values
-        logits.append(output.logits)
-    return logits
-
-
-def run_reference(reference: MaskedReference, method: NaiveMethod, all_passes) -> list[torch.Tensor]:
-    with reference.fresh():
-        output = method.prefill(reference, all_passes[:1])
-        logits, past = [output.logits], output.past_key_values
-        for input_ids, kwargs in all_passes[1:]:
-            output = reference(input_ids, past_key_values=past, **kwargs)
-            logits.append(output.logits)
-            past = output.past_key_values
-        return logits
-
-
-def assert_equal_where_real(ours: list[torch.Tensor], expected: list[torch.Tensor], prompt_mask: torch.Tensor) -> None:
-    """Max abs difference under 1e-5 at every token that is not padding."""
-    for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
-        difference = (a - b).abs()
-        if number == 0:
-            difference = difference[prompt_mask.bool()]
-        assert difference.max() < 1e-5
 
 
 @pytest.mark.parametrize("padding", LENGTHS)
@@ -118,19 +40,6 @@ def test_equals_the_masked_plain_model(family, method, padding, loaded, referenc
     assert_equal_where_real(run(ours.model, all_passes), expected, attention_mask)
     for layer in SPARSE:
         assert selection_of(ours, layer, len(input_ids)) == formula.selected[layer]
-
-
-def selection_of(ours, layer: int, batch: int) -> list[set[int]]:
-    """The model's neuron indices that decoding computes, per sequence."""
-    module = sparse_layers(ours)[layer]
-    plan = module.plan
-    base = set(plan.neurons[: plan.base_count].tolist())
-    chosen = module.selected if module.selects else [torch.empty(0, dtype=torch.int64)] * batch
-    return [base | set(plan.neurons[index].tolist()) for index in chosen]
-
-
-def sparse_layers(ours) -> dict[int, SparseFFN]:
-    return dict(zip(ours.plan.layers, ours.state.layers, strict=True))
 
 
 def test_the_masks_make_a_difference(references):
@@ -217,9 +126,12 @@ def computed_rows(ours, all_passes) -> list[dict[int, float]]:
     return result
 
 
-@pytest.mark.parametrize("sparsity", [0.4, 0.35, 0.51875])  # 32, 28, and 41.5 neurons, which rounds to 42
-@pytest.mark.parametrize("method", ["partinfer", "coreinfer", "coreinfer+partial"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+# 0.4, 0.35 and 0.51875 of 80 are 32, 28, and 41.5 neurons, which rounds to 42
+@pytest.mark.parametrize(
+    "method, sparsity",
+    [("partinfer", 0.4), ("partinfer", 0.35), ("partinfer", 0.51875), ("coreinfer", 0.4), ("coreinfer+partial", 0.4)],
+)
+@pytest.mark.parametrize("family", ["llama", "opt"])
 def test_exactly_the_planned_neurons_are_computed(family, method, sparsity, loaded):
     ours = loaded(family, method, sparsity=sparsity)
     expected, prefilled = naive_count(sparsity, INTERMEDIATE), INTERMEDIATE if method == "coreinfer" else 56
@@ -258,3 +170,57 @@ def test_decoding_without_a_prompt_is_an_error(loaded):
     ours.state.phase = "decode"
     with pytest.raises(RuntimeError, match="decoding without a prefilled prompt"):
         ours.state.layers[0](torch.zeros(1, 1, HIDDEN))
+
+
+@pytest.fixture
+def moved_rows(monkeypatch):
+    """Stands in for a GPU: every row that goes to it is a copy, and is counted."""
+    moved = []
+
+    def copy(rows, device):
+        moved.append(len(rows["down"]))
+        return {name: weights.clone() for name, weights in rows.items()}
+
+    monkeypatch.setattr(SparseFFN, "_on_device", staticmethod(copy))
+    return moved
+
+
+@pytest.mark.parametrize("family", ["llama-mlp-bias", "opt"])
+@pytest.mark.parametrize("method", ["partinfer", "coreinfer", "coreinfer+partial"])
+def test_with_memory_limit_only_active_neurons_are_moved_once_per_prompt(family, method, tiny_checkpoints, request):
+    config = PartInferConfig(**METHODS[method], start_num=1, end_num=4, dtype="float32", device="cpu")
+    ours = load_model(tiny_checkpoints[family], config, DATASET, MODEL)
+    all_passes = passes(*padded_prompts([5, 2], "left"), [1, 1, 2])
+    expected = run(ours.model, all_passes)
+
+    ours = load_model(tiny_checkpoints[family], config, DATASET, MODEL)
+    moved = request.getfixturevalue("moved_rows")
+    base, chosen, everything = (24, 8, 56) if method == "partinfer" else (0, 32, 80 if method == "coreinfer" else 56)
+    logits = []
+    for request_number in range(2):
+        past, seen = None, []
+        for input_ids, kwargs in all_passes:
+            moved.clear()
+            with torch.no_grad():
+                output = ours.model(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs)
+            past = output.past_key_values
+            logits.append(output.logits)
+            seen.append(sum(moved))
+        kept = 0 if request_number else base  # the base neurons of a model never change
+        assert seen == [4 * everything, 4 * (kept + 2 * chosen), 0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(logits, expected * 2, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory_limit", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_gives_the_logits_of_the_cpu(family, memory_limit, tiny_checkpoints, loaded):
+    settings = {"memory_limit": memory_limit, "device": "cuda", "dtype": "float32", "start_num": 1, "end_num": 4}
+    ours = load_model(tiny_checkpoints[family], PartInferConfig(**settings), DATASET, MODEL)
+    kinds = {module.down.device.type for module in ours.state.layers}
+    assert kinds == {"cpu" if memory_limit else "cuda"}
+    all_passes = passes(*padded_prompts([5, 2], "left"), [1, 1, 2])
+    on_gpu = [(ids.cuda(), {name: value.cuda() for name, value in kwargs.items()}) for ids, kwargs in all_passes]
+    expected = run(loaded(family, "partinfer").model, all_passes)
+    for a, b in zip(run(ours.model, on_gpu), expected, strict=True):
+        assert (a.cpu() - b).abs().max() < 1e-3

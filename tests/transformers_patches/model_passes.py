@@ -1,0 +1,94 @@
+"""Prompts, passes over a cache, and what a model computed in them."""
+
+import torch
+
+from tests.conftest import VOCABULARY, random_neuron_file
+from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, positions
+from transformers_patches.loading import LoadedModel
+from transformers_patches.sparse_ffn import SparseFFN
+
+SPARSE = range(1, 5)
+DATASET, MODEL = random_neuron_file(1), random_neuron_file(2)
+METHODS = {
+    "partinfer": {"method": "partinfer"},
+    "coreinfer": {"method": "coreinfer"},
+    "coreinfer+partial": {"method": "coreinfer", "use_partial_loading": True},
+    "dense+partial": {"method": "dense", "use_partial_loading": True},
+}
+
+
+def naive(method: str, **settings) -> NaiveMethod:
+    options = METHODS[method]
+    partial = method != "coreinfer"
+    return NaiveMethod(options["method"], partial, DATASET.ranking.tolist(), MODEL.ranking.tolist(), SPARSE, **settings)
+
+
+def padded_prompts(lengths: list[int], side: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] random ids and their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    input_ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, length in enumerate(lengths):
+        place = slice(longest - length, longest) if side == "left" else slice(0, length)
+        input_ids[row, place] = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        attention_mask[row, place] = 1
+    return input_ids, attention_mask
+
+
+def passes(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, sizes: list[int], seed: int = 1
+) -> list[tuple[torch.Tensor, dict]]:
+    """The prompt's pass, then passes of `sizes` more random tokens over the cache, as model arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(input_ids)
+    result = [(input_ids, {"attention_mask": attention_mask, "position_ids": positions(attention_mask)})]
+    for size in sizes:
+        attention_mask = torch.cat([attention_mask, torch.ones(batch, size, dtype=torch.int64)], dim=1)
+        more = torch.randint(3, VOCABULARY, (batch, size), generator=generator)
+        result.append((more, {"attention_mask": attention_mask, "position_ids": positions(attention_mask)[:, -size:]}))
+    return result
+
+
+@torch.no_grad()
+def run(model, all_passes: list[tuple[torch.Tensor, dict]]) -> list[torch.Tensor]:
+    """The logits of every pass."""
+    past, logits = None, []
+    for input_ids, kwargs in all_passes:
+        output = model(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs)
+        past = output.past_key_values
+        logits.append(output.logits)
+    return logits
+
+
+def run_reference(reference: MaskedReference, method: NaiveMethod, all_passes) -> list[torch.Tensor]:
+    with reference.fresh():
+        output = method.prefill(reference, all_passes[:1])
+        logits, past = [output.logits], output.past_key_values
+        for input_ids, kwargs in all_passes[1:]:
+            output = reference(input_ids, past_key_values=past, **kwargs)
+            logits.append(output.logits)
+            past = output.past_key_values
+        return logits
+
+
+def assert_equal_where_real(ours: list[torch.Tensor], expected: list[torch.Tensor], prompt_mask: torch.Tensor) -> None:
+    """Max abs difference under 1e-5 at every token that is not padding."""
+    for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        difference = (a - b).abs()
+        if number == 0:
+            difference = difference[prompt_mask.bool()]
+        assert difference.max() < 1e-5
+
+
+def selection_of(ours: LoadedModel, layer: int, batch: int) -> list[set[int]]:
+    """The model's neuron indices that decoding computes, per sequence."""
+    module = sparse_layers(ours)[layer]
+    plan = module.plan
+    base = set(plan.neurons[: plan.base_count].tolist())
+    chosen = module.selected if module.selects else [torch.empty(0, dtype=torch.int64)] * batch
+    return [base | set(plan.neurons[index].tolist()) for index in chosen]
+
+
+def sparse_layers(ours: LoadedModel) -> dict[int, SparseFFN]:
+    return dict(zip(ours.plan.layers, ours.state.layers, strict=True))

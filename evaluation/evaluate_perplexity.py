@@ -96,7 +96,7 @@ def _measure(
         reference = store if any(c.method == "dense" for c in grid) else None
         for configuration in sorted(grid, key=lambda c: c.method != "dense"):
             print(f"{configuration.label}: {len(examples)} examples", file=sys.stderr)
-            loaded = load_configuration(configuration, folder, arguments.task_type, arguments.seed)
+            loaded = load_configuration(configuration, folder, arguments)
             is_dense = configuration.method == "dense"
             table = score_examples(loaded, examples, arguments.batch_size, reference, is_dense=is_dense)
             dense_table = table if is_dense else dense_table

@@ -70,11 +70,14 @@ def parse_methods(text: str, use_partial_loading: bool = False) -> list[str]:
 
 def add_method_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """Add --model_name, --method, and every setting of PartInferConfig; the fractions of SWEPT take lists."""
-    parser.add_argument("--model_name", required=True, help="a checkpoint folder, or the name of one in models/")
+    parser.add_argument("--model_name", required=True, help="a checkpoint folder, short name or hub id")
     parser.add_argument(
         "--method", default=default, help=f"one or more of {', '.join(METHODS)}, separated by commas ({default})"
     )
     parser.add_argument("--task_type", help="task whose neuron file is looked up: QA, Summarize, translate_de_en")
+    parser.add_argument(
+        "--random_neurons_filepath", help="ranking of coreinfer_random_loading (looked up, else seeded with --seed)"
+    )
     group = parser.add_argument_group("fractions; a list such as 0.2,0.3,0.4 runs the grid")
     fields = PartInferConfig.__dataclass_fields__
     for name in SWEPT:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
 
+from downloads.catalog import model_folder
 from evaluation.methods import METHODS, Configuration
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
@@ -14,29 +16,28 @@ from transformers_patches.loading import LoadedModel, load_model, read_config
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.neuron_lookup import NEURON_FILES, find_neuron_files
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def find_model(name: str) -> Path:
-    """The checkpoint folder of a model given by path or by its name in models/; PartInferError if there is none."""
-    for folder in (Path(name), MODELS / name):
-        if (folder / "config.json").is_file():
-            return folder.resolve()
-    raise PartInferError(f"no model at {name} nor in {MODELS}: fetch one with python download.py")
+    """The checkpoint folder of a model: a path, a name in models/, a short name or hub id that download.py knows.
 
-
-def find_rankings(
-    settings: PartInferConfig, folder: Path, task_type: str | None, *, random: bool = False, seed: int = 0
-) -> dict[str, NeuronFile]:
-    """The neuron files of a run, as load_model takes them: those the settings name, or else, for partial loading,
-    those of the model and task in neuron_files/.
-
-    random: the random ranking instead, from neuron_files/<model>/random.safetensors or else a permutation seeded
-    with `seed`. Raises PartInferError if a file is needed and there is none.
+    Raises PartInferError if there is none.
     """
-    if random:
-        ranking = _random_ranking(folder, seed)
-        return {"dataset_neurons": ranking, "model_neurons": ranking}
+    given = Path(name)
+    places = [given] if given.is_absolute() else [given, ROOT / "models" / name]
+    folder = next((place for place in places if (place / "config.json").is_file()), None)
+    if folder is None and not given.is_absolute() and not given.is_dir():
+        folder = ROOT / model_folder(name)
+    if folder is None or not (folder / "config.json").is_file():
+        raise PartInferError(f"no model at {folder or given}: fetch one with python download.py --model_name NAME")
+    return folder.resolve()
+
+
+def find_rankings(settings: PartInferConfig, folder: Path, task_type: str | None) -> dict[str, NeuronFile]:
+    """The neuron files of a run, as load_model takes them: those the settings name, or else, for partial loading,
+    those of the model and task in neuron_files/. Raises PartInferError if one is needed and there is none.
+    """
     paths = {"dataset_neurons": settings.dataset_neurons_filepath, "model_neurons": settings.model_neurons_filepath}
     if settings.needs_neuron_files and not any(paths.values()):
         found = find_neuron_files(folder.name, task_type)
@@ -44,19 +45,30 @@ def find_rankings(
     return {name: NeuronFile.load(path) for name, path in paths.items() if path}
 
 
-def _random_ranking(folder: Path, seed: int) -> NeuronFile:
-    path = NEURON_FILES / folder.name / "random.safetensors"
-    if path.is_file():
-        return NeuronFile.load(path)
-    config = read_config(folder)
-    size = ffn_spec(config).intermediate_size(config)
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randperm(size, generator=generator) for _ in range(config.num_hidden_layers)]
-    return NeuronFile(torch.stack(rows).to(torch.int32), source=f"(random ranking, seed {seed})")
+def random_rankings(folder: Path, given: str | None, seed: int) -> dict[str, NeuronFile]:
+    """The random ranking for both: a given file, neuron_files/<model>/random.safetensors, or a seeded permutation."""
+    path = Path(given) if given else NEURON_FILES / folder.name / "random.safetensors"
+    if given or path.is_file():
+        ranking = NeuronFile.load(path)
+    else:
+        config = read_config(folder)
+        size = ffn_spec(config).intermediate_size(config)
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randperm(size, generator=generator) for _ in range(config.num_hidden_layers)]
+        ranking = NeuronFile(torch.stack(rows).to(torch.int32), source=f"(random ranking, seed {seed})")
+    return {"dataset_neurons": ranking, "model_neurons": ranking}
 
 
-def load_configuration(configuration: Configuration, folder: Path, task_type: str | None, seed: int = 0) -> LoadedModel:
-    """Load the model of a configuration with the neuron files that belong to it."""
-    random = METHODS[configuration.method].random
-    rankings = find_rankings(configuration.settings, folder, task_type, random=random, seed=seed)
+def rankings_of(
+    configuration: Configuration, folder: Path, task_type: str | None, arguments: argparse.Namespace
+) -> dict[str, NeuronFile]:
+    """The neuron files that a configuration is loaded with. arguments: --random_neurons_filepath and --seed."""
+    if METHODS[configuration.method].random:
+        return random_rankings(folder, arguments.random_neurons_filepath, arguments.seed)
+    return find_rankings(configuration.settings, folder, task_type)
+
+
+def load_configuration(configuration: Configuration, folder: Path, arguments: argparse.Namespace) -> LoadedModel:
+    """Load the model of a configuration. arguments: --task_type, --random_neurons_filepath and --seed."""
+    rankings = rankings_of(configuration, folder, arguments.task_type, arguments)
     return load_model(folder, configuration.settings, **rankings)

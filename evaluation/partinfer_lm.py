@@ -131,13 +131,15 @@ class PartInferLM(HFLM):
         What exceeds the model's length is cut from the left, as HFLM does.
         """
         contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+        cut = 0
         for place, (_, context, continuation) in enumerate(requests):
             whole = (context + continuation)[-(self.max_length + 1) :]
             scored = min(len(continuation), len(whole) - 1)
-            if len(whole) < len(context) + len(continuation):
-                logger.warning("a request of %d tokens is cut from the left", len(context) + len(continuation))
+            cut += len(whole) < len(context) + len(continuation)
             split = len(whole) - scored
             contexts.setdefault(tuple(whole[:split]), {}).setdefault(tuple(whole[split:]), []).append(place)
+        if cut:
+            logger.warning("%d requests were cut from the left to the model's %d tokens", cut, self.max_length)
         grouped = [(list(context), [list(c) for c in conts]) for context, conts in contexts.items()]
         return grouped, [list(conts.values()) for conts in contexts.values()]
 
@@ -149,9 +151,13 @@ class PartInferLM(HFLM):
         """
         if None in self.windows:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        scored = min(self.windows[1], self.max_length)
+        prefilled = max(1, min(self.windows[0], self.max_length + 1 - scored))
         windows, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
-            for context, continuation in rolling_windows(self.tok_encode(text), self.prefix_token_id, *self.windows):
+            for context, continuation in rolling_windows(
+                self.tok_encode(text), self.prefix_token_id, prefilled, scored
+            ):
                 windows.append((None, context, continuation))
                 owners.append(owner)
         totals = [0.0] * len(requests)

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Run lm-eval tasks with one or more methods, log-likelihoods through the path that decodes."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: imports come from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from evaluation.methods import add_method_arguments, build_grid
+from evaluation.tables import markdown_table
+from transformers_patches import cli
+from transformers_patches.errors import PartInferError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_method_arguments(parser, "partinfer")
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
+    add("--seed", type=int, default=0, help="of few-shot examples, sampling, random rankings without a file (0)")
+    task = parser.add_argument_group("tasks")
+    task.add_argument("--task_name", required=True, help="lm-eval tasks, groups or patterns, separated by commas")
+    task.add_argument("--num_fewshot", type=int, help="worked examples before each question (as the task says)")
+    task.add_argument("--limit", type=_limit, help="rows of each task, or a fraction of them if below 1 (all)")
+    task.add_argument("--include_path", metavar="FOLDER", help="task YAMLs beside lm-eval's and evaluation/tasks")
+    task.add_argument(
+        "--data_dir", metavar="FOLDER", help="where local tasks find their files ($PARTINFER_DATA_DIR, else here)"
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--batch_size", default="1", help="a number, or auto (1)")
+    run.add_argument("--max_batch_size", type=int, default=64, help="where auto begins to try (64)")
+    run.add_argument("--max_length", type=int, help="tokens of a request at most; longer ones lose their beginning")
+    run.add_argument(
+        "--prefill_tokens", type=int, help="context in rolling log-likelihoods (256; dense: lm-eval's own)"
+    )
+    run.add_argument("--scored_tokens", type=int, help="block scored after it (128; dense: lm-eval's own)")
+    run.add_argument("--gen_kwargs", help="generation options over the task's, such as temperature=0.7,do_sample=True")
+    run.add_argument(
+        "--apply_chat_template", action="store_true", help="wrap prompts as the model's chat template says"
+    )
+    run.add_argument("--system_instruction", help="what the model is told first")
+    run.add_argument("--bootstrap_iters", type=int, default=1000, help="resamples of the standard errors (1000)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--output_path", default="results", help="results folder (results)")
+    out.add_argument("--log_samples", action="store_true", help="write every answer too, as <task>.samples.jsonl")
+    out.add_argument("--skip_finished", action="store_true", help="keep results that the same run left there before")
+    return parser
+
+
+def _limit(text: str) -> float | int:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
+    return value if value < 1 else int(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = cli.parse_with_config(parser, argv)
+    try:
+        grid = build_grid(arguments)
+        _check(arguments)
+    except PartInferError as error:
+        parser.error(str(error))
+    # heavy imports only now: --help and wrong usage answer at once
+    from evaluation.models import find_model
+    from evaluation.task_runs import TaskRunner
+
+    runner = TaskRunner(find_model(arguments.model_name), arguments)
+    rows = []
+    for configuration in grid:
+        for task_type, tasks in runner.tasks_by_type().items():
+            rows += runner.run(configuration, task_type, tasks)
+            gc.collect()  # one model at a time in memory
+    print(markdown_table(rows, ["task", "configuration", "metric", "value", "stderr", "ffn_bytes_fraction"]))
+    return cli.DONE
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.batch_size.partition(":")[0] != "auto" and not (
+        arguments.batch_size.isdigit() and int(arguments.batch_size)
+    ):
+        raise PartInferError(f"batch_size must be a number above 0 or auto, got {arguments.batch_size!r}")
+    for name in ("prefill_tokens", "scored_tokens", "max_length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise PartInferError(f"{name} must be at least 1, got {value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

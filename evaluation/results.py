@@ -1,0 +1,50 @@
+"""The results folder: results/<model>/<configuration>/<task>.json, each written whole when its run has finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.files import write_text_atomic
+
+FORMAT = "partinfer-task-result"
+
+
+def result_path(folder: str | Path, model: str, configuration: str, task: str) -> Path:
+    """Where the result of a run belongs; slashes in a task's name are not folders."""
+    return Path(folder) / model / configuration / f"{task.replace('/', '__')}.json"
+
+
+def write_result(path: Path, result: dict) -> None:
+    write_text_atomic(path, json.dumps({"format": FORMAT, **result}, indent=1, default=str) + "\n")
+
+
+def is_finished(path: Path, run: dict) -> bool:
+    """Whether a result of the very same run (settings, limit, seed, …) is there."""
+    if not path.is_file():
+        return False
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content.get("run") == json.loads(json.dumps(run, default=str))
+
+
+def read_results(folder: str | Path) -> list[dict]:
+    """Every task result below a folder, in the order of their paths; PartInferError for damaged files."""
+    return [content for content in _read_all(folder) if content.get("format") == FORMAT]
+
+
+def read_perplexities(folder: str | Path) -> list[dict]:
+    """Every result of evaluate_perplexity.py below a folder."""
+    return [content for content in _read_all(folder) if "rows" in content and "format" not in content]
+
+
+def _read_all(folder: str | Path) -> list[dict]:
+    contents = []
+    for path in sorted(Path(folder).rglob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PartInferError(f"{path} is not valid JSON: {error}; remove it and run the task again") from None
+        if isinstance(content, dict):
+            contents.append(content)
+    return contents

@@ -1,0 +1,183 @@
+"""Runs of lm-eval tasks: which tasks there are, where their data is, one result file per task and configuration."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from evaluation.methods import Configuration
+from evaluation.models import rankings_of
+from evaluation.partinfer_lm import PartInferLM
+from evaluation.results import is_finished, result_path, write_result
+from evaluation.task_groups import task_type_of
+from transformers_patches.errors import PartInferError
+from transformers_patches.files import write_text_atomic
+
+TASKS = Path(__file__).resolve().parent / "tasks"
+DATA_DIR_VARIABLE = "PARTINFER_DATA_DIR"
+# What makes two runs the same, beside the settings of the model.
+_RUN_OPTIONS = (
+    "num_fewshot",
+    "limit",
+    "seed",
+    "random_neurons_filepath",
+    "max_length",
+    "prefill_tokens",
+    "scored_tokens",
+    "gen_kwargs",
+    "apply_chat_template",
+    "system_instruction",
+)
+
+
+class TaskRunner:
+    """Runs the tasks that were asked for on one checkpoint. Raises PartInferError for tasks that do not exist."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+        self.folder, self.arguments = folder, arguments
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        names = [name.strip() for name in arguments.task_name.split(",") if name.strip()]
+        self.manager, self.tasks = _find_tasks(names, arguments.include_path)
+        data_dir = arguments.data_dir or os.environ.get(DATA_DIR_VARIABLE) or "."
+        self.data_dir = Path(data_dir).resolve()
+        if not self.data_dir.is_dir():
+            raise PartInferError(f"no folder {data_dir}: --data_dir is where local tasks find their files")
+
+    def tasks_by_type(self) -> dict[str | None, list[str]]:
+        """The tasks by the neuron file they take: each group needs one model."""
+        groups: dict[str | None, list[str]] = {}
+        for task in self.tasks:
+            groups.setdefault(self.arguments.task_type or task_type_of(task), []).append(task)
+        return groups
+
+    def run(self, configuration: Configuration, task_type: str | None, tasks: list[str]) -> list[dict]:
+        """Run tasks on a model loaded once, write their files, and return a row per metric."""
+        model = None
+        rows = []
+        for task in tasks:
+            path = result_path(self.arguments.output_path, self.folder.name, configuration.folder_name, task)
+            run = self._run_settings(configuration, task_type)
+            if self.arguments.skip_finished and is_finished(path, run):
+                print(f"{task}, {configuration.label}: finished, see {path}", file=sys.stderr)
+                continue
+            print(f"{task}, {configuration.label}", file=sys.stderr)
+            model = model or self._load(configuration, task_type)
+            rows += self._run_task(model, configuration, task, run, path)
+        return rows
+
+    def _run_settings(self, configuration: Configuration, task_type: str | None) -> dict:
+        options = {name: getattr(self.arguments, name) for name in _RUN_OPTIONS}
+        settings = configuration.settings.to_dict()
+        return {"method": configuration.method, "task_type": task_type, "settings": settings, **options}
+
+    def _load(self, configuration: Configuration, task_type: str | None) -> PartInferLM:
+        settings, given = configuration.settings, self.arguments
+        return PartInferLM(
+            str(self.folder),
+            rankings=rankings_of(configuration, self.folder, task_type, given),
+            prefill_tokens=given.prefill_tokens,
+            scored_tokens=given.scored_tokens,
+            batch_size=given.batch_size,
+            max_batch_size=given.max_batch_size,
+            max_length=given.max_length,
+            **settings.to_dict(),
+        )
+
+    def _run_task(
+        self, model: PartInferLM, configuration: Configuration, task: str, run: dict, path: Path
+    ) -> list[dict]:
+        given = self.arguments
+        model.loaded.reset_counters()
+        started = time.perf_counter()
+        output = lm_eval.simple_evaluate(
+            model=model,
+            tasks=self._load_task(task),
+            task_manager=self.manager,
+            num_fewshot=given.num_fewshot,
+            limit=given.limit,
+            batch_size=given.batch_size,
+            bootstrap_iters=given.bootstrap_iters,
+            log_samples=given.log_samples,
+            gen_kwargs=given.gen_kwargs,
+            apply_chat_template=given.apply_chat_template,
+            system_instruction=given.system_instruction,
+            random_seed=given.seed,
+            numpy_random_seed=given.seed,
+            torch_random_seed=given.seed,
+            fewshot_random_seed=given.seed,
+        )
+        samples = output.pop("samples", {})
+        counts = output["config"]["partinfer"]
+        result = {
+            "model": self.folder.name,
+            "task": task,
+            "configuration": configuration.label,
+            "method": configuration.method,
+            "metrics": _metrics(output["results"]),
+            "rows": {name: count["effective"] for name, count in output["n-samples"].items()},
+            "weights": {name: value for name, value in counts.items() if name != "settings"},
+            "run": run,
+            "seconds": round(time.perf_counter() - started, 1),
+            "lm_eval": {name: output[name] for name in ("results", "versions", "n-shot", "higher_is_better")},
+        }
+        write_result(path, result)
+        for name, answers in samples.items():
+            lines = [json.dumps(answer, ensure_ascii=False, default=str) for answer in answers]
+            write_text_atomic(path.with_name(f"{name}.samples.jsonl"), "\n".join(lines) + "\n")
+        fraction = counts["ffn_bytes_fraction"]
+        shared = {"configuration": configuration.label, "ffn_bytes_fraction": fraction}
+        return [shared | metric for metric in result["metrics"]]
+
+    def _load_task(self, task: str) -> list:
+        """The task or group as objects. lm-eval takes relative data files from the current folder."""
+        try:
+            with contextlib.chdir(self.data_dir):
+                found = self.manager.load([task])
+        except (OSError, ValueError) as error:  # what datasets raises for missing files, and without a hub
+            raise PartInferError(
+                f"the data of {task} can't be read: {' '.join(str(error).split())}; local tasks read files below "
+                f"--data_dir (now {self.data_dir}), the others need the hub"
+            ) from None
+        groups = found.get("groups", {})
+        return [groups[task]] if task in groups else list(found["tasks"].values())
+
+
+def _find_tasks(names: list[str], include_path: str | None) -> tuple[TaskManager, list[str]]:
+    """The tasks of names and patterns. lm-eval's own thousands are indexed only if they are asked for."""
+    folders = [str(TASKS), *([include_path] if include_path else [])]
+    if include_path and not Path(include_path).is_dir():
+        raise PartInferError(f"no folder {include_path}: --include_path is where own task YAMLs are")
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=folders)
+    missing = [name for name in names if not manager.match_tasks([name])]
+    if missing or not names:
+        local = [name for name in manager.all_tasks if name.startswith("local_")]
+        raise PartInferError(
+            f"unknown task {', '.join(missing)}: expected names of lm-eval (lm_eval ls tasks) or of "
+            f"{TASKS.parent.name}/tasks ({', '.join(local)})"
+        )
+    return manager, [task for name in names for task in sorted(manager.match_tasks([name]))]
+
+
+def _metrics(results: dict[str, dict]) -> list[dict]:
+    """lm-eval's `metric,filter` entries as rows."""
+    rows = []
+    for task, entries in results.items():
+        for key, value in entries.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = entries.get(f"{metric}_stderr,{filtered}")
+            stderr = stderr if isinstance(stderr, (int, float)) else None
+            rows.append({"task": task, "metric": metric, "filter": filtered, "value": float(value), "stderr": stderr})
+    return rows

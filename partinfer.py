@@ -91,7 +91,12 @@ def _settings(arguments: argparse.Namespace) -> PartInferConfig:
 
 def _checkpoint_folder(arguments: argparse.Namespace) -> Path:
     """Where the model is; PartInferError with the command that fetches it if it is not there."""
-    folder = Path(arguments.checkpoint_path or model_folder(arguments.model_name))
+    if arguments.checkpoint_path:
+        folder = Path(arguments.checkpoint_path)
+    elif Path(arguments.model_name).is_dir():
+        folder = Path(arguments.model_name)
+    else:
+        folder = model_folder(arguments.model_name)
     if not folder.exists():
         raise PartInferError(
             f"no model at {folder}: fetch it with python download.py --model_name {arguments.model_name}"

@@ -10,6 +10,7 @@ from transformers_patches.errors import PartInferError
 METHODS = ("partinfer", "coreinfer", "dense")
 BASE_NEURONS_TYPES = ("dataset", "model")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "native", "torch")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
 FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_num and end_num are not given
@@ -59,12 +60,16 @@ class PartInferConfig:
         action="store_true",
     )
     dtype: str = _option("auto", "weights and arithmetic; auto: as the checkpoint says", choices=DTYPES)
+    kernels: str = _option(
+        "auto", "what decodes on CPUs; auto: the native kernels, but PyTorch in float32", choices=KERNELS
+    )
     device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: cuda if there is one")
 
     def __post_init__(self) -> None:
         self._check_choice("method", METHODS)
         self._check_choice("base_neurons_type", BASE_NEURONS_TYPES)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("kernels", KERNELS)
         if self.loaded_neurons_percent is None:
             self.loaded_neurons_percent = max(DEFAULT_LOADED, self.sparsity)
         if self.base_neurons_percent is None:

@@ -16,6 +16,7 @@ from transformers_patches.checkpoint import Checkpoint
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import FFNSpec, ffn_spec
+from transformers_patches.fast_linear import native_kernels_wanted, replace_linears
 from transformers_patches.fingerprint import fingerprint
 from transformers_patches.load_plan import LoadPlan, build_load_plan
 from transformers_patches.neuron_file import NeuronFile
@@ -106,10 +107,13 @@ def load_model(
     _check_neuron_files(config, checkpoint, names, Path(folder).resolve().name, dataset_neurons, model_neurons)
     plan = build_load_plan(settings, config, dataset_neurons, model_neurons)
     device, dtype = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
+    if settings.memory_limit and device.type == "cpu":
+        raise PartInferError("memory_limit moves active neurons to a GPU, but there is none: leave it out")
 
     model = _build_on_meta(config, dtype)
     state = RequestState()
-    sources = _swap_ffns(model, spec, plan, settings, state, dtype)
+    native = native_kernels_wanted(settings.kernels, device, dtype)
+    sources = _swap_ffns(model, spec, plan, settings, state, dtype, native=native)
     _stream_weights(
         model,
         checkpoint,
@@ -120,6 +124,8 @@ def load_model(
         keep_on_cpu=settings.memory_limit,
     )
     state.attach(model)
+    if native:
+        replace_linears(model)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     report = LoadReport(
@@ -171,6 +177,8 @@ def _swap_ffns(
     settings: PartInferConfig,
     state: RequestState,
     dtype: torch.dtype,
+    *,
+    native: bool,
 ) -> dict[str, tuple[str, str, torch.Tensor]]:
     """Put a SparseFFN in place of each planned FFN.
 
@@ -191,6 +199,7 @@ def _swap_ffns(
                 input_bias=up.bias is not None,
                 output_bias=down.bias is not None,
                 token_sparsity=settings.token_sparsity,
+                native=native,
             ).to(dtype)
         if spec.ffn:
             place = f"{spec.layers}.{layer}.{spec.ffn}"

@@ -11,9 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from transformers_patches import kernels
+from transformers_patches.fast_linear import FEW_TOKENS
 from transformers_patches.load_plan import LayerPlan
 from transformers_patches.phase import PREFILL, RequestState
 from transformers_patches.selection import core_neuron_counts, select_active
+
+# transformers' names of activations -> those of the native kernels
+KERNEL_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
 
 Rows = dict[str, torch.Tensor]  # weights of some neurons by name: gate, up, down [n, H], gate_bias, up_bias [n]
 
@@ -37,11 +49,14 @@ class SparseFFN(nn.Module):
         input_bias: bool,
         output_bias: bool,
         token_sparsity: float,
+        native: bool = False,
     ) -> None:
         super().__init__()
         self.plan, self.state = plan, state
         self.act_fn = ACT2FN[activation]
-        self.activation, self.token_sparsity = activation, token_sparsity
+        self.token_sparsity = token_sparsity
+        self.kernel_activation = KERNEL_ACTIVATIONS.get(activation) if native else None
+        self.input_bias = input_bias
         inputs = ("gate", "up") if gated else ("up",)
         self.row_names = [*inputs, "down"] + ([f"{name}_bias" for name in inputs] if input_bias else [])
         for name in self.row_names:
@@ -56,7 +71,7 @@ class SparseFFN(nn.Module):
     def reset(self) -> None:
         """Forget the request."""
         self.counts: list[torch.Tensor] | None = None  # per sequence: int64 [L]
-        self.selected: list[torch.Tensor] | None = None  # per sequence: int64 [K - base_count]
+        self.selected: list[torch.Tensor] | None = None  # per sequence: int32 [K - base_count]
         self._chosen: dict[int, Rows] = {}
 
     def reset_counters(self) -> None:
@@ -90,9 +105,40 @@ class SparseFFN(nn.Module):
         for sequence, (counts, activations) in enumerate(zip(self.counts, h, strict=True)):
             tokens = activations if mask is None else activations[mask[sequence]]
             counts += core_neuron_counts(tokens, self.token_sparsity)
-            self.selected.append(select_active(counts, self.plan))
+            self.selected.append(select_active(counts, self.plan).to(torch.int32))
 
     def _decode(self, x: torch.Tensor) -> torch.Tensor:
+        if self.selects and self.selected is None:
+            raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
+        y, computed = self._decode_native(x) if self._native_fits(x) else self._decode_torch(x)
+        self.decoded_tokens += x.shape[0] * x.shape[1]
+        self.computed_neurons += sum(computed) * x.shape[1]
+        return y
+
+    def _native_fits(self, x: torch.Tensor) -> bool:
+        return self.kernel_activation is not None and x.shape[1] <= FEW_TOKENS
+
+    def _decode_native(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Output and computed neurons per sequence. The kernel takes the prefix and a list: nothing is gathered."""
+        base_count, parts, computed = self.plan.base_count, [], []
+        for sequence, part in enumerate(x):
+            index = self.selected[sequence] if self.selects else None
+            if "gate" in self.row_names:
+                biases = {"bias_gate": self.gate_bias, "bias_up": self.up_bias} if self.input_bias else {}
+                y = kernels.sparse_ffn(
+                    part, self.gate, self.up, self.down, base_count, index, self.kernel_activation, **biases
+                )
+            else:
+                bias = self.up_bias if self.input_bias else None
+                y = kernels.sparse_ffn_plain(
+                    part, self.up, bias, self.down, base_count, index, self.kernel_activation
+                )
+            parts.append(y)
+            computed.append(base_count + (0 if index is None else len(index)))
+        return parts[0][None] if len(parts) == 1 else torch.stack(parts), computed
+
+    def _decode_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Output and computed neurons per sequence."""
         base = self._base_rows(x.device)
         y = torch.zeros_like(x)
         if self.plan.base_count:
@@ -103,9 +149,7 @@ class SparseFFN(nn.Module):
             parts = [self._activations(part, rows) @ rows["down"] for part, rows in zip(x, chosen, strict=True)]
             y = y + torch.stack(parts)
             computed = [count + len(rows["down"]) for count, rows in zip(computed, chosen, strict=True)]
-        self.decoded_tokens += x.shape[0] * x.shape[1]
-        self.computed_neurons += sum(computed) * x.shape[1]
-        return y
+        return y, computed
 
     def _activations(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """h: [..., n] from x: [..., H], the activations of n neurons."""
@@ -123,8 +167,6 @@ class SparseFFN(nn.Module):
 
     def _chosen_rows(self, sequence: int, device: torch.device) -> Rows:
         """The neurons selected for a sequence, gathered once per prompt."""
-        if self.selected is None:
-            raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
         if sequence not in self._chosen:
             index = self.selected[sequence]
             rows = {name: getattr(self, name) for name in self.row_names}

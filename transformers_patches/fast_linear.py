@@ -1,0 +1,51 @@
+"""FastLinear: an nn.Linear whose few-token products take the native kernel instead of PyTorch's slow path on CPUs.
+
+PyTorch's bfloat16 matrix-vector product goes through oneDNN at about a third of memory bandwidth; its matrix products,
+for prefill, are fast and stay in use.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from transformers_patches import kernels
+
+FEW_TOKENS = 8  # up to here the kernel reads each weight once for all tokens; above, PyTorch's matrix product wins
+
+
+class FastLinear(nn.Linear):
+    """The same parameters and results as the nn.Linear that it replaces, up to the order of summation."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> FastLinear:
+        """Share the weights of a linear layer (tied ones stay tied)."""
+        fast = cls.__new__(cls)
+        nn.Module.__init__(fast)
+        fast.in_features, fast.out_features = linear.in_features, linear.out_features
+        fast.weight, fast.bias = linear.weight, linear.bias
+        return fast
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() <= FEW_TOKENS * self.in_features:
+            return kernels.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def replace_linears(model: nn.Module) -> int:
+    """Put FastLinears in place of all plain nn.Linear modules; returns how many."""
+    plain = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name, module in plain:
+        model.set_submodule(name, FastLinear.of(module))
+    return len(plain)
+
+
+def native_kernels_wanted(setting: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether decoding goes through the native kernels (`--kernels`).
+
+    auto: on CPUs in bfloat16 and float16, where PyTorch is slow; float32 stays PyTorch's, bit for bit.
+    """
+    if setting == "torch" or device.type != "cpu":
+        return False
+    return (setting == "native" or dtype in (torch.bfloat16, torch.float16)) and kernels.available()

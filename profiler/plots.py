@@ -16,7 +16,7 @@ def plot_overlap(matrix: torch.Tensor, names: list[str], fraction: float, chance
     size = max(4.5, 0.85 * len(names) + 2.2)
     figure = Figure(figsize=(size + 1.0, size), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(100 * matrix, cmap="cividis", vmin=0, vmax=100)
+    image = axes.imshow(100 * matrix.numpy(), cmap="cividis", vmin=0, vmax=100)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
     for row in range(len(names)):
@@ -38,12 +38,11 @@ def plot_concentration(curves: torch.Tensor, title: str, path: Path) -> None:
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
     colours = mpl.colormaps["viridis"]
-    share = 100 * torch.arange(size + 1) / size
+    share = 100 * torch.arange(size + 1).numpy() / size
+    percent = torch.nn.functional.pad(100 * curves, (1, 0)).numpy()  # no neurons hold nothing
     for layer in range(layers):
-        values = torch.cat([torch.zeros(1), 100 * curves[layer]])
-        axes.plot(share, values, color=colours(layer / max(1, layers - 1)), linewidth=1)
-    mean = torch.cat([torch.zeros(1), 100 * curves.mean(0)])
-    axes.plot(share, mean, color="black", linewidth=2, label="mean of the layers")
+        axes.plot(share, percent[layer], color=colours(layer / max(1, layers - 1)), linewidth=1)
+    axes.plot(share, percent.mean(0), color="black", linewidth=2, label="mean of the layers")
     axes.plot([0, 100], [0, 100], color="grey", linewidth=1.5, linestyle="--", label="even spread")
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="neurons, best first (%)", ylabel="share of the activation mass (%)")
     axes.set_title(title)

@@ -56,7 +56,8 @@ class Template:
         values = dict(record)
         if self._needs_text:
             fields = self.fields or self._usual_fields(record, where)
-            values["text"] = substitute(fields, record, where).strip()
+            text = substitute(fields, record, where)
+            values["text"] = text if self.task_type == TEXT else text.strip()  # pieces of a document stay as they are
         return Prompt(substitute(self.template, values, where), self.suffix)
 
     def prefix(self) -> str:

@@ -55,7 +55,9 @@ def _flags_of(parser: argparse.ArgumentParser, path: str) -> list[str]:
         parser.error(f"config file {path} can't be read: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         parser.error(f"config file {path}: expected names and values, got {type(content).__name__}")
-    actions = {option.lstrip("-").replace("-", "_"): (option, a) for a in parser._actions for option in a.option_strings}
+    actions = {
+        option.lstrip("-").replace("-", "_"): (option, a) for a in parser._actions for option in a.option_strings
+    }
     flags = []
     for name, value in content.items():
         if str(name).replace("-", "_") not in actions:

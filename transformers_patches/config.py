@@ -49,9 +49,7 @@ class PartInferConfig:
     )
     start_num: int | None = _option(None, "first sparse layer, 0-based, inclusive (3)", type=int)
     end_num: int | None = _option(None, "last sparse layer, inclusive (the third from the end)", type=int)
-    base_neurons_type: str = _option(
-        "dataset", "which neuron file ranks the base neurons", choices=BASE_NEURONS_TYPES
-    )
+    base_neurons_type: str = _option("dataset", "which neuron file ranks the base neurons", choices=BASE_NEURONS_TYPES)
     dataset_neurons_filepath: str | None = _option(None, "neuron file of the task (looked up if not given)")
     model_neurons_filepath: str | None = _option(None, "neuron file of the model (looked up if not given)")
     memory_limit: bool = _option(

@@ -34,7 +34,9 @@ class GenerationOptions:
         if self.sampling not in ("greedy", "top-p"):
             raise PartInferError(f"sampling-method must be greedy or top-p, got {self.sampling!r}")
         if self.temperature <= 0:
-            raise PartInferError(f"temperature must be above 0, got {self.temperature}: greedy is --sampling-method greedy")
+            raise PartInferError(
+                f"temperature must be above 0, got {self.temperature}: greedy is --sampling-method greedy"
+            )
         if not 0 < self.top_p <= 1:
             raise PartInferError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:

@@ -258,17 +258,23 @@ def _stream_weights(
     ignored = [re.compile(p) for p in (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))]
     unexpected = sorted(n for n in set(names) - used if not any(pattern.search(n) for pattern in ignored))
     if unexpected:
-        raise PartInferError(f"{checkpoint.folder} has {unexpected[0]}, which {model.config.model_type} has no place for")
+        raise PartInferError(
+            f"{checkpoint.folder} has {unexpected[0]}, which {model.config.model_type} has no place for"
+        )
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
-        raise PartInferError(f"{checkpoint.folder}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again")
+        raise PartInferError(
+            f"{checkpoint.folder}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again"
+        )
 
 
-def _check_shape(checkpoint: Checkpoint, stored: str, parameter: torch.Tensor, how: str, intermediate_size: int) -> None:
+def _check_shape(
+    checkpoint: Checkpoint, stored: str, parameter: torch.Tensor, how: str, intermediate_size: int
+) -> None:
     """Rows and columns were chosen by the config; a file of another size must not be read with them."""
     expected = tuple(parameter.shape)
     if how == "rows":

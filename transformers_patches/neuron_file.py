@@ -164,7 +164,9 @@ def _load_safetensors(path: Path) -> NeuronFile:
     except (SafetensorError, OSError) as error:
         raise PartInferError(f"{path} is not a readable neuron file (truncated?): {error}; make it again") from None
     if metadata.pop("format", None) != FORMAT or "ranking" not in tensors:
-        raise PartInferError(f"{path} is a safetensors file but not a neuron file: make one with python -m profiler run")
+        raise PartInferError(
+            f"{path} is a safetensors file but not a neuron file: make one with python -m profiler run"
+        )
     version = metadata.pop("version", "")
     if version != VERSION:
         raise PartInferError(f"{path} has format version {version!r}, this program reads {VERSION!r}: make it again")

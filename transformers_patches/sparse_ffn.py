@@ -130,9 +130,7 @@ class SparseFFN(nn.Module):
                 )
             else:
                 bias = self.up_bias if self.input_bias else None
-                y = kernels.sparse_ffn_plain(
-                    part, self.up, bias, self.down, base_count, index, self.kernel_activation
-                )
+                y = kernels.sparse_ffn_plain(part, self.up, bias, self.down, base_count, index, self.kernel_activation)
             parts.append(y)
             computed.append(base_count + (0 if index is None else len(index)))
         return parts[0][None] if len(parts) == 1 else torch.stack(parts), computed

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import INTERMEDIATE, LAYERS, make_tiny_checkpoint, random_neuron_file
+from tests.tiny_tokenizer import tiny_tokenizer
 
 SETTINGS = {"start_num": 1, "end_num": 4}  # the tiny model's sparse layers
-
-
-def _characters() -> Tokenizer:
-    """One token per character; 0, 1 and 2 are padding, beginning and end, as the tiny models say."""
-    letters = " \n" + string.ascii_letters + string.digits + string.punctuation
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *letters])}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A tiny Llama with a tokenizer."""
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
-    PreTrainedTokenizerFast(
-        tokenizer_object=_characters(), pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 

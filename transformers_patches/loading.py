@@ -81,7 +81,11 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise PartInferError(f"no model at {folder} (config.json is missing): fetch one with python download.py")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:  # damaged, or an architecture that transformers does not know either
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise PartInferError(f"{folder / 'config.json'} can't be used: {reason}; fetch the model again") from None
 
 
 def load_model(

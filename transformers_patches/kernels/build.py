@@ -28,7 +28,7 @@ from transformers_patches.files import write_text_atomic
 
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "partinfer_kernels"
-FLOAT_SOURCES = ("sparse_ffn", "linear")
+FLOAT_SOURCES = ("sparse_ffn", "linear", "read")
 QUANT_SOURCES = ("quant_ffn", "quant_linear")
 DRIVERS = ("bindings", "threads", "by_up", "dispatch", "input", "probe")
 COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
@@ -215,7 +215,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line: build, print what was built."""
     known = list(isas_of(platform.machine()))
     parser = argparse.ArgumentParser(prog="python -m transformers_patches.kernels.build", description=__doc__)
-    parser.add_argument("--isa", nargs="+", choices=known, help="variants to build (default: all that the compiler can)")
+    parser.add_argument(
+        "--isa", nargs="+", choices=known, help="variants to build (default: all that the compiler can)"
+    )
     parser.add_argument("--force", action="store_true", help="build again, even if it is there")
     options = parser.parse_args(arguments)
     try:

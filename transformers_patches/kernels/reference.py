@@ -87,9 +87,7 @@ def sparse_ffn_by_up(
 ) -> tuple[Tensor, Tensor]:
     """Per token, only the candidates with the largest |up_i·x| scale_i: out like x, and how many were computed [T]."""
     dtype = _dtype_of(gate, x)
-    candidates = torch.cat(
-        [torch.arange(prefix), torch.empty(0, dtype=torch.int64) if index is None else index.long()]
-    )
+    candidates = torch.cat([torch.arange(prefix), torch.empty(0, dtype=torch.int64) if index is None else index.long()])
     out, computed = torch.empty_like(x), []
     for token, place in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
         u = rows_of(up, candidates, dtype) @ token.to(dtype)

@@ -320,7 +320,7 @@ void set_variant(const std::string& name) {
 
 double timed_read_of(const Tensor& data) {
   TORCH_CHECK_VALUE(data.is_contiguous(), "data must be contiguous");
-  return timed_read(pointer(data), data.numel() * int64_t(data.element_size()), at::get_num_threads());
+  return timed_read(*current().load(), pointer(data), data.numel() * int64_t(data.element_size()), at::get_num_threads());
 }
 
 bool advise_huge_pages_for(const Tensor& data) {

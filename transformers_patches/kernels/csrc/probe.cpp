@@ -3,51 +3,26 @@
 #include <omp.h>
 
 #include <chrono>
-#include <cstring>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 namespace partinfer {
-namespace {
 
-// Eight streams, as the kernels have, each prefetched as far ahead as the kernels do.
-uint64_t read_all(const char* data, int64_t bytes) {
-  constexpr int64_t STREAMS = 8, LINE = 64, AHEAD = 4096;
-  const int64_t length = bytes / STREAMS / LINE * LINE;
-  uint64_t sums[STREAMS] = {};
-  for (int64_t offset = 0; offset < length; offset += LINE)
-    for (int64_t s = 0; s < STREAMS; ++s) {
-      const char* place = data + s * length + offset;
-      __builtin_prefetch(place + AHEAD, 0, 2);
-      uint64_t words[LINE / 8];
-      std::memcpy(words, place, LINE);
-      for (uint64_t word : words) sums[s] += word;
-    }
-  uint64_t total = 0;
-  for (uint64_t sum : sums) total += sum;
-  return total;
-}
-
-}  // namespace
-
-double timed_read(const char* data, int64_t bytes, int threads) {
-  uint64_t total = 0;
+double timed_read(const Kernels& kernels, const char* data, int64_t bytes, int threads) {
   const auto start = std::chrono::steady_clock::now();
   if (threads == 1) {
-    total = read_all(data, bytes);
+    kernels.read_all(data, bytes);
   } else {
-#pragma omp parallel reduction(+ : total)
+#pragma omp parallel
     {
       const int64_t workers = omp_get_num_threads(), worker = omp_get_thread_num();
       const int64_t begin = bytes * worker / workers, end = bytes * (worker + 1) / workers;
-      total += read_all(data + begin, end - begin);
+      kernels.read_all(data + begin, end - begin);
     }
   }
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  // The sum is looked at, so the compiler can't leave the reads out.
-  return total == 0x5bd1e995u ? seconds.count() * (1 + 1e-12) : seconds.count();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 bool advise_huge_pages(char* data, int64_t bytes) {

@@ -97,6 +97,7 @@ struct Kernels {
   void (*linear_float)(const LinearTask&);
   void (*finish_float)(const FinishTask&);
   void (*widen)(Type from, const char* values, int64_t count, float* out);
+  uint64_t (*read_all)(const char* data, int64_t bytes);  // the sum, for the bandwidth probe
   const bool* bf16_input;  // whether bfloat16 weights are multiplied with a raw bfloat16 input
   void (*ffn_quant)(const FfnTask&);
   void (*linear_quant)(const LinearTask&);

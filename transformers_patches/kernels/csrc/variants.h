@@ -10,6 +10,7 @@
   void linear_float(const LinearTask&);    \
   void finish_float(const FinishTask&);    \
   void widen(Type, const char*, int64_t, float*); \
+  uint64_t read_all(const char*, int64_t);        \
   extern const bool bf16_input;            \
   }                                        \
   }

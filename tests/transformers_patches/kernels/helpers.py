@@ -1,0 +1,25 @@
+"""Random weights and the distance between results."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """Relative error in the norm."""
+    return ((result.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def weights(count: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [(torch.randn(rows, columns) / columns**0.5).to(dtype) for _ in range(count)]
+
+
+def unsorted_index(prefix: int, rows: int, count: int) -> Tensor:
+    return torch.randperm(rows - prefix)[:count].add(prefix).int()
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.double() for tensor in tensors]

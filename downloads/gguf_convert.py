@@ -28,7 +28,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     # transformers refuses to save a model that was loaded from GGUF, though its weights are plain by now
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
-    vars(model.config).pop("_name_or_path", None)
+    vars(model.config).pop("_model_name_or_path", None)
     _shortest_floats(model.config)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
     if _pre_tokenizer(gguf) in DIGITS_ALONE:

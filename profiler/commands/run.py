@@ -109,8 +109,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def default_output(checkpoint_path: Path, task_type: str) -> Path:
     """neuron_files/<model>/<task>.safetensors, where the runner looks."""
-    name = {"QA": "qa", "Summarize": "summarize"}.get(task_type, task_type)
-    return NEURON_FILES / checkpoint_path.resolve().name / f"{name}.safetensors"
+    return NEURON_FILES / checkpoint_path.resolve().name / f"{task_type.lower()}.safetensors"
 
 
 def _already_there(arguments: argparse.Namespace, output: Path) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 
 from profiler.sequences import Encoder, windows
-from profiler.templates import TASK_TYPES, Prompt, Template
+from profiler.templates import Prompt, Template
 from profiler.texts import BUILTIN_FOLDER, HUB_DATASETS, TextSource
 from transformers_patches.errors import PartInferError
 
@@ -115,12 +115,28 @@ def test_an_unreachable_hub_is_one_clear_line(monkeypatch):
         prompts("xsum")
 
 
-@pytest.mark.skipif(not BUILTIN_FOLDER.is_dir(), reason="no built-in texts")
-@pytest.mark.parametrize("task_type", [t for t in TASK_TYPES if t not in ("text", "translate_en_fr")])
-def test_built_in_texts_are_there_and_distinct(task_type):
+BUILTIN_TASKS = ("QA", "Summarize", "translate_de_en")
+
+
+@pytest.mark.parametrize("task_type", BUILTIN_TASKS)
+def test_built_in_texts_are_many_and_distinct(task_type):
     texts = prompts("builtin", task_type)
-    assert len(texts) >= 100
+    assert len(texts) >= 150
     assert len(set(texts)) == len(texts)
+    assert {p.stem for p in BUILTIN_FOLDER.iterdir()} == {task.lower() for task in BUILTIN_TASKS}
+
+
+def test_built_in_documents_are_worth_a_summary():
+    documents = [prompt.partition("\n")[2] for prompt in prompts("builtin", "Summarize")]
+    assert all(60 <= len(document.split()) <= 130 for document in documents)
+    beginnings = {" ".join(document.split()[:3]) for document in documents}
+    assert len(beginnings) > 0.9 * len(documents)  # written one by one, not filled into a pattern
+
+
+@pytest.mark.parametrize("task_type", ["text", "translate_en_fr"])
+def test_tasks_without_built_in_texts_say_which_have_some(task_type):
+    with pytest.raises(PartInferError, match="only for QA, Summarize, translate_de_en: give a --dataset"):
+        prompts("builtin", task_type)
 
 
 def test_long_prompts_keep_the_end_of_their_template():

@@ -32,12 +32,7 @@ def _bytes_per_token(loaded: LoadedModel) -> int:
     total = loaded.report.bytes_resident
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if embedding is not head:
-        total -= embedding.numel() * embedding.element_size()
-    sparse = sum(
-        weight.numel() * weight.element_size()
-        for layer in loaded.state.layers
-        for name, weight in layer.named_parameters()
-        if name in layer.row_names
-    )
+        total -= embedding.nbytes
+    sparse = sum(layer.row_bytes for layer in loaded.state.layers)
     skipped = 1 - loaded.computed_fraction() / loaded.plan.loaded_fraction
     return round(total - sparse * skipped)

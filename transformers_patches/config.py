@@ -9,7 +9,7 @@ from transformers_patches.errors import PartInferError
 
 METHODS = ("partinfer", "coreinfer", "dense")
 BASE_NEURONS_TYPES = ("dataset", "model")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 KERNELS = ("auto", "native", "torch")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
@@ -57,7 +57,7 @@ class PartInferConfig:
         "keep the FFN weights of the sparse layers on the CPU and move only active neurons to the GPU",
         action="store_true",
     )
-    dtype: str = _option("auto", "weights and arithmetic; auto: as the checkpoint says", choices=DTYPES)
+    dtype: str = _option("auto", "weights and arithmetic; auto: as the checkpoint says; int8, int4: quantised weights", choices=DTYPES)
     kernels: str = _option(
         "auto", "what decodes on CPUs; auto: the native kernels, but PyTorch in float32", choices=KERNELS
     )

@@ -12,16 +12,27 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from transformers_patches import kernels
 from transformers_patches.checkpoint import Checkpoint, WeightSource
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import FFNSpec, ffn_spec
 from transformers_patches.fast_linear import native_kernels_wanted, replace_linears
 from transformers_patches.fingerprint import fingerprint
+from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load_plan import LoadPlan, build_load_plan
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.phase import RequestState
+from transformers_patches.quantized import (
+    QuantizedEmbedding,
+    QuantizedWeight,
+    quantize_modules,
+    weight_bytes,
+    weight_places,
+)
 from transformers_patches.sparse_ffn import SparseFFN
+
+QUANTIZED_AT_ONCE = 2**23  # values that are read and quantised together, in row chunks
 
 
 @dataclass
@@ -49,7 +60,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return self.model.device
 
     def computed_fraction(self) -> float:
         """Share of the sparse layers' neurons that decode steps computed since the last reset, as counted."""
@@ -126,14 +137,16 @@ def load_from(
     names = _names_in_model(weights)
     _check_neuron_files(config, weights, names, name, dataset_neurons, model_neurons)
     plan = build_load_plan(settings, config, dataset_neurons, model_neurons)
-    device, dtype = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
+    device, (dtype, bits) = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
     if settings.memory_limit and device.type == "cpu":
         raise PartInferError("memory_limit moves active neurons to a GPU, but there is none: leave it out")
 
     model = build_on_meta(config, dtype)
     state = RequestState()
     native = native_kernels_wanted(settings.kernels, device, dtype)
-    sources = _swap_ffns(model, spec, plan, settings, state, dtype, native=native)
+    sources = _swap_ffns(model, spec, plan, settings, state, dtype, bits, native=native)
+    if bits is not None:
+        quantize_modules(model, bits, dtype, native=native)
     _stream_weights(
         model,
         weights,
@@ -150,13 +163,16 @@ def load_from(
         seconds=time.perf_counter() - started,
         bytes_read=weights.bytes_read,
         bytes_dense=weights.total_bytes(),
-        bytes_resident=sum(p.numel() * p.element_size() for p in model.parameters()),
+        bytes_resident=weight_bytes(model),
     )
     return LoadedModel(model, settings, plan, state, report)
 
 
-def _resolve_dtype(name: str, config: PretrainedConfig) -> torch.dtype:
-    return (config.dtype or torch.float32) if name == "auto" else getattr(torch, name)
+def _resolve_dtype(name: str, config: PretrainedConfig) -> tuple[torch.dtype, int | None]:
+    """The type of arithmetic and of what is not quantised, and the bits of what is (None: nothing)."""
+    if name.startswith("int"):
+        return torch.bfloat16, int(name.removeprefix("int"))
+    return ((config.dtype or torch.float32) if name == "auto" else getattr(torch, name)), None
 
 
 def _check_neuron_files(config, weights: WeightSource, names: dict[str, str], model_name: str, *files) -> None:
@@ -196,6 +212,7 @@ def _swap_ffns(
     settings: PartInferConfig,
     state: RequestState,
     dtype: torch.dtype,
+    bits: int | None,
     *,
     native: bool,
 ) -> dict[str, tuple[str, str, torch.Tensor]]:
@@ -219,6 +236,7 @@ def _swap_ffns(
                 output_bias=down.bias is not None,
                 token_sparsity=settings.token_sparsity,
                 native=native,
+                bits=bits,
             ).to(dtype)
         if spec.ffn:
             place = f"{spec.layers}.{layer}.{spec.ffn}"
@@ -253,7 +271,7 @@ def _stream_weights(
     """Give every parameter memory on its device, and read it. Nothing may be left over on either side."""
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     used = set()
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+    for name, place in weight_places(model):
         source, how, neurons = sources.get(name, (name, "whole", None))
         stored = names.get(source)
         if stored is None:
@@ -264,14 +282,17 @@ def _stream_weights(
         if name in tied:
             continue  # the same tensor as its partner, which is read
         target = torch.device("cpu") if keep_on_cpu and name in sources and how != "whole" else device
-        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=target)
-        _check_shape(weights, stored, parameter, how, intermediate_size)
-        if how == "columns":
-            weights.read_columns_into(stored, values, neurons)
+        _check_shape(weights, stored, place.shape, how, intermediate_size)
+        if isinstance(place, QuantizedWeight):
+            values = _read_quantized(weights, stored, place, how, neurons, model.dtype, target)
         else:
-            weights.read_into(stored, values, neurons if how == "rows" else None)
+            values = torch.empty(place.shape, dtype=place.dtype, device=target)
+            _read(weights, stored, values, how, neurons)
         if target.type == "cpu" and device.type == "cuda":
             values = values.pin_memory()
+        if isinstance(place, QuantizedWeight):
+            place.fill(values)
+            continue
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=False))
     ignored = [re.compile(p) for p in (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))]
@@ -279,19 +300,53 @@ def _stream_weights(
     if unexpected:
         raise PartInferError(f"{weights.source} has {unexpected[0]}, which {model.config.model_type} has no place for")
     for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            continue  # where it was read to, and tied already
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if not isinstance(model.get_input_embeddings(), QuantizedEmbedding):
+        model.tie_weights()
+    left = [name for name, place in weight_places(model) if place.device.type == "meta"]
     if left:
         raise PartInferError(
             f"{weights.source}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again"
         )
 
 
-def _check_shape(weights: WeightSource, stored: str, parameter: torch.Tensor, how: str, intermediate_size: int) -> None:
+def _read(weights: WeightSource, stored: str, out: torch.Tensor, how: str, neurons: torch.Tensor | None) -> None:
+    if how == "columns":
+        weights.read_columns_into(stored, out, neurons)
+    else:
+        weights.read_into(stored, out, neurons if how == "rows" else None)
+
+
+def _read_quantized(
+    weights: WeightSource,
+    stored: str,
+    place: QuantizedWeight,
+    how: str,
+    neurons: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> QuantizedTensor:
+    """Read and quantise a weight: rows a few megabytes at a time; columns as one tensor, which is gone afterwards."""
+    rows, columns = place.shape
+    packed = QuantizedTensor.empty(rows, columns, place.packed.bits, device)
+    step = rows if how == "columns" else max(1, QUANTIZED_AT_ONCE // columns)
+    chosen = torch.arange(rows) if how == "whole" else neurons
+    for start in range(0, rows, step):
+        part = chosen[start : start + step]
+        values = torch.empty(len(part), columns, dtype=dtype, device=device)
+        _read(weights, stored, values, "rows" if how == "whole" else how, part)
+        packed[start : start + step].copy_(kernels.quantize(values, place.packed.bits))
+    return packed
+
+
+def _check_shape(
+    weights: WeightSource, stored: str, expected: tuple[int, ...], how: str, intermediate_size: int
+) -> None:
     """Rows and columns were chosen by the config; a file of another size must not be read with them."""
-    expected = tuple(parameter.shape)
+    expected = tuple(expected)
     if how == "rows":
         expected = (intermediate_size, *expected[1:])
     elif how == "columns":

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from transformers_patches import kernels
 from transformers_patches.fast_linear import FEW_TOKENS
+from transformers_patches.kernels import Weight
 from transformers_patches.load_plan import LayerPlan
 from transformers_patches.phase import PREFILL, RequestState
+from transformers_patches.quantized import QuantizedWeight, weight_of
 from transformers_patches.selection import core_neuron_counts, select_active
 
 # transformers' names of activations -> those of the native kernels
@@ -27,7 +28,7 @@ KERNEL_ACTIVATIONS = {
     "relu": "relu",
 }
 
-Rows = dict[str, torch.Tensor]  # weights of some neurons by name: gate, up, down [n, H], gate_bias, up_bias [n]
+Rows = dict[str, Weight]  # weights of some neurons by name: gate, up, down [n, H], gate_bias, up_bias [n]
 
 
 class SparseFFN(nn.Module):
@@ -50,6 +51,7 @@ class SparseFFN(nn.Module):
         output_bias: bool,
         token_sparsity: float,
         native: bool = False,
+        bits: int | None = None,
     ) -> None:
         super().__init__()
         self.plan, self.state = plan, state
@@ -61,7 +63,9 @@ class SparseFFN(nn.Module):
         self.row_names = [*inputs, "down"] + ([f"{name}_bias" for name in inputs] if input_bias else [])
         for name in self.row_names:
             shape = (plan.loaded_count,) if name.endswith("_bias") else (plan.loaded_count, hidden_size)
-            setattr(self, name, nn.Parameter(torch.empty(shape), requires_grad=False))
+            quantized = bits is not None and len(shape) == 2
+            weight = QuantizedWeight(*shape, bits) if quantized else nn.Parameter(torch.empty(shape), False)
+            setattr(self, name, weight)
         self.output_bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if output_bias else None
         self.decoded_tokens = self.computed_neurons = 0  # counted where the rows are used
         self._base: Rows | None = None
@@ -85,17 +89,26 @@ class SparseFFN(nn.Module):
             y = y + self.output_bias
         return y.reshape(shape)
 
+    def weight(self, name: str) -> Weight:
+        """The stored rows of one of `row_names`, as the kernels take them."""
+        return weight_of(getattr(self, name))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all stored rows."""
+        return sum(self.weight(name).nbytes for name in self.row_names)
+
     @property
     def selects(self) -> bool:
         """Whether a prompt chooses some of the neurons."""
         return self.plan.computed_count > self.plan.base_count
 
     def _prefill(self, x: torch.Tensor) -> torch.Tensor:
-        rows = self._on_device({name: getattr(self, name) for name in self.row_names}, x.device)
+        rows = self._on_device({name: self.weight(name) for name in self.row_names}, x.device)
         h = self._activations(x, rows)  # [B, T, L]
         if self.selects:
             self._observe(h)
-        return h @ rows["down"]
+        return kernels.combine(h, rows["down"])
 
     def _observe(self, h: torch.Tensor) -> None:
         mask = self.state.token_mask
@@ -121,16 +134,16 @@ class SparseFFN(nn.Module):
     def _decode_native(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """Output and computed neurons per sequence. The kernel takes the prefix and a list: nothing is gathered."""
         base_count, parts, computed = self.plan.base_count, [], []
+        weights = [self.weight(name) for name in self.row_names if not name.endswith("_bias")]
         for sequence, part in enumerate(x):
             index = self.selected[sequence] if self.selects else None
             if "gate" in self.row_names:
                 biases = {"bias_gate": self.gate_bias, "bias_up": self.up_bias} if self.input_bias else {}
-                y = kernels.sparse_ffn(
-                    part, self.gate, self.up, self.down, base_count, index, self.kernel_activation, **biases
-                )
+                y = kernels.sparse_ffn(part, *weights, base_count, index, self.kernel_activation, **biases)
             else:
                 bias = self.up_bias if self.input_bias else None
-                y = kernels.sparse_ffn_plain(part, self.up, bias, self.down, base_count, index, self.kernel_activation)
+                up, down = weights
+                y = kernels.sparse_ffn_plain(part, up, bias, down, base_count, index, self.kernel_activation)
             parts.append(y)
             computed.append(base_count + (0 if index is None else len(index)))
         return parts[0][None] if len(parts) == 1 else torch.stack(parts), computed
@@ -140,26 +153,27 @@ class SparseFFN(nn.Module):
         base = self._base_rows(x.device)
         y = torch.zeros_like(x)
         if self.plan.base_count:
-            y = self._activations(x, base) @ base["down"]
+            y = kernels.combine(self._activations(x, base), base["down"])
         computed = [self.plan.base_count] * len(x)
         if self.selects:
             chosen = [self._chosen_rows(sequence, x.device) for sequence in range(len(x))]
-            parts = [self._activations(part, rows) @ rows["down"] for part, rows in zip(x, chosen, strict=True)]
+            pairs = zip(x, chosen, strict=True)
+            parts = [kernels.combine(self._activations(part, rows), rows["down"]) for part, rows in pairs]
             y = y + torch.stack(parts)
             computed = [count + len(rows["down"]) for count, rows in zip(computed, chosen, strict=True)]
         return y, computed
 
     def _activations(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """h: [..., n] from x: [..., H], the activations of n neurons."""
-        up = F.linear(x, rows["up"], rows.get("up_bias"))
+        up = kernels.project(x, rows["up"], rows.get("up_bias"))
         if "gate" not in rows:
             return self.act_fn(up)
-        return self.act_fn(F.linear(x, rows["gate"], rows.get("gate_bias"))) * up
+        return self.act_fn(kernels.project(x, rows["gate"], rows.get("gate_bias"))) * up
 
     def _base_rows(self, device: torch.device) -> Rows:
         """The base neurons: a prefix, so views; a copy on the GPU, kept, if the weights stay on the CPU."""
         if self._base is None or self._base["down"].device != device:
-            prefix = {name: getattr(self, name)[: self.plan.base_count] for name in self.row_names}
+            prefix = {name: self.weight(name)[: self.plan.base_count] for name in self.row_names}
             self._base = self._on_device(prefix, device)
         return self._base
 
@@ -167,7 +181,7 @@ class SparseFFN(nn.Module):
         """The neurons selected for a sequence, gathered once per prompt."""
         if sequence not in self._chosen:
             index = self.selected[sequence]
-            rows = {name: getattr(self, name) for name in self.row_names}
+            rows = {name: self.weight(name) for name in self.row_names}
             gathered = {name: w.index_select(0, index.to(w.device)) for name, w in rows.items()}
             self._chosen[sequence] = self._on_device(gathered, device)
         return self._chosen[sequence]

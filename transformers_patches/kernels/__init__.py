@@ -11,16 +11,20 @@ from torch import Tensor
 from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
 from transformers_patches.kernels import reference
+from transformers_patches.kernels.blockwise import combine, project
 from transformers_patches.kernels.quantization import GROUP, QuantizedTensor, dequantize, quantize
 
 __all__ = [
     "GROUP",
     "QuantizedTensor",
     "advise_huge_pages",
+    "Weight",
     "available",
     "bandwidth_probe",
+    "combine",
     "dequantize",
     "linear",
+    "project",
     "quantize",
     "sparse_ffn",
     "sparse_ffn_by_up",

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers_patches.errors import PartInferError
 
 GROUP = 32
-_ROWS_AT_ONCE = 1024  # bounds the float32 copies that quantising makes
+_VALUES_AT_ONCE = 2**20  # bounds the float32 copies that quantising makes
 _CANDIDATES = torch.linspace(0.8, 1.04, 13)
 
 
@@ -36,12 +36,51 @@ class QuantizedTensor:
         """Bytes of data and scales."""
         return self.data.nbytes + self.scales.nbytes
 
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
     def __len__(self) -> int:
         return self.data.shape[0]
 
-    def rows(self, chosen: Tensor | slice) -> QuantizedTensor:
+    def __getitem__(self, rows: Tensor | slice) -> QuantizedTensor:
         """Some of the rows: a view for a slice, a copy for indices."""
-        return QuantizedTensor(self.data[chosen], self.scales[chosen], self.bits)
+        return QuantizedTensor(self.data[rows], self.scales[rows], self.bits)
+
+    def index_select(self, dim: int, index: Tensor) -> QuantizedTensor:
+        """A copy of some rows; dim must be 0."""
+        return QuantizedTensor(self.data.index_select(dim, index), self.scales.index_select(dim, index), self.bits)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> QuantizedTensor:
+        """The same on another device."""
+        data, scales = (part.to(device, non_blocking=non_blocking) for part in (self.data, self.scales))
+        return self if data is self.data else QuantizedTensor(data, scales, self.bits)
+
+    def pin_memory(self) -> QuantizedTensor:
+        """A copy in page-locked memory."""
+        return QuantizedTensor(self.data.pin_memory(), self.scales.pin_memory(), self.bits)
+
+    def copy_(self, other: QuantizedTensor) -> None:
+        """Take over the values of another one of the same shape and bits."""
+        self.data.copy_(other.data)
+        self.scales.copy_(other.scales)
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, bits: int, device: torch.device | str = "cpu") -> QuantizedTensor:
+        """Memory for a [rows, columns] weight. Raises PartInferError if columns is no multiple of 32 or bits not 4 or 8."""
+        if bits not in (4, 8):
+            raise PartInferError(f"bits must be 4 or 8, got {bits}")
+        if columns % GROUP:
+            raise PartInferError(
+                f"a weight to quantise must be [rows, columns] with columns a multiple of {GROUP}, "
+                f"got [{rows}, {columns}]: keep it in bfloat16"
+            )
+        data = (
+            torch.empty(rows, columns, dtype=torch.int8, device=device)
+            if bits == 8
+            else torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+        )
+        return cls(data, torch.empty(rows, columns // GROUP, dtype=torch.float16, device=device), bits)
 
 
 def quantize(weight: Tensor, bits: int, importance: Tensor | None = None) -> QuantizedTensor:
@@ -52,26 +91,21 @@ def quantize(weight: Tensor, bits: int, importance: Tensor | None = None) -> Qua
     larger are tried, and the one with the least weighted square error is taken.
     Raises PartInferError if columns is no multiple of 32 or bits is neither 8 nor 4.
     """
-    if bits not in (4, 8):
-        raise PartInferError(f"bits must be 4 or 8, got {bits}")
-    if weight.ndim != 2 or weight.shape[1] % GROUP:
-        raise PartInferError(
-            f"a weight to quantise must be [rows, columns] with columns a multiple of {GROUP}, "
-            f"got {list(weight.shape)}: keep it in bfloat16"
-        )
+    if weight.ndim != 2:
+        raise PartInferError(f"a weight to quantise must be [rows, columns], got {list(weight.shape)}")
     rows, columns = weight.shape
-    data = torch.empty(rows, columns if bits == 8 else columns // 2, dtype=torch.int8 if bits == 8 else torch.uint8)
-    scales = torch.empty(rows, columns // GROUP, dtype=torch.float16)
+    result = QuantizedTensor.empty(rows, columns, bits, weight.device)
     cost = None if importance is None else importance.float().view(1, -1, GROUP)
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        piece = slice(start, start + _ROWS_AT_ONCE)
+    step = max(1, _VALUES_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        piece = slice(start, start + step)
         groups = weight[piece].float().view(-1, columns // GROUP, GROUP)
         scale = _exact_scale(groups, bits)
         if cost is not None:
             scale = _best_scale(groups, scale, cost, bits)
-        scales[piece] = scale
-        data[piece] = _pack(_round(groups, scale, bits), bits)
-    return QuantizedTensor(data, scales, bits)
+        result.scales[piece] = scale
+        result.data[piece] = _pack(_round(groups, scale, bits), bits)
+    return result
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -23,7 +23,7 @@ Weight = Tensor | QuantizedTensor
 def rows_of(weight: Weight, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
     """Some rows of a float or quantised weight as floats."""
     if isinstance(weight, QuantizedTensor):
-        return dequantize(weight.rows(rows), dtype)
+        return dequantize(weight[rows], dtype)
     return weight[rows]
 
 

@@ -1,0 +1,44 @@
+"""Matrix products with weights of any kind, for many tokens and on any device.
+
+Quantised weights are turned into floats block by block, so that never more than a block is there twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from transformers_patches.kernels.quantization import QuantizedTensor, dequantize
+
+BLOCK_VALUES = 2**21  # weights of a block: a few megabytes as floats, which caches hold
+
+
+def _blocks(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, those rows as floats), in order."""
+    step = max(1, BLOCK_VALUES // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        yield rows, dequantize(weight[rows], dtype)
+
+
+def project(x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] plus bias [out]: [..., out], as F.linear."""
+    if not isinstance(weight, QuantizedTensor):
+        return F.linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    for rows, floats in _blocks(weight, x.dtype):
+        out[..., rows] = F.linear(x, floats, None if bias is None else bias[rows])
+    return out
+
+
+def combine(h: Tensor, weight: Tensor | QuantizedTensor) -> Tensor:
+    """h [..., n] times weight [n, H]: [..., H], the weighted sums of the rows."""
+    if not isinstance(weight, QuantizedTensor):
+        return h @ weight
+    out = torch.zeros(*h.shape[:-1], weight.shape[1], dtype=torch.float32, device=h.device)
+    for rows, floats in _blocks(weight, h.dtype):
+        out += h[..., rows] @ floats
+    return out.to(h.dtype)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.transformers_patches.masked_reference import MaskedReference
 from tests.transformers_patches.model_passes import DATASET, METHODS, MODEL
+from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.loading import load_model
 
@@ -25,3 +26,10 @@ def loaded(tiny_checkpoints):
 @pytest.fixture(scope="session")
 def references(tiny_checkpoints):
     return cache(lambda family: MaskedReference(tiny_checkpoints[family]))
+
+
+@pytest.fixture
+def native():
+    """Skips where no kernels could be compiled."""
+    if not kernels.available():
+        pytest.skip(f"no native kernels: {kernels.why_not()}")

@@ -1,9 +1,11 @@
 """Prompts, passes over a cache, and what a model computed in them."""
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import VOCABULARY, random_neuron_file
+from tests.conftest import HIDDEN, VOCABULARY, random_neuron_file
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, positions
+from transformers_patches.families import ffn_spec
 from transformers_patches.loading import LoadedModel
 from transformers_patches.sparse_ffn import SparseFFN
 
@@ -92,3 +94,21 @@ def selection_of(ours: LoadedModel, layer: int, batch: int) -> list[set[int]]:
 
 def sparse_layers(ours: LoadedModel) -> dict[int, SparseFFN]:
     return dict(zip(ours.plan.layers, ours.state.layers, strict=True))
+
+
+def computed_rows(ours, all_passes) -> list[dict[int, float]]:
+    """Per pass and sparse layer, neurons computed per token, from the floating-point operations torch counted."""
+    spec = ffn_spec(ours.model.config)
+    matrices = 3 if spec.gated else 2
+    past, result = None, []
+    for input_ids, kwargs in all_passes:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            past = ours.model(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs).past_key_values
+        root = type(ours.model).__name__
+        rows = {}
+        for layer in ours.plan.layers:
+            name = f"{root}.{spec.layers}.{layer}.{spec.ffn or spec.up}"
+            operations = sum(counter.get_flop_counts()[name].values())
+            rows[layer] = operations / (2 * HIDDEN * matrices * input_ids.numel())
+        result.append(rows)
+    return result

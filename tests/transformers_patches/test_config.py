@@ -51,7 +51,7 @@ def test_fractions_not_given_follow_sparsity():
     [
         ({"method": "powerinfer"}, "method must be one of partinfer, coreinfer, dense, got 'powerinfer'"),
         ({"base_neurons_type": "random"}, "base_neurons_type must be one of dataset, model, got 'random'"),
-        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "int2"}, "dtype must be one of auto, float32, bfloat16, float16, int8, int4, got 'int2'"),
         ({"sparsity": 1.5}, r"sparsity must be a fraction in \[0, 1\], got 1.5"),
         ({"sparsity": float("nan")}, r"sparsity must be a fraction in \[0, 1\], got nan"),
         ({"loaded_neurons_percent": -0.1}, r"loaded_neurons_percent must be a fraction in \[0, 1\], got -0.1"),

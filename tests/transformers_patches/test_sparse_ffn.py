@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS
 from tests.transformers_patches.masked_reference import naive_count
@@ -12,6 +11,7 @@ from tests.transformers_patches.model_passes import (
     MODEL,
     SPARSE,
     assert_equal_where_real,
+    computed_rows,
     naive,
     padded_prompts,
     passes,
@@ -20,7 +20,6 @@ from tests.transformers_patches.model_passes import (
     selection_of,
 )
 from transformers_patches.config import PartInferConfig
-from transformers_patches.families import ffn_spec
 from transformers_patches.loading import load_model
 from transformers_patches.sparse_ffn import SparseFFN
 
@@ -106,24 +105,6 @@ def test_all_neurons_give_plain_transformers(family, method, settings, loaded, r
         tokens = ours.generate(input_ids, **options)
         assert tokens.shape[1] > input_ids.shape[1]
         assert torch.equal(tokens, plain.generate(input_ids, **options))
-
-
-def computed_rows(ours, all_passes) -> list[dict[int, float]]:
-    """Per pass and sparse layer, neurons computed per token, from the floating-point operations torch counted."""
-    spec = ffn_spec(ours.model.config)
-    matrices = 3 if spec.gated else 2
-    past, result = None, []
-    for input_ids, kwargs in all_passes:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            past = ours.model(input_ids=input_ids, past_key_values=past, use_cache=True, **kwargs).past_key_values
-        root = type(ours.model).__name__
-        rows = {}
-        for layer in ours.plan.layers:
-            name = f"{root}.{spec.layers}.{layer}.{spec.ffn or spec.up}"
-            operations = sum(counter.get_flop_counts()[name].values())
-            rows[layer] = operations / (2 * HIDDEN * matrices * input_ids.numel())
-        result.append(rows)
-    return result
 
 
 # 0.4, 0.35 and 0.51875 of 80 are 32, 28, and 41.5 neurons, which rounds to 42

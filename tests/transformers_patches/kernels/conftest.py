@@ -25,13 +25,6 @@ def variant(request, monkeypatch):
 
 
 @pytest.fixture
-def native():
-    """Skips where no kernels could be compiled."""
-    if not kernels.available():
-        pytest.skip(f"no native kernels: {kernels.why_not()}")
-
-
-@pytest.fixture
 def threads():
     """Sets the number of threads; put back afterwards."""
     before = torch.get_num_threads()

@@ -68,12 +68,16 @@ def parse_methods(text: str, use_partial_loading: bool = False) -> list[str]:
     return names
 
 
-def add_method_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --model_name, --method, and every setting of PartInferConfig; the fractions of SWEPT take lists."""
-    parser.add_argument("--model_name", required=True, help="a checkpoint folder, short name or hub id")
-    parser.add_argument(
-        "--method", default=default, help=f"one or more of {', '.join(METHODS)}, separated by commas ({default})"
-    )
+def add_method_arguments(
+    parser: argparse.ArgumentParser, default: str, also: tuple[str, ...] = (), *, model_required: bool = True
+) -> None:
+    """Add --model_name, --method, and every setting of PartInferConfig; the fractions of SWEPT take lists.
+
+    also: methods that the script has besides those of METHODS.
+    """
+    parser.add_argument("--model_name", required=model_required, help="a checkpoint folder, short name or hub id")
+    names = ", ".join((*METHODS, *also))
+    parser.add_argument("--method", default=default, help=f"one or more of {names}, separated by commas ({default})")
     parser.add_argument("--task_type", help="task whose neuron file is looked up: QA, Summarize, translate_de_en")
     parser.add_argument(
         "--random_neurons_filepath", help="ranking of coreinfer_random_loading (looked up, else seeded with --seed)"

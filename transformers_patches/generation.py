@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.streamers import TextStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import LoadedModel
@@ -131,16 +131,8 @@ def generate(
     interrupted = False
     started = time.perf_counter()
     try:
-        with loaded.state.expect_prompt(len(prompt_ids)), torch.inference_mode():
-            loaded.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
-                generation_config=config,
-                streamer=recorder,
-                stop_strings=list(options.stop) or None,
-                tokenizer=tokenizer if options.stop else None,
-            )
+        stops = {"stop_strings": list(options.stop), "tokenizer": tokenizer} if options.stop else {}
+        generate_ids(loaded, ids, config, recorder, cache, **stops)
     except KeyboardInterrupt:
         interrupted = True
         recorder.end()
@@ -158,6 +150,29 @@ def generate(
         decode_tokens_per_second=recorder.decode_speed(),
         finish_reason=_finish_reason(interrupted, recorder, config),
     )
+
+
+def generate_ids(
+    loaded: LoadedModel,
+    ids: torch.Tensor,
+    config: GenerationConfig,
+    streamer: BaseStreamer,
+    cache: Cache | None = None,
+    **options,
+) -> torch.Tensor:
+    """transformers' generation as every answer takes it: prompts [B, T] without padding, to ids [B, T + new].
+
+    cache: holds a prefix of the prompts; options: others of transformers' generate().
+    """
+    with loaded.state.expect_prompt(ids.shape[1]), torch.inference_mode():
+        return loaded.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=DynamicCache() if cache is None else cache,
+            generation_config=config,
+            streamer=streamer,
+            **options,
+        )
 
 
 def _check_length(loaded: LoadedModel, prompt_ids: list[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen2Config
 
@@ -101,7 +103,7 @@ def shape_config(name: str) -> PretrainedConfig:
 class RandomWeights:
     """A checkpoint that is drawn instead of read: a WeightSource for `load_from`. Nothing comes from disk.
 
-    scale: standard deviation of the weights, norms are 1 plus that.
+    scale: standard deviation of the weights, norms are 1 plus that. A tensor read whole is the same each time.
     """
 
     bytes_read = 0
@@ -113,7 +115,6 @@ class RandomWeights:
         model = build_on_meta(config, dtype)
         tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
         self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in tied}
-        self._drawn = 0
 
     def names(self) -> set[str]:
         return set(self._shapes)
@@ -126,18 +127,18 @@ class RandomWeights:
 
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Fill `out`; rows only say how many there are."""
-        self._fill(out.view(-1))
+        self._fill(name, out.view(-1))
         if out.ndim == 1 and name.endswith("weight"):
             out += 1  # a norm
 
     def read_columns_into(self, name: str, out: torch.Tensor, columns: torch.Tensor) -> None:
-        self._fill(out.view(-1))
+        self._fill(name, out.view(-1))
 
-    def _fill(self, flat: torch.Tensor) -> None:
-        for start in range(0, len(flat), BLOCK):
+    def _fill(self, name: str, flat: torch.Tensor) -> None:
+        place = zlib.crc32(name.encode())
+        for number, start in enumerate(range(0, len(flat), BLOCK)):
             part = flat[start : start + BLOCK]
-            self._drawn += 1
-            shift = (self._drawn * 7919) % BLOCK
+            shift = (place + number * 7919) % BLOCK
             first = min(len(part), BLOCK - shift)
             part[:first].copy_(self._block[shift : shift + first])
             part[first:].copy_(self._block[: len(part) - first])

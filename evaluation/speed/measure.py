@@ -1,0 +1,222 @@
+"""Every model in a process of its own, all measured in turn, round after round, with a bandwidth probe in each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PretrainedConfig
+
+from evaluation.methods import Configuration
+from evaluation.models import find_model
+from evaluation.speed.job import Job, Timing
+from evaluation.speed.rows import measured_row, speedup
+from evaluation.speed.workers import Worker
+from transformers_patches import kernels
+from transformers_patches.checkpoint import Checkpoint
+from transformers_patches.errors import PartInferError
+from transformers_patches.loading import build_on_meta, read_config, resolve_device
+from transformers_patches.random_weights import RandomWeights, shape_config
+
+DENSE = "dense"  # the label that the others are compared to
+MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of a process: PyTorch, the cache, activations
+
+
+class Measurement:
+    """What is measured on, from parsed arguments; `conditions` tells it. scratch: a folder for GGUF files.
+
+    Raises PartInferError where a model, a prompt or memory is missing.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
+        self.arguments, self.scratch = arguments, scratch
+        self.folder = None
+        if not arguments.random_weights:
+            self.folder = find_model(arguments.checkpoint_path or arguments.model_name)
+        self.config = read_config(self.folder) if self.folder else shape_config(arguments.random_weights)
+        self.device = resolve_device(arguments.device or "auto")
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        self.prompts = self._prompts()
+        self.conditions = {
+            "model": self.folder.name if self.folder else arguments.random_weights,
+            "random_weights": self.folder is None,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "batch_size": len(self.prompts),
+            "prompt_length": len(self.prompts[0]),
+            "new_tokens": arguments.num_tokens_to_generate,
+            "repetitions": arguments.repetitions,
+            "kernels": kernels.variant(),
+        }
+
+    def _prompts(self) -> list[list[int]]:
+        """The prompt of --prompt, or random tokens; all of one length."""
+        arguments = self.arguments
+        if arguments.prompt is not None:
+            tokens = AutoTokenizer.from_pretrained(self.folder, local_files_only=True).encode(arguments.prompt)
+            if not tokens:
+                raise PartInferError("the prompt has no tokens: give a text with --prompt")
+            prompts = [tokens] * arguments.batch_size
+        else:
+            generator = torch.Generator().manual_seed(arguments.seed)
+            shape = (arguments.batch_size, arguments.prompt_length)
+            prompts = torch.randint(self.config.vocab_size, shape, generator=generator).tolist()
+        limit = self.config.max_position_embeddings
+        if len(prompts[0]) + arguments.num_tokens_to_generate > limit:
+            raise PartInferError(
+                f"{len(prompts[0])} prompt tokens and {arguments.num_tokens_to_generate} generated ones exceed the "
+                f"model's {limit}: shorten one of them"
+            )
+        return prompts
+
+    def rows(self, grid: list[Configuration], with_transformers: bool, compared: list[str | None]) -> list[dict]:
+        """A row per configuration, two for transformers, one for each type of llama.cpp's weights."""
+        jobs = [self._job("partinfer", point.label, configuration=point) for point in grid]
+        if with_transformers:
+            jobs.append(self._job("transformers", "transformers"))
+        jobs += self._llama_cpp_jobs(compared)
+        with _workers(jobs) as workers:
+            subjects = [(worker, variant) for worker in workers for variant in worker.variants]
+            timings, probe = self._measure(subjects)
+            self.conditions["probe_gigabytes_per_second"] = probe / 1e9
+            return [
+                self._row(worker, variant, mine, timings, probe)
+                for (worker, variant), mine in zip(subjects, timings.values(), strict=True)
+            ]
+
+    def _job(self, engine: str, label: str, dtype: str | None = None, **options) -> Job:
+        arguments = self.arguments
+        return Job(
+            engine,
+            label,
+            dtype or self._dtype(),
+            self.folder,
+            arguments.random_weights,
+            self.conditions["threads"],
+            str(self.device),
+            arguments.seed,
+            task_type=arguments.task_type,
+            random_neurons_filepath=arguments.random_neurons_filepath,
+            **options,
+        )
+
+    def _dtype(self) -> str:
+        given = self.arguments.dtype or "auto"
+        return str(self.config.dtype or torch.float32).removeprefix("torch.") if given == "auto" else given
+
+    def _llama_cpp_jobs(self, compared: list[str | None]) -> list[Job]:
+        if not compared:
+            return []
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise PartInferError("llama.cpp is not installed: pip install llama-cpp-python, or leave out --compare")
+        from evaluation.speed.gguf_model import write_gguf
+
+        jobs = []
+        for kind in compared:
+            dtype = kind or self._dtype()
+            path = self.scratch / f"{dtype}.gguf"
+            weights = Checkpoint(self.folder) if self.folder else self._random_weights()
+            per_token = write_gguf(path, weights, self.config, dtype)
+            jobs.append(self._job("llama.cpp", f"llama.cpp {dtype}", dtype, gguf=path, gguf_bytes_per_token=per_token))
+        return jobs
+
+    def _random_weights(self) -> RandomWeights:
+        return RandomWeights(self.config, getattr(torch, self._dtype()), self.arguments.seed)
+
+    def _measure(self, subjects: list[tuple[Worker, str]]) -> tuple[dict[str, list[Timing]], float]:
+        """Timings by label, one for each round, and the median of the rounds' probes in bytes per second."""
+        arguments = self.arguments
+        timings: dict[str, list[Timing]] = {variant: [] for _, variant in subjects}
+        probes = []
+        for turn in tqdm(range(-arguments.warmup, arguments.repetitions), desc="rounds", leave=False):
+            if turn == 0:
+                for worker, variant in subjects:
+                    worker.facts(variant)  # the counters start with the measured rounds
+            probes.append(self._probe())
+            for worker, variant in subjects:
+                timing = worker.run(variant, self.prompts, arguments.num_tokens_to_generate)
+                if turn >= 0:
+                    timings[variant].append(timing)
+        return timings, statistics.median(probes[arguments.warmup :])
+
+    def _probe(self) -> float:
+        """Bytes per second that the device's memory gives."""
+        if self.device.type == "cpu":
+            return kernels.bandwidth_probe(repetitions=3)
+        buffer = torch.ones(2**28, device=self.device)
+        seconds = []
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")
+            start.record()
+            buffer.sum()
+            end.record()
+            torch.cuda.synchronize(self.device)
+            seconds.append(start.elapsed_time(end) / 1e3)
+        return buffer.nbytes / min(seconds)
+
+    def _row(
+        self, worker: Worker, variant: str, mine: list[Timing], timings: dict[str, list[Timing]], probe: float
+    ) -> dict:
+        configuration, job = worker.job.configuration, worker.job
+        conditions = self.conditions
+        names = ("model", "batch_size", "prompt_length", "new_tokens", "repetitions", "threads")
+        return {
+            "label": variant,
+            "method": configuration.method if configuration else job.engine,
+            "dtype": job.dtype,
+            **measured_row(mine, worker.facts(variant), probe, len(self.prompts), conditions["prompt_length"]),
+            "speedup_over_dense": speedup(mine, timings.get(DENSE)),
+            **{name: conditions[name] for name in names},
+        }
+
+
+@contextmanager
+def _workers(jobs: list[Job]) -> Iterator[list[Worker]]:
+    """A loaded worker for each job, one after the other; all are ended at the end."""
+    workers: list[Worker] = []
+    try:
+        for job in tqdm(jobs, desc="loading", leave=False):
+            _check_memory(job, len(workers))
+            workers.append(Worker(job))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _check_memory(job: Job, loaded: int) -> None:
+    """PartInferError unless the model fits into the memory that is free: swapping would be measured instead."""
+    if job.device != "cpu":
+        return
+    if job.gguf is not None:
+        needed = os.path.getsize(job.gguf)
+    else:
+        needed = _weight_bytes(read_config(job.folder) if job.folder else shape_config(job.shape), job.dtype)
+    free = _available_memory()
+    if free is not None and needed + MEMORY_BESIDE_WEIGHTS > free:
+        raise PartInferError(
+            f"{job.label} takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free with {loaded} models loaded: "
+            "measure fewer at a time"
+        )
+
+
+def _weight_bytes(config: PretrainedConfig, dtype: str) -> int:
+    model = build_on_meta(config, getattr(torch, dtype))
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _available_memory() -> int | None:
+    """Bytes that programs can still take, where the system says so (Linux)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None

@@ -1,0 +1,87 @@
+"""A process per model: loaded there, and run when told to, so that models are measured in turn without meeting."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+
+from evaluation.speed.job import Engine, Job, Timing
+from transformers_patches.errors import PartInferError
+
+
+class Worker:
+    """The parent's side of a process that holds an engine. Raises PartInferError for what goes wrong in there."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._pipe, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")  # a fork would share the threads' state
+        self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.variants: list[str] = self._answer()
+
+    def run(self, variant: str, prompts: list[list[int]], new_tokens: int) -> Timing:
+        self._pipe.send(("run", variant, prompts, new_tokens))
+        return self._answer()
+
+    def facts(self, variant: str) -> dict:
+        """The engine's facts, and the process's load_s and peak_memory_bytes."""
+        self._pipe.send(("facts", variant))
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process and wait for its memory to be free."""
+        self._pipe.close()
+        self._process.join()
+
+    def _answer(self):
+        try:
+            succeeded, answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            raise PartInferError(
+                f"the process of {self.job.label} ended with code {code} (killed for memory?): measure fewer at a time"
+            ) from None
+        if not succeeded:
+            raise PartInferError(f"{self.job.label}: {answer}")
+        return answer
+
+
+def _serve(pipe, job: Job) -> None:
+    """The process: load, then answer until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        engine = _engine(job)
+        pipe.send((True, engine.variants))
+        while True:
+            command, *arguments = pipe.recv()
+            pipe.send((True, _do(engine, command, arguments)))
+    except EOFError:
+        sys.exit(0)
+    except (PartInferError, MemoryError, RuntimeError) as error:
+        pipe.send((False, f"{type(error).__name__}: {error}" if not str(error) else str(error).splitlines()[0]))
+
+
+def _engine(job: Job) -> Engine:
+    if job.engine == "llama.cpp":
+        from evaluation.speed.llama_cpp_engine import LlamaCppEngine
+
+        return LlamaCppEngine(job)
+    import transformers
+
+    from evaluation.speed.engines import PartInferEngine, TransformersEngine
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return PartInferEngine(job) if job.engine == "partinfer" else TransformersEngine(job)
+
+
+def _do(engine: Engine, command: str, arguments: list):
+    if command == "run":
+        return engine.run(*arguments)
+    from transformers_patches.running import peak_memory_bytes
+
+    return {"load_s": engine.load_s, "peak_memory_bytes": peak_memory_bytes(), **engine.facts(*arguments)}

@@ -9,7 +9,9 @@ from transformers_patches.errors import PartInferError
 
 NEURON_FILES = Path(__file__).resolve().parent.parent / "neuron_files"
 TASK_TYPES = ("QA", "Summarize", "translate_de_en")
-_FILE_STEMS = {"QA": "qa", "Summarize": "summarize", "translate_de_en": "translate", None: "model"}
+_MODEL_STEMS = ("model", "model_neurons")  # the second is what the original called it
+# A task's own file comes before that of its group.
+_TASK_STEMS = {"QA": ("qa",), "Summarize": ("summarize",), "translate_de_en": ("translate_de_en", "translate")}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ def find_neuron_files(model_name: str, task_type: str | None, folder: str | Path
     task_type: one of TASK_TYPES, or None for no task. Raises PartInferError if there is neither file.
     """
     place = Path(folder or NEURON_FILES) / model_name
-    found = NeuronFilePaths(_first(place, _FILE_STEMS[task_type]), _first(place, _FILE_STEMS[None]))
+    found = NeuronFilePaths(_first(place, _TASK_STEMS.get(task_type, ())), _first(place, _MODEL_STEMS))
     if found.dataset is None and found.model is None:
         raise PartInferError(
             f"no neuron files for {model_name} in {place}: make one with python -m profiler run, or give "
@@ -35,5 +37,6 @@ def find_neuron_files(model_name: str, task_type: str | None, folder: str | Path
     return found
 
 
-def _first(place: Path, stem: str) -> Path | None:
-    return next((p for p in (place / f"{stem}.safetensors", place / f"{stem}.json") if p.is_file()), None)
+def _first(place: Path, stems: tuple[str, ...]) -> Path | None:
+    names = (place / f"{stem}{ending}" for stem in stems for ending in (".safetensors", ".json"))
+    return next((path for path in names if path.is_file()), None)

@@ -14,7 +14,7 @@ if not __package__:  # run as a file: imports come from the repository, not from
 
 from evaluation.methods import Configuration, add_method_arguments, build_grid
 from evaluation.tables import markdown_table
-from evaluation.windows import HALVES, Example, Source, read_examples
+from evaluation.windows import HALVES, PREFILL_TOKENS, SCORED_TOKENS, Example, Source, read_examples
 from transformers_patches import cli
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import write_text_atomic
@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", default="test", help="split of a hub data set (test)")
     add("--half", default="all", choices=HALVES, help="which half of the examples, in order (all)")
     add("--limit", type=int, metavar="WINDOWS", help="measure on a sample of this size (all)")
-    add("--prefill_tokens", type=int, default=256, help="context of a window (256)")
-    add("--scored_tokens", type=int, default=128, help="scored part of a window (128)")
+    add("--prefill_tokens", type=int, default=PREFILL_TOKENS, help=f"context of a window ({PREFILL_TOKENS})")
+    add("--scored_tokens", type=int, default=SCORED_TOKENS, help=f"scored part of a window ({SCORED_TOKENS})")
     add("--prompt_template", help='rows instead of a text: what is prefilled, such as "Question: {question}\\nAnswer:"')
     add("--target_template", help='what is scored after it, such as " {answer}"')
     add("--batch_size", type=int, default=4, help="windows that are scored together (4)")

@@ -13,6 +13,7 @@ if not __package__:  # run as a file: imports come from the repository, not from
 
 from evaluation.methods import add_method_arguments, build_grid
 from evaluation.tables import markdown_table
+from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS
 from transformers_patches import cli
 from transformers_patches.errors import PartInferError
 
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     task.add_argument("--task_name", required=True, help="lm-eval tasks, groups or patterns, separated by commas")
     task.add_argument("--num_fewshot", type=int, help="worked examples before each question (as the task says)")
     task.add_argument("--limit", type=_limit, help="rows of each task, or a fraction of them if below 1 (all)")
+    task.add_argument("--shuffle", action="store_true", help="draw those rows with --seed instead of the first ones")
     task.add_argument("--include_path", metavar="FOLDER", help="task YAMLs beside lm-eval's and evaluation/tasks")
     task.add_argument(
         "--data_dir", metavar="FOLDER", help="where local tasks find their files ($PARTINFER_DATA_DIR, else here)"
@@ -36,9 +38,14 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--max_batch_size", type=int, default=64, help="where auto begins to try (64)")
     run.add_argument("--max_length", type=int, help="tokens of a request at most; longer ones lose their beginning")
     run.add_argument(
-        "--prefill_tokens", type=int, help="context in rolling log-likelihoods (256; dense: lm-eval's own)"
+        "--prefill_tokens",
+        type=int,
+        default=PREFILL_TOKENS,
+        help=f"context of a block in rolling log-likelihoods, the same for every method ({PREFILL_TOKENS})",
     )
-    run.add_argument("--scored_tokens", type=int, help="block scored after it (128; dense: lm-eval's own)")
+    run.add_argument(
+        "--scored_tokens", type=int, default=SCORED_TOKENS, help=f"block scored after it ({SCORED_TOKENS})"
+    )
     run.add_argument("--gen_kwargs", help="generation options over the task's, such as temperature=0.7,do_sample=True")
     run.add_argument(
         "--apply_chat_template", action="store_true", help="wrap prompts as the model's chat template says"

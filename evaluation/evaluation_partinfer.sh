@@ -24,6 +24,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 : "${DATA_DIR:=${PARTINFER_DATA_DIR:-}}"
 : "${OUTPUT_PATH:=$here/../results}"
 : "${LIMIT:=}"
+: "${SHUFFLE:=false}" # draw the LIMIT rows with SEED instead of taking the first
 : "${NUM_FEWSHOT:=}"
 : "${BATCH_SIZE:=1}"
 : "${SEED:=0}"
@@ -93,6 +94,7 @@ for task in $TASKS; do
   [[ -n "$START_NUM" ]] && command+=(--start_num "$START_NUM")
   [[ -n "$END_NUM" ]] && command+=(--end_num "$END_NUM")
   [[ -n "$LIMIT" ]] && command+=(--limit "$LIMIT")
+  [[ "$SHUFFLE" == true ]] && command+=(--shuffle)
   [[ -n "$NUM_FEWSHOT" ]] && command+=(--num_fewshot "$NUM_FEWSHOT")
   [[ -n "$INCLUDE_PATH" ]] && command+=(--include_path "$INCLUDE_PATH")
   [[ -n "$DATA_DIR" ]] && command+=(--data_dir "$DATA_DIR")

@@ -22,18 +22,19 @@ if not __package__:  # run as a file: imports come from the repository, not from
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from evaluation.models import find_model, find_rankings
 from evaluation.scoring import Request, batches, continuation_logits
 from evaluation.weights import weight_counts
+from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import LoadedModel, load_model, resolve_device
 from transformers_patches.neuron_file import NeuronFile
 
 logger = logging.getLogger(__name__)
-PREFILL_TOKENS, SCORED_TOKENS = 256, 128  # windows of rolling log-likelihoods, see ALGORITHM's evaluation semantics
 AUTO_BATCH_ON_CPU = 8  # memory does not run out there, and larger batches are no faster
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -71,6 +72,23 @@ class PartInferLM(HFLM):
         device = str(resolve_device(settings.device))
         super().__init__(pretrained=str(folder), device=device, dtype=settings.dtype, **others)
 
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> PartInferLM:
+        """From lm-eval's `name=value,name=value`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> PartInferLM:
+        """From model arguments and lm-eval's own options.
+
+        Among those is always a device, cuda:0 where --device is not given: a device in the model arguments wins, and
+        without CUDA it is dropped, as HFLM does.
+        """
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if "device" in arg_dict or (str(options.get("device")).startswith("cuda") and not torch.cuda.is_available()):
+            options.pop("device", None)
+        return super().create_from_arg_obj(arg_dict, options)
+
     def _get_config(self, pretrained: str, **_options) -> None:
         super()._get_config(pretrained)
 
@@ -99,9 +117,9 @@ class PartInferLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether greedy decoding gives it) of each request.
 
-        Dense methods compute the same neurons in prefill and decoding, so HFLM's single pass is right for them.
+        The whole model computes the same neurons in prefill and decoding, so it takes HFLM's own single pass.
         """
-        if not self.settings.computes_sparsely:
+        if not (self.settings.computes_sparsely or self.settings.use_partial_loading):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         grouped, places = self._group_by_context(requests)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)

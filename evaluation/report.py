@@ -11,7 +11,14 @@ from pathlib import Path
 if not __package__:  # run as a file: imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from evaluation.report_rows import PERPLEXITY_COLUMNS, TASK_COLUMNS, mean_relative, perplexity_rows, task_rows
+from evaluation.report_rows import (
+    PERPLEXITY_COLUMNS,
+    TASK_COLUMNS,
+    by_configuration,
+    mean_relative,
+    perplexity_rows,
+    task_rows,
+)
 from evaluation.tables import csv_text, markdown_table
 from transformers_patches import cli
 from transformers_patches.errors import PartInferError
@@ -20,7 +27,6 @@ from transformers_patches.files import write_text_atomic
 _MEAN_COLUMNS = (
     *("configuration", "relative", "tasks", "ffn_bytes_fraction", "loaded_bytes_fraction", "token_bytes_fraction"),
 )
-_TASK_TABLE = ("task", "metric", "configuration", "score", "stderr", "relative", "samples", "ffn_bytes_fraction")
 _PERPLEXITY_TABLE = (
     *("configuration", "nll", "excess_nll", "perplexity", "kl_to_dense", "top1_agreement"),
     *("ffn_bytes_fraction", "loaded_bytes_fraction", "token_bytes_fraction"),
@@ -31,6 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="?", default="results", help="results folder (results)")
     parser.add_argument("--output_path", metavar="FOLDER", help="where the report goes (the results folder)")
+    parser.add_argument(
+        "--metric",
+        default="",
+        metavar="NAMES",
+        help="metrics, separated by commas, that stand for a task where it has them, such as chrf (accuracy, exact "
+        "match, F1, BLEU, ROUGE, perplexity)",
+    )
     parser.add_argument("--no_figures", action="store_true", help="tables only")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of Markdown")
     return parser
@@ -41,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(arguments.results)
     if not folder.is_dir():
         raise PartInferError(f"no results folder at {folder}: run evaluate_task.py or evaluate_perplexity.py first")
-    rows = {"tasks": task_rows(folder), "perplexity": perplexity_rows(folder)}
+    rows = {"tasks": task_rows(folder, arguments.metric.split(",")), "perplexity": perplexity_rows(folder)}
     if not any(rows.values()):
         raise PartInferError(f"{folder} holds no results: run evaluate_task.py or evaluate_perplexity.py first")
     out = Path(arguments.output_path or folder)
@@ -93,7 +106,8 @@ def _markdown(rows: dict[str, list[dict]], figures: list[tuple[str, str]]) -> st
         parts.append(f"## {model}")
         if tasks:
             parts += ["Mean score relative to dense:", markdown_table(mean_relative(tasks), _MEAN_COLUMNS)]
-            parts += ["Each task:", markdown_table(tasks, _TASK_TABLE)]
+            columns = ["task", "metric", "samples", *dict.fromkeys(row["configuration"] for row in tasks)]
+            parts += ["Scores, with standard errors:", markdown_table(by_configuration(tasks), columns)]
         for dataset in dict.fromkeys(row["dataset"] for row in perplexity):
             mine = [row for row in perplexity if row["dataset"] == dataset]
             parts += [f"{dataset}, {mine[0]['samples']} examples:", markdown_table(mine, _PERPLEXITY_TABLE)]

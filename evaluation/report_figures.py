@@ -12,29 +12,38 @@ import matplotlib.pyplot as plt
 from evaluation.methods import METHODS
 from transformers_patches.files import atomic_path
 
-_COLORS = dict(zip(METHODS, ("black", "tab:gray", "tab:blue", "tab:red", "tab:orange", "tab:purple"), strict=True))
+_PALETTE = ("black", *matplotlib.color_sequences["tab10"])
+_COLORS = {method: _PALETTE[i % len(_PALETTE)] for i, method in enumerate(METHODS)}
 _SIZES = {"loaded_bytes_fraction": "weight bytes in memory", "token_bytes_fraction": "weight bytes read per token"}
 
 
 def relative_scores(rows: list[dict], model: str, path: Path) -> None:
-    """Bars: each task's score over dense, by configuration. rows: of task_rows, of one model."""
+    """Bars: each task's score over dense, by configuration, with standard errors. rows: of task_rows, of one model."""
     rows = [row for row in rows if row["relative"] is not None and row["configuration"] != "dense"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     configurations = list(dict.fromkeys(row["configuration"] for row in rows))
-    figure, axes = plt.subplots(figsize=(max(6, 1.6 * len(tasks)), 4))
+    figure, axes = plt.subplots(figsize=(max(6, 1.6 * len(tasks)), 4.5))
     width = 0.8 / max(1, len(configurations))
     for place, configuration in enumerate(configurations):
         mine = {row["task"]: row for row in rows if row["configuration"] == configuration}
         offsets = [i + (place - (len(configurations) - 1) / 2) * width for i, task in enumerate(tasks) if task in mine]
         heights = [mine[task]["relative"] for task in tasks if task in mine]
+        errors = [_relative_error(mine[task]) for task in tasks if task in mine]
         color = _COLORS[next(iter(mine.values()))["method"]] if len(configurations) <= len(METHODS) else None
-        axes.bar(offsets, heights, width, label=configuration, color=color)
+        bar = {"linewidth": 0.8, "ecolor": "dimgray"}
+        axes.bar(offsets, heights, width, label=configuration, color=color, yerr=errors, error_kw=bar)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
     axes.set_ylabel("score relative to dense")
+    axes.set_ylim(bottom=0)
     axes.set_title(model)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)
+
+
+def _relative_error(row: dict) -> float:
+    """The standard error of a score, on the scale of `relative`; that of the dense score is not in it."""
+    return row["stderr"] / row["score"] * row["relative"] if row["stderr"] and row["score"] else 0.0
 
 
 def trade_off(rows: list[dict], quality: str, label: str, model: str, path: Path) -> None:
@@ -42,7 +51,7 @@ def trade_off(rows: list[dict], quality: str, label: str, model: str, path: Path
 
     rows: with `method`, `configuration`, the quality, and the fractions of dense bytes.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for panel, (size, name) in zip(panels, _SIZES.items(), strict=True):
         for method in METHODS:
             mine = [row for row in rows if row["method"] == method and None not in (row[size], row[quality])]
@@ -53,7 +62,7 @@ def trade_off(rows: list[dict], quality: str, label: str, model: str, path: Path
         panel.set_xlabel(f"{name}, relative to dense")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(label)
-    panels[0].legend(fontsize="small")
+    panels[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(model)
     _save(figure, path)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.methods import METHODS
 from evaluation.results import read_perplexities, read_results
+from evaluation.tables import number
 from transformers_patches.errors import PartInferError
 
 # The metric that stands for a task is the first of these that it has.
@@ -12,7 +15,10 @@ _PRIMARY = ("HasAns_f1", "f1", "exact_match", "bleu", "rougeL", "rouge1", "rouge
 _SETTINGS = ("sparsity", "loaded_neurons_percent")
 _SIZES = {"loaded_bytes_fraction": "weight_bytes_resident", "token_bytes_fraction": "bytes_per_token"}
 # A result is compared with the dense result of the same model, task and options.
-_SAME = ("limit", "num_fewshot", "seed", "apply_chat_template", "system_instruction", "gen_kwargs")
+_SAME = (
+    *("limit", "shuffle", "num_fewshot", "seed", "apply_chat_template", "system_instruction", "gen_kwargs"),
+    *("max_length", "prefill_tokens", "scored_tokens"),
+)
 
 TASK_COLUMNS = (
     *("model", "task", "metric", "configuration", "method", *_SETTINGS),
@@ -24,24 +30,30 @@ PERPLEXITY_COLUMNS = (
 )
 
 
-def task_rows(folder: str | Path) -> list[dict]:
-    """A row per model, task and configuration, with the names of TASK_COLUMNS.
+def task_rows(folder: str | Path, metrics: Sequence[str] = ()) -> list[dict]:
+    """A row per model, task and configuration, with the names of TASK_COLUMNS, methods in the order of METHODS.
 
-    relative: score over the dense score, inverted where lower is better; loaded_bytes_fraction,
-    token_bytes_fraction: weight bytes in memory, and read for one token, over dense. None without a dense result of
-    the same sample, or where its score is 0.
+    metrics: preferred to the usual ones where a task has them. relative: score over the dense score, inverted where
+    lower is better; loaded_bytes_fraction, token_bytes_fraction: weight bytes in memory, and read for one token, over
+    dense. None without a dense result of the same sample, or where its score is 0.
     """
-    results = read_results(folder)
+    results = sorted(
+        read_results(folder), key=lambda result: (result["model"], result["task"], _place(result["method"]))
+    )
     dense = {_same(result): result for result in results if result["configuration"] == "dense"}
-    return [_task_row(result, dense.get(_same(result))) for result in results]
+    return [_task_row(result, dense.get(_same(result)), metrics) for result in results]
+
+
+def _place(method: str) -> int:
+    return list(METHODS).index(method) if method in METHODS else len(METHODS)
 
 
 def _same(result: dict) -> tuple:
     return (result["model"], result["task"], *(str(result["run"][name]) for name in _SAME))
 
 
-def _task_row(result: dict, dense: dict | None) -> dict:
-    metric = primary_metric(result)
+def _task_row(result: dict, dense: dict | None, metrics: Sequence[str]) -> dict:
+    metric = primary_metric(result, metrics)
     settings, method = result["run"]["settings"], result["method"]
     row = {
         "model": result["model"],
@@ -57,23 +69,25 @@ def _task_row(result: dict, dense: dict | None) -> dict:
         "ffn_bytes_fraction": result["weights"]["ffn_bytes_fraction"],
         "seconds": result["seconds"],
     }
-    if dense is not None:
-        expected = primary_metric(dense)["value"]
+    same = dense and next((other for other in dense["metrics"] if other["metric"] == metric["metric"]), None)
+    if same:
+        expected = same["value"]
         lower_is_better = metric["metric"].endswith("perplexity")
         ratio = (expected, metric["value"]) if lower_is_better else (metric["value"], expected)
         row["relative"] = ratio[0] / ratio[1] if ratio[1] else None
     return row | _size_fractions(result["weights"], dense and dense["weights"])
 
 
-def primary_metric(result: dict) -> dict:
-    """The metric row that stands for a task; PartInferError if it has none that is known."""
-    for name in _PRIMARY:
+def primary_metric(result: dict, preferred: Sequence[str] = ()) -> dict:
+    """The metric row that stands for a task; PartInferError if it has none that is known or preferred."""
+    for name in (*preferred, *_PRIMARY):
         for metric in result["metrics"]:
             if metric["metric"] == name:
                 return metric
     known = ", ".join(sorted({metric["metric"] for metric in result["metrics"]}))
     raise PartInferError(
-        f"{result['task']} has the metrics {known or '(none)'}; the report knows {', '.join(_PRIMARY)}"
+        f"{result['task']} has the metrics {known or '(none)'}; the report knows {', '.join(_PRIMARY)}: "
+        "name one with --metric"
     )
 
 
@@ -100,6 +114,16 @@ def _settings_of(method: str, sparsity: float, loaded: float) -> dict:
 
 def _size_fractions(weights: dict, dense: dict | None) -> dict:
     return {name: weights[size] / dense[size] if dense else None for name, size in _SIZES.items()}
+
+
+def by_configuration(rows: list[dict]) -> list[dict]:
+    """A row per task, metric and sample size, with a column `score ± standard error` for each configuration."""
+    table: dict[tuple, dict] = {}
+    for row in rows:
+        names = {name: row[name] for name in ("task", "metric", "samples")}
+        error = "" if row["stderr"] is None else f" ± {number(row['stderr'])}"
+        table.setdefault(tuple(names.values()), names)[row["configuration"]] = f"{number(row['score'])}{error}"
+    return list(table.values())
 
 
 def mean_relative(rows: list[dict]) -> list[dict]:

@@ -7,11 +7,14 @@ import contextlib
 import json
 import logging
 import os
+import random
 import sys
 import time
 from pathlib import Path
 
 import lm_eval
+from lm_eval.api.task import Task
+from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 
 from evaluation.methods import Configuration
@@ -28,6 +31,7 @@ DATA_DIR_VARIABLE = "PARTINFER_DATA_DIR"
 _RUN_OPTIONS = (
     "num_fewshot",
     "limit",
+    "shuffle",
     "seed",
     "random_neurons_filepath",
     "max_length",
@@ -97,13 +101,16 @@ class TaskRunner:
     ) -> list[dict]:
         given = self.arguments
         model.loaded.reset_counters()
+        objects, leaves = self._load_task(task)
+        sampled = given.shuffle and given.limit is not None
         started = time.perf_counter()
         output = lm_eval.simple_evaluate(
             model=model,
-            tasks=self._load_task(task),
+            tasks=objects,
             task_manager=self.manager,
             num_fewshot=given.num_fewshot,
-            limit=given.limit,
+            limit=None if sampled else given.limit,
+            samples={name: self._sample(leaf) for name, leaf in leaves.items()} if sampled else None,
             batch_size=given.batch_size,
             bootstrap_iters=given.bootstrap_iters,
             log_samples=given.log_samples,
@@ -137,8 +144,17 @@ class TaskRunner:
         shared = {"configuration": configuration.label, "ffn_bytes_fraction": fraction}
         return [shared | metric for metric in result["metrics"]]
 
-    def _load_task(self, task: str) -> list:
-        """The task or group as objects. lm-eval takes relative data files from the current folder."""
+    def _sample(self, task: Task) -> list[int]:
+        """--limit rows of a task, drawn with --seed: neighbours in a data set are often of one subject."""
+        count = len(task.eval_docs)
+        wanted = min(count, get_sample_size(task, self.arguments.limit))
+        return sorted(random.Random(self.arguments.seed).sample(range(count), wanted))
+
+    def _load_task(self, task: str) -> tuple[list, dict[str, Task]]:
+        """The task or group as objects, and the tasks in it by name.
+
+        lm-eval takes relative data files from the current folder.
+        """
         try:
             with contextlib.chdir(self.data_dir):
                 found = self.manager.load([task])
@@ -148,7 +164,8 @@ class TaskRunner:
                 f"--data_dir (now {self.data_dir}), the others need the hub"
             ) from None
         groups = found.get("groups", {})
-        return [groups[task]] if task in groups else list(found["tasks"].values())
+        leaves = found["tasks"]
+        return [groups[task]] if task in groups else list(leaves.values()), leaves
 
 
 def _find_tasks(names: list[str], include_path: str | None) -> tuple[TaskManager, list[str]]:

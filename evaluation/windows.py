@@ -13,6 +13,7 @@ from transformers_patches.errors import PartInferError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PREFILL_TOKENS, SCORED_TOKENS = 256, 128  # of a window, see ALGORITHM's evaluation semantics
 HALVES = ("all", "first", "second")
 _QUESTION = "Question: {question}\nAnswer:"
 _QUESTION_ABOUT = "Context: {context}\nQuestion: {question}\nAnswer:"
@@ -41,8 +42,8 @@ class Source:
     half: str = "all"
     limit: int | None = None
     seed: int = 0
-    prefill_tokens: int = 256
-    scored_tokens: int = 128
+    prefill_tokens: int = PREFILL_TOKENS
+    scored_tokens: int = SCORED_TOKENS
     prompt_template: str | None = None
     target_template: str | None = None
 

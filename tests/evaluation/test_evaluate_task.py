@@ -74,6 +74,24 @@ def test_finished_runs_are_skipped_and_others_are_not(flags, tmp_path, capsys):
     assert not is_finished(path, {"limit": 2})
 
 
+def test_shuffle_draws_the_rows_of_the_limit_with_the_seed(flags, tmp_path):
+    def drawn(*more: str) -> list[int]:
+        run = [*flags, "--task_name=local_piqa", "--limit=2", "--log_samples", *more]
+        assert main(run) == 0
+        path = tmp_path / "tiny-llama" / "partinfer" / "local_piqa.samples.jsonl"
+        lines = path.read_text(encoding="utf-8").strip().split("\n")
+        return [int(json.loads(line)["doc"]["goal"].split()[-1]) for line in lines]
+
+    assert drawn() == [4, 5]  # the first of the report half
+    assert result(tmp_path, "partinfer", "local_piqa")["rows"] == {"local_piqa": 2}
+    samples = {seed: drawn("--shuffle", f"--seed={seed}") for seed in range(3)}
+    assert all(set(rows) < {4, 5, 6, 7} and len(rows) == 2 for rows in samples.values())
+    assert len({tuple(rows) for rows in samples.values()}) > 1
+    assert drawn("--shuffle", "--seed=2") == samples[2]
+    assert result(tmp_path, "partinfer", "local_piqa")["rows"] == {"local_piqa": 2}
+    assert len(drawn("--shuffle", "--limit=9")) == 4
+
+
 def test_few_shot_examples_come_from_the_calibration_half(flags, tmp_path):
     assert main([*flags, "--task_name=local_triviaqa", "--num_fewshot=2", "--limit=1", "--log_samples"]) == 0
     line = (tmp_path / "tiny-llama" / "partinfer" / "local_triviaqa.samples.jsonl").read_text(encoding="utf-8")
@@ -131,7 +149,7 @@ def test_the_script_runs_from_anywhere(command, folder):
 
 
 def test_plain_lm_eval_knows_the_model(model_folder, ranking_paths, data_folder, tmp_path):
-    settings = {"pretrained": model_folder, "device": "cpu", "sparsity": 0.4} | SETTINGS | ranking_paths
+    settings = {"pretrained": model_folder, "sparsity": 0.4} | SETTINGS | ranking_paths
     model_args = ",".join(f"{name}={value}" for name, value in settings.items())
     command = ["-m", "evaluation.partinfer_lm", "run", "--model", "partinfer", "--model_args", model_args]
     command += ["--tasks", "local_piqa", "--include_path", str(ROOT / "evaluation" / "tasks"), "--limit", "2"]

@@ -14,8 +14,14 @@ from transformers import DynamicCache
 from evaluation.partinfer_lm import PartInferLM, rolling_windows
 from tests.evaluation.conftest import SETTINGS
 from transformers_patches.errors import PartInferError
+from transformers_patches.generation import GenerationOptions, generate
 
-SPARSE = [{"method": "partinfer"}, {"method": "coreinfer"}, {"method": "coreinfer", "use_partial_loading": True}]
+SPARSE = [
+    {"method": "partinfer"},
+    {"method": "coreinfer"},
+    {"method": "coreinfer", "use_partial_loading": True},
+    {"method": "dense", "use_partial_loading": True},
+]
 OPTIONS = {"until": ["q", "zz"], "max_gen_toks": 12, "do_sample": False}
 
 
@@ -189,6 +195,29 @@ def test_generation_honours_stop_strings_and_length(make_lm):
     assert 3 < max(lengths) <= 9
     stop = free[lengths.index(max(lengths))][3]
     assert answers([stop]) == [answer.split(stop)[0] for answer in free]
+
+
+def test_generation_is_that_of_partinfer_py(make_lm):
+    lm = make_lm(method="partinfer", batch_size=2)
+    prompts = ["abc", "What now", "xyzw", "hello there"]
+    asked = instances("generate_until", [(prompt, {"until": [], "max_gen_toks": 9}) for prompt in prompts])
+    alone = [
+        generate(lm.loaded, lm.tokenizer, lm.tok_encode(prompt), GenerationOptions(max_new_tokens=9)).text
+        for prompt in prompts
+    ]
+    assert lm.generate_until(asked, disable_tqdm=True) == alone
+
+
+@pytest.mark.parametrize("given", ["device=cpu,", ""])
+def test_the_device_of_the_model_arguments_wins_over_lm_evals_default(model_folder, ranking_paths, given):
+    if not given and torch.cuda.is_available():
+        pytest.skip("with CUDA lm-eval's default is a device that is there")
+    settings = ",".join(f"{name}={value}" for name, value in (SETTINGS | ranking_paths).items())
+    lm = PartInferLM.create_from_arg_string(
+        f"pretrained={model_folder},{given}{settings}", {"device": "cuda:0", "batch_size": "2", "max_batch_size": None}
+    )
+    assert lm.device.type == "cpu"
+    assert lm.batch_size == 2
 
 
 def test_bad_settings_are_one_line(model_folder, ranking_paths, tmp_path):

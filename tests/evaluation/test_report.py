@@ -8,13 +8,15 @@ import json
 import pytest
 
 from evaluation.report import main
+from evaluation.report_rows import task_rows
 from evaluation.results import result_path, write_result
 from transformers_patches.errors import PartInferError
 
 
 def put_task(folder, configuration: str, method: str, task: str, metric: str, value: float, fraction: float) -> None:
     run = {"limit": 10, "num_fewshot": None, "seed": 0, "apply_chat_template": False, "system_instruction": None}
-    run |= {"gen_kwargs": None, "settings": {"sparsity": 0.4, "loaded_neurons_percent": 0.7}}
+    run |= {"shuffle": True, "max_length": None, "prefill_tokens": 256, "scored_tokens": 128, "gen_kwargs": None}
+    run |= {"settings": {"sparsity": 0.4, "loaded_neurons_percent": 0.7}}
     weights = {
         "ffn_bytes_fraction": fraction,
         "weight_bytes_resident": 1000 * fraction,
@@ -57,21 +59,42 @@ def test_tables_and_figures(folder, tmp_path_factory, capsys):
     out = tmp_path_factory.mktemp("report")
     assert main([str(folder), "--output_path", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "| piqa | acc | partinfer | 0.600 | 0.010 | 0.750 | 10 | 0.400 |" in text
-    assert "| wiki | word_perplexity | partinfer | 40.000 | 0.010 | 0.500 |" in text
-    assert "| hopeless | exact_match | partinfer | 0.000 | 0.010 | - |" in text
+    assert "| task | metric | samples | dense | partinfer |" in text
+    assert "| piqa | acc | 10 | 0.800 ± 0.010 | 0.600 ± 0.010 |" in text
+    assert "| wiki | word_perplexity | 10 | 20.000 ± 0.010 | 40.000 ± 0.010 |" in text
+    assert "| hopeless | exact_match | 10 | 0.000 ± 0.010 | 0.000 ± 0.010 |" in text
     assert "| partinfer | 0.625 | 2 | 0.400 | 0.400 | 0.400 |" in text  # the mean of two tasks
     assert "| partinfer | 2.500 [1.000, 3.000] | 0.500 |" in text
     assert (out / "report.md").read_text(encoding="utf-8").strip() == text.strip()
     rows = list(csv.DictReader((out / "report_tasks.csv").open(encoding="utf-8")))
     assert {row["configuration"] for row in rows} == {"dense", "partinfer"}
-    assert float(next(r for r in rows if r["task"] == "piqa" and r["method"] == "partinfer")["relative"]) == 0.75
+    assert float(
+        next(r for r in rows if r["task"] == "piqa" and r["method"] == "partinfer")["relative"]
+    ) == pytest.approx(0.75)
     content = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert len(content["tasks"]) == 6
+    assert {row["task"]: row["relative"] for row in content["tasks"] if row["method"] == "partinfer"} == {
+        "piqa": pytest.approx(0.75),
+        "wiki": 0.5,
+        "hopeless": None,
+    }
     assert len(content["perplexity"]) == 2
     for name in ("m_relative.png", "m_trade_off.png", "m_test.txt_excess_nll.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert name in text
+
+
+def test_configurations_are_in_the_order_of_the_methods_and_a_metric_can_be_chosen(folder):
+    put_task(folder, "coreinfer", "coreinfer", "piqa", "acc", 0.5, 0.4)
+    path = result_path(folder, "m", "coreinfer", "piqa")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["metrics"].append({"task": "piqa", "metric": "acc_norm", "filter": "none", "value": 0.7, "stderr": None})
+    path.write_text(json.dumps(content), encoding="utf-8")
+    rows = [row for row in task_rows(folder) if row["task"] == "piqa"]
+    assert [row["configuration"] for row in rows] == ["dense", "partinfer", "coreinfer"]
+    assert [(row["metric"], row["score"]) for row in rows] == [("acc", 0.8), ("acc", 0.6), ("acc", 0.5)]
+    chosen = next(row for row in task_rows(folder, ["acc_norm"]) if row["configuration"] == "coreinfer")
+    assert (chosen["score"], chosen["relative"]) == (0.7, None)  # dense has no such metric
 
 
 def test_a_report_in_the_results_folder_is_not_a_result(folder):

@@ -1,0 +1,101 @@
+#!/bin/sh
+# The numbers of docs/results.md: neuron files from the calibration halves of the data sets, then tasks and perplexity
+# of every method on seeded samples of the report halves. Can be stopped and started again; what is finished stays.
+#
+# Usage: DATA=path/to/data [MODEL=NAME] [SIZE=full|small] sh docs/make_results.sh [profile] [tasks] [perplexity]
+#
+#   METHODS   configurations, each in a process of its own (the six of the original)
+#   SIZE      of the samples. full: for a small model; small: for one of billions of parameters
+#   PYTHON    the interpreter (python3)
+set -e
+cd "$(dirname "$0")/.."
+: "${DATA:?set DATA to the folder with triviaqa, truthfulqa, squad_v1, piqa, ntrex and wikitext2}"
+: "${MODEL:=SmolLM2-135M-Instruct}"
+: "${METHODS:=dense dense+partial partinfer coreinfer coreinfer+partial coreinfer_random_loading}"
+: "${SIZE:=full}"
+: "${PYTHON:=python3}"
+: "${OUT:=results}"
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+NEURONS=$OUT/neurons/$MODEL
+
+# name, texts, data set, then arguments of run. The first half of every data set has more texts than are taken.
+neurons() {
+    name=$1 texts=$2 dataset=$3
+    shift 3
+    $PYTHON -m profiler run --resume --quiet --checkpoint_path "models/$MODEL" --batch_size 16 \
+        --dataset "$DATA/$dataset" --limit "$texts" --output "$NEURONS/$name.safetensors" "$@"
+}
+
+# name, names of the files to merge, then arguments of merge
+merged() {
+    name=$1 parts=$2
+    shift 2
+    [ -f "$NEURONS/$name.safetensors" ] && return
+    for part in $parts; do set -- "$@" "$NEURONS/$part.safetensors"; done
+    $PYTHON -m profiler merge --output "$NEURONS/$name.safetensors" "$@"
+}
+
+# neuron file, rows, worked examples, tasks
+tasks() {
+    dataset=$1 rows=$2 fewshot=$3 names=$4
+    for method in $METHODS; do
+        $PYTHON evaluation/evaluate_task.py --model_name "$MODEL" --task_name "$names" --method "$method" \
+            --limit "$rows" --shuffle --num_fewshot "$fewshot" --batch_size 8 --data_dir "$DATA" \
+            --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
+            --model_neurons_filepath "$NEURONS/model.safetensors" \
+            --prefill_tokens 256 --scored_tokens 128 --output_path "$OUT" --skip_finished
+    done
+}
+
+# name, neuron file, examples, data set, then arguments of evaluate_perplexity.py
+perplexity() {
+    result=$OUT/$MODEL/$1.json dataset=$2 examples=$3 data=$4
+    shift 4
+    [ -f "$result" ] && return
+    $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method "$(echo "$METHODS" | tr ' ' ,)" \
+        --dataset "$DATA/$data" --limit "$examples" --batch_size 8 \
+        --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
+        --model_neurons_filepath "$NEURONS/model.safetensors" --json "$result" "$@"
+}
+
+all_neurons() {
+    neurons triviaqa "$TEXTS" triviaqa/triviaqa_sm_sub.jsonl --task_type QA --max_new_tokens 16
+    neurons truthfulqa "$TEXTS" truthfulqa/generation.jsonl --task_type QA --max_new_tokens 16
+    neurons piqa "$TEXTS" piqa/validation.jsonl --task_type QA --text_field goal --max_new_tokens 16
+    neurons squad "$TEXTS" squad_v1/validation_xquad_en.jsonl --task_type QA --max_new_tokens 16
+    neurons translate "$TEXTS" ntrex/newstest2019_de-en.jsonl --task_type translate_de_en --max_new_tokens 16
+    neurons wikitext2 "$TEXTS" wikitext2/valid.txt --task_type text --max_length 256 --max_new_tokens 0
+    merged qa "triviaqa truthfulqa piqa squad" --task_type QA
+    merged model "qa translate wikitext2"
+}
+
+all_tasks() {
+    tasks qa "$MANY" 0 local_piqa
+    tasks qa "$MANY" 5 local_triviaqa
+    tasks translate "$FEW" 3 local_translation_de_en
+    tasks qa "$CHOICES" 0 local_truthfulqa_mc2
+    tasks qa "$FEW" 1 local_squad
+    tasks qa "$CHOICES" 0 local_truthfulqa_mc1
+    tasks qa "$FEW" 0 local_truthfulqa_gen
+    tasks wikitext2 "$ARTICLES" 0 local_wikitext
+}
+
+all_perplexities() {
+    perplexity wikitext2 wikitext2 "$WINDOWS" wikitext2/test.txt
+    perplexity triviaqa qa "$MANY" triviaqa/triviaqa_sm_sub.jsonl --half second
+}
+
+case $SIZE in
+    full) TEXTS=160 MANY=80 CHOICES=80 FEW=40 ARTICLES=2 WINDOWS=40 ;;
+    small) TEXTS=64 MANY=24 CHOICES=12 FEW=12 ARTICLES=1 WINDOWS=12 ;;
+    *) echo "error: SIZE must be full or small, got $SIZE" >&2 && exit 2 ;;
+esac
+[ $# -gt 0 ] || set -- profile tasks perplexity
+for part; do
+    case $part in
+        profile) all_neurons ;;
+        tasks) all_tasks ;;
+        perplexity) all_perplexities ;;
+        *) echo "error: expected profile, tasks or perplexity, got $part" >&2 && exit 2 ;;
+    esac
+done

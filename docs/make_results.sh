@@ -75,7 +75,7 @@ all_tasks() {
     tasks translate "$FEW" 3 local_translation_de_en
     tasks qa "$CHOICES" 0 local_truthfulqa_mc2
     tasks qa "$FEW" 1 local_squad
-    tasks qa "$CHOICES" 0 local_truthfulqa_mc1
+    tasks qa "$FEW" 0 local_truthfulqa_mc1
     tasks qa "$FEW" 0 local_truthfulqa_gen
     tasks wikitext2 "$ARTICLES" 0 local_wikitext
 }

@@ -66,7 +66,7 @@ def _task_row(result: dict, dense: dict | None, metrics: Sequence[str]) -> dict:
         "stderr": metric["stderr"],
         "relative": None,
         "samples": sum(result["rows"].values()),
-        "ffn_bytes_fraction": result["weights"]["ffn_bytes_fraction"],
+        "ffn_bytes_fraction": result["weights"]["ffn_bytes_fraction"] if _decoded(result) else None,
         "seconds": result["seconds"],
     }
     same = dense and next((other for other in dense["metrics"] if other["metric"] == metric["metric"]), None)
@@ -75,7 +75,13 @@ def _task_row(result: dict, dense: dict | None, metrics: Sequence[str]) -> dict:
         lower_is_better = metric["metric"].endswith("perplexity")
         ratio = (expected, metric["value"]) if lower_is_better else (metric["value"], expected)
         row["relative"] = ratio[0] / ratio[1] if ratio[1] else None
-    return row | _size_fractions(result["weights"], dense and dense["weights"])
+    sizes = _size_fractions(result["weights"], dense and dense["weights"])
+    return row | (sizes if _decoded(result) else sizes | {"token_bytes_fraction": None})
+
+
+def _decoded(result: dict) -> bool:
+    """Whether a run decoded anything, so that its neurons were counted (answers may all end with their first token)."""
+    return result["method"] == "dense" or result["weights"]["decoded_tokens"] > 0
 
 
 def primary_metric(result: dict, preferred: Sequence[str] = ()) -> dict:
@@ -127,7 +133,9 @@ def by_configuration(rows: list[dict]) -> list[dict]:
 
 
 def mean_relative(rows: list[dict]) -> list[dict]:
-    """Per model and configuration, the mean of `relative` over the tasks that have one, and the mean sizes."""
+    """Per model and configuration, the mean of `relative` over the tasks that have one, and the mean sizes (of those
+    that were counted).
+    """
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         if row["relative"] is not None:
@@ -135,7 +143,12 @@ def mean_relative(rows: list[dict]) -> list[dict]:
     means = []
     for (model, configuration), members in groups.items():
         numbers = ("relative", "ffn_bytes_fraction", *_SIZES)
-        mean = {name: sum(member[name] for member in members) / len(members) for name in numbers}
+        mean = {name: _mean([member[name] for member in members]) for name in numbers}
         means.append({"model": model, "configuration": configuration, "method": members[0]["method"], **mean})
         means[-1]["tasks"] = len(members)
     return means
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -170,7 +170,8 @@ class TaskRunner:
 
 def _find_tasks(names: list[str], include_path: str | None) -> tuple[TaskManager, list[str]]:
     """The tasks of names and patterns. lm-eval's own thousands are indexed only if they are asked for."""
-    folders = [str(TASKS), *([include_path] if include_path else [])]
+    # lm-eval reads a task's file again later, from the folder of the data
+    folders = [str(TASKS), *([str(Path(include_path).resolve())] if include_path else [])]
     if include_path and not Path(include_path).is_dir():
         raise PartInferError(f"no folder {include_path}: --include_path is where own task YAMLs are")
     manager = TaskManager(include_path=folders, include_defaults=False)

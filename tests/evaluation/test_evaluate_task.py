@@ -101,7 +101,8 @@ def test_few_shot_examples_come_from_the_calibration_half(flags, tmp_path):
     assert all(f"What is {i} and" not in prompt for i in (5, 6, 7))
 
 
-def test_own_tasks_by_include_path(flags, tmp_path, data_folder):
+def test_own_tasks_by_include_path(flags, tmp_path, data_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     own = tmp_path / "own"
     own.mkdir()
     (own / "mine.yaml").write_text(
@@ -110,7 +111,7 @@ def test_own_tasks_by_include_path(flags, tmp_path, data_folder):
         'doc_to_choice: "{{[sol1, sol2]}}"\nmetric_list: [{metric: acc}]\n',
         encoding="utf-8",
     )
-    assert main([*flags, "--task_name=mine", f"--include_path={own}", "--task_type=QA", "--limit=2"]) == 0
+    assert main([*flags, "--task_name=mine", "--include_path=own", "--task_type=QA", "--limit=2"]) == 0
     assert result(tmp_path, "partinfer", "mine")["rows"] == {"mine": 2}
 
 

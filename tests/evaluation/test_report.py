@@ -8,7 +8,7 @@ import json
 import pytest
 
 from evaluation.report import main
-from evaluation.report_rows import task_rows
+from evaluation.report_rows import mean_relative, task_rows
 from evaluation.results import result_path, write_result
 from transformers_patches.errors import PartInferError
 
@@ -19,6 +19,7 @@ def put_task(folder, configuration: str, method: str, task: str, metric: str, va
     run |= {"settings": {"sparsity": 0.4, "loaded_neurons_percent": 0.7}}
     weights = {
         "ffn_bytes_fraction": fraction,
+        "decoded_tokens": 9,
         "weight_bytes_resident": 1000 * fraction,
         "bytes_per_token": 500 * fraction,
     }
@@ -82,6 +83,18 @@ def test_tables_and_figures(folder, tmp_path_factory, capsys):
     for name in ("m_relative.png", "m_trade_off.png", "m_test.txt_excess_nll.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert name in text
+
+
+def test_bytes_of_runs_that_decoded_nothing_are_not_told(folder):
+    path = result_path(folder, "m", "partinfer", "piqa")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["weights"] |= {"decoded_tokens": 0, "ffn_bytes_fraction": 0.7}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    row = next(row for row in task_rows(folder) if row["task"] == "piqa" and row["method"] == "partinfer")
+    assert row["ffn_bytes_fraction"] is row["token_bytes_fraction"] is None
+    assert row["loaded_bytes_fraction"] == pytest.approx(0.4)
+    mean = next(row for row in mean_relative(task_rows(folder)) if row["method"] == "partinfer")
+    assert mean["ffn_bytes_fraction"] == pytest.approx(0.4)
 
 
 def test_configurations_are_in_the_order_of_the_methods_and_a_metric_can_be_chosen(folder):

@@ -29,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint_path", metavar="FOLDER", help="the model's folder, instead of --model_name")
     add("--random_weights", metavar="NAME", help="random weights instead of a model: a known shape, or a config.json")
-    add("--compare", default="", help="llama.cpp, or with its own weights llama.cpp:q8_0, llama.cpp:q4_0; may be a list")
+    add(
+        "--compare", default="", help="llama.cpp, or with its own weights llama.cpp:q8_0, llama.cpp:q4_0; may be a list"
+    )
     add("--prompt", help="text that is prefilled (random tokens)")
     add("--prompt_length", type=int, default=128, help="tokens that are prefilled without --prompt (128)")
     add("--num_tokens_to_generate", type=int, default=64, help="tokens that are decoded, the first one included (64)")

@@ -12,17 +12,23 @@ from transformers_patches.errors import PartInferError
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the comparison: what computes, whether neurons are left out, and by which ranking."""
+    """A row of the comparison: what computes, whether neurons are left out, by which ranking, and what is preset."""
 
     compute: str
     partial: bool = False
     random: bool = False
+    preset: tuple[tuple[str, str], ...] = ()
 
 
+# PartInfer as it was published.
+ORIGINAL = (("selection", "core"), ("compensation", "none"), ("budget", "uniform"))
 METHODS: dict[str, Method] = {
     "dense": Method("dense"),
     "dense+partial": Method("dense", partial=True),
     "partinfer": Method("partinfer", partial=True),
+    "original": Method("partinfer", partial=True, preset=ORIGINAL),
+    "griffin": Method("coreinfer", preset=(("selection", "griffin"), ("compensation", "none"))),
+    "griffin+partial": Method("coreinfer", partial=True, preset=(("selection", "griffin"), ("compensation", "none"))),
     "coreinfer": Method("coreinfer"),
     "coreinfer+partial": Method("coreinfer", partial=True),
     "coreinfer_random_loading": Method("coreinfer", partial=True, random=True),
@@ -34,7 +40,10 @@ SWEPT = {
     "loaded_neurons_percent": "loaded",
     "base_neurons_percent": "base",
     "token_sparsity": "token",
+    "candidates": "candidates",
 }
+# Names that do, and how they are called in a label.
+SWEPT_NAMES = {"selection": "selection", "compensation": "compensation"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def parse_methods(text: str, use_partial_loading: bool = False) -> list[str]:
 def add_method_arguments(
     parser: argparse.ArgumentParser, default: str, also: tuple[str, ...] = (), *, model_required: bool = True
 ) -> None:
-    """Add --model_name, --method, and every setting of PartInferConfig; the fractions of SWEPT take lists.
+    """Add --model_name, --method, and every setting of PartInferConfig; those of SWEPT and SWEPT_NAMES take lists.
 
     also: methods that the script has besides those of METHODS.
     """
@@ -82,11 +91,13 @@ def add_method_arguments(
     parser.add_argument(
         "--random_neurons_filepath", help="ranking of coreinfer_random_loading (looked up, else seeded with --seed)"
     )
-    group = parser.add_argument_group("fractions; a list such as 0.2,0.3,0.4 runs the grid")
+    group = parser.add_argument_group("a list such as 0.2,0.3,0.4 or up,core runs the grid")
     fields = PartInferConfig.__dataclass_fields__
     for name in SWEPT:
         group.add_argument(f"--{name}", type=_fractions, help=fields[name].metadata["help"])
-    PartInferConfig.add_arguments(parser, skip=("method", *SWEPT))
+    for name in SWEPT_NAMES:
+        group.add_argument(f"--{name}", type=lambda text: text.split(","), help=fields[name].metadata["help"])
+    PartInferConfig.add_arguments(parser, skip=("method", *SWEPT, *SWEPT_NAMES))
 
 
 def _fractions(text: str) -> list[float]:
@@ -105,7 +116,7 @@ def build_grid(arguments: argparse.Namespace) -> list[Configuration]:
     fixed = {
         name: getattr(arguments, name)
         for name in PartInferConfig.__dataclass_fields__
-        if name not in ("method", "use_partial_loading", *SWEPT) and getattr(arguments, name) is not None
+        if name not in ("method", "use_partial_loading", *SWEPT, *SWEPT_NAMES) and getattr(arguments, name) is not None
     }
     grid = []
     for name in names:
@@ -113,17 +124,22 @@ def build_grid(arguments: argparse.Namespace) -> list[Configuration]:
         swept = {key: values for key in _relevant(method) if (values := getattr(arguments, key)) is not None}
         for point in itertools.product(*swept.values()):
             chosen = dict(zip(swept, point, strict=True))
-            settings = PartInferConfig(
-                method=method.compute, use_partial_loading=method.partial, **_fixed_for(method, fixed), **chosen
-            )
-            parts = [f"{SWEPT[key]}={value:g}" for key, value in chosen.items() if len(swept[key]) > 1]
+            options = _fixed_for(method, fixed) | chosen | dict(method.preset)
+            settings = PartInferConfig(method=method.compute, use_partial_loading=method.partial, **options)
+            parts = [_label(key, value) for key, value in chosen.items() if len(swept[key]) > 1]
             grid.append(Configuration(" ".join([name, *parts]), name, settings))
     return grid
 
 
+def _label(key: str, value: float | str) -> str:
+    return f"{SWEPT[key]}={value:g}" if key in SWEPT else f"{SWEPT_NAMES[key]}={value}"
+
+
 def _relevant(method: Method) -> list[str]:
-    """The fractions that change what a method loads or computes."""
+    """The swept settings that change what a method loads or computes."""
     names = []
+    if _is_open(method):
+        names += [*SWEPT_NAMES, "candidates"]
     if method.compute != "dense":
         names += ["sparsity", "token_sparsity"]
     if method.partial:
@@ -132,6 +148,13 @@ def _relevant(method: Method) -> list[str]:
 
 
 def _fixed_for(method: Method, fixed: dict) -> dict:
-    if method.compute == "dense":  # dense has nothing to move between CPU and GPU
-        return {key: value for key, value in fixed.items() if key != "memory_limit"}
-    return fixed
+    """Without what means nothing to a method: baselines stay what they are."""
+    left_out = set() if _is_open(method) else {"refresh", "budget", "fit_filepath"}
+    if method.compute == "dense":  # nothing to move between CPU and GPU
+        left_out |= {"memory_limit"}
+    return {key: value for key, value in fixed.items() if key not in left_out}
+
+
+def _is_open(method: Method) -> bool:
+    """Whether a method takes selections, compensations and the like."""
+    return method.compute == "partinfer" and not method.preset

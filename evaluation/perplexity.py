@@ -110,6 +110,8 @@ def result_row(
         "loaded_neurons_percent": settings.loaded_neurons_percent if settings.use_partial_loading else 1.0,
         "base_neurons_percent": settings.base_neurons_percent if settings.use_partial_loading else None,
         "token_sparsity": settings.token_sparsity if settings.computes_sparsely else None,
+        "selection": loaded.settings.selection if settings.computes_sparsely else None,
+        "compensation": loaded.settings.compensation,
     }
 
     def put(name: str, sums: np.ndarray, transform=np.asarray) -> None:

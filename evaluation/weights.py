@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from transformers_patches.loading import LoadedModel
+from transformers_patches.sparse_ffn import SparseFFN
 
 
 def weight_counts(loaded: LoadedModel) -> dict:
     """Bytes and fractions of a loaded model.
 
-    ffn_bytes_fraction: share of the sparse layers' FFN bytes read per decoded token, from the neurons that decode
-    passes computed since the counters were reset; loaded_fraction: share of those layers' neurons that is in memory;
+    ffn_bytes_fraction: share of the sparse layers' FFN bytes read per decoded token, from the rows that decode passes
+    read since the counters were reset; loaded_fraction: share of those layers' neurons that is in memory;
     weight_bytes_read, weight_bytes_dense: read from disk, and what the whole checkpoint holds; bytes_per_token: weight
     bytes read for one token, in the resident type (an input embedding that is not also the output is one row, so
     not counted).
@@ -17,7 +18,7 @@ def weight_counts(loaded: LoadedModel) -> dict:
     layers = loaded.state.layers
     return {
         "loaded_fraction": loaded.plan.loaded_fraction,
-        "ffn_bytes_fraction": loaded.computed_fraction(),
+        "ffn_bytes_fraction": loaded.bytes_fraction(),
         "decoded_tokens": layers[0].decoded_tokens if layers else 0,
         "computed_neurons": sum(layer.computed_neurons for layer in layers),
         "weight_bytes_read": loaded.report.bytes_read,
@@ -33,6 +34,13 @@ def _bytes_per_token(loaded: LoadedModel) -> int:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     if embedding is not head:
         total -= embedding.nbytes
-    sparse = sum(layer.row_bytes for layer in loaded.state.layers)
-    skipped = 1 - loaded.computed_fraction() / loaded.plan.loaded_fraction
-    return round(total - sparse * skipped)
+    skipped = sum(layer.row_bytes * (1 - _read_share(layer)) for layer in loaded.state.layers)
+    return round(total - skipped)
+
+
+def _read_share(layer: SparseFFN) -> float:
+    """Share of a layer's stored rows that decoding a token read on average; 1 if nothing was decoded."""
+    if not layer.decoded_tokens:
+        return 1.0
+    rows = layer.read_rows / layer.decoded_tokens - layer.lowrank_rows
+    return rows / (layer.plan.loaded_count * layer.matrices)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,18 @@ from safetensors import SafetensorError, safe_open
 from transformers_patches.errors import PartInferError
 
 CHUNK_BYTES = 32 * 2**20  # what one read maps at most, so that peak memory stays near the tensors that are kept
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """What is summed up over columns that are not kept: sum over i of weights[i] W[:, columns[i]], into out [H].
+
+    columns: int64 [n]; weights, out: float32.
+    """
+
+    columns: torch.Tensor
+    weights: torch.Tensor
+    out: torch.Tensor
 
 
 class WeightSource(Protocol):
@@ -35,7 +48,9 @@ class WeightSource(Protocol):
 
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None: ...
 
-    def read_columns_into(self, name: str, out: torch.Tensor, columns: torch.Tensor) -> None: ...
+    def read_columns_into(
+        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
+    ) -> None: ...
 
 
 class Checkpoint:
@@ -136,8 +151,10 @@ class Checkpoint:
             out[places.to(out.device)] = part.to(out.device, out.dtype)
         self.bytes_read += row_bytes * len(rows)
 
-    def read_columns_into(self, name: str, out: torch.Tensor, columns: torch.Tensor) -> None:
-        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H].
+    def read_columns_into(
+        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
+    ) -> None:
+        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]; sum up others as `rest` says.
 
         A row of the file is shorter than the gaps that could be skipped, so all of the tensor is read.
         """
@@ -145,7 +162,12 @@ class Checkpoint:
         step = max(1, CHUNK_BYTES // (self.nbytes(name) // height))
         for start in range(0, height, step):
             with self._open(self._files[name]) as file:
-                part = file.get_slice(name)[start : start + step].index_select(1, columns)
+                block = file.get_slice(name)[start : start + step]
+                part = block.index_select(1, columns)
+                if rest is not None:
+                    others = block.index_select(1, rest.columns).float()
+                    rest.out[start : start + step] = others @ rest.weights
+                del block  # it keeps the file mapped
             out[:, start : start + step] = part.t().to(out.device, out.dtype)
         self.bytes_read += self.nbytes(name)
 

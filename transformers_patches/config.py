@@ -11,6 +11,11 @@ METHODS = ("partinfer", "coreinfer", "dense")
 BASE_NEURONS_TYPES = ("dataset", "model")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 KERNELS = ("auto", "native", "torch")
+PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass")  # once per prompt; formulas in prompt_evidence.py
+TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selection.py
+SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
+COMPENSATIONS = ("mean", "lowrank", "refit")
+BUDGETS = ("uniform", "per_layer")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
 FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_num and end_num are not given
@@ -19,6 +24,18 @@ FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_
 def neuron_count(fraction: float, intermediate_size: int) -> int:
     """Neurons in a fraction of a layer: round half to even of fraction * N, at least 1 (ALGORITHM: one rule for all)."""
     return max(1, round(fraction * intermediate_size))
+
+
+def parse_compensation(text: str) -> frozenset[str]:
+    """Names from "mean", "refit+lowrank", …; "none" is the empty set. PartInferError if unknown."""
+    names = {name.strip() for name in text.split("+")}
+    if names == {"none"}:
+        return frozenset()
+    if names - set(COMPENSATIONS):
+        raise PartInferError(
+            f"compensation must be auto, none, or some of {', '.join(COMPENSATIONS)} joined by +, got {text!r}"
+        )
+    return frozenset(names)
 
 
 def _option(default, help_text: str, **argparse_options):
@@ -40,12 +57,42 @@ class PartInferConfig:
     loaded_neurons_percent: float | None = _option(
         None, "fraction of the neurons read from disk, gamma (0.7; --sparsity where that is larger)", type=float
     )
-    sparsity: float = _option(0.4, "portion of the neurons computed in decoding, phi", type=float)
+    sparsity: float = _option(
+        0.4,
+        "portion of the neurons computed in decoding, or with a selection per token of the FFN bytes read, phi",
+        type=float,
+    )
     base_neurons_percent: float | None = _option(
         None, "fraction of the neurons always computed, delta (0.3; --sparsity where that is smaller)", type=float
     )
     token_sparsity: float = _option(
         0.2, "share of a token's positive activations that count as its core neurons, alpha", type=float
+    )
+    selection: str = _option(
+        "auto",
+        "what chooses the neurons: per prompt by core-neuron count (core, CoreInfer's), sum of squares of h / ||h|| "
+        "(griffin), mean |h| ||W_down|| of prompt and neuron file (blend), ranks of both (glass); per token by "
+        "|up x| rms(gate) ||W_down|| (up) or |gate| rms(up x) ||W_down|| (gate); auto: up where the neuron file has "
+        "statistics, else core",
+        choices=SELECTIONS,
+    )
+    candidates: float | None = _option(
+        None,
+        "fraction of the neurons that a prompt lets tokens choose among, with up and gate (all loaded)",
+        type=float,
+    )
+    compensation: str = _option(
+        "auto",
+        "what stands in for neurons that are left out: none, or some of mean (their mean output), lowrank (a map of x), "
+        "refit (least squares on the loaded down rows), joined by +; auto: what the fit file has, else mean where the "
+        "neuron file has statistics",
+    )
+    fit_filepath: str | None = _option(None, "fit file of python -m profiler fit (the one beside the neuron file)")
+    budget: str = _option(
+        "uniform", "the same gamma and phi for every sparse layer, or those of the fit file", choices=BUDGETS
+    )
+    refresh: int | None = _option(
+        None, "choose again every so many decoded tokens, from the loaded neurons (never)", type=int
     )
     start_num: int | None = _option(None, "first sparse layer, 0-based, inclusive (3)", type=int)
     end_num: int | None = _option(None, "last sparse layer, inclusive (the third from the end)", type=int)
@@ -57,7 +104,9 @@ class PartInferConfig:
         "keep the FFN weights of the sparse layers on the CPU and move only active neurons to the GPU",
         action="store_true",
     )
-    dtype: str = _option("auto", "weights and arithmetic; auto: as the checkpoint says; int8, int4: quantised weights", choices=DTYPES)
+    dtype: str = _option(
+        "auto", "weights and arithmetic; auto: as the checkpoint says; int8, int4: quantised weights", choices=DTYPES
+    )
     kernels: str = _option(
         "auto", "what decodes on CPUs; auto: the native kernels, but PyTorch in float32", choices=KERNELS
     )
@@ -68,6 +117,10 @@ class PartInferConfig:
         self._check_choice("base_neurons_type", BASE_NEURONS_TYPES)
         self._check_choice("dtype", DTYPES)
         self._check_choice("kernels", KERNELS)
+        self._check_choice("selection", SELECTIONS)
+        self._check_choice("budget", BUDGETS)
+        if self.compensation != "auto":
+            self.compensation = "+".join(sorted(parse_compensation(self.compensation))) or "none"
         if self.loaded_neurons_percent is None:
             self.loaded_neurons_percent = max(DEFAULT_LOADED, self.sparsity)
         if self.base_neurons_percent is None:
@@ -83,10 +136,30 @@ class PartInferConfig:
             self._check_order("sparsity", "loaded_neurons_percent")
         if self.use_partial_loading:
             self._check_order("base_neurons_percent", "loaded_neurons_percent")
+        self._check_selection()
         if self.memory_limit and self.device == "cpu":
             raise PartInferError("memory_limit moves active neurons to a GPU, got device cpu: leave one of them out")
         if self.memory_limit and self.method == "dense":
             raise PartInferError("memory_limit needs a sparse method (partinfer or coreinfer), got method dense")
+
+    def _check_selection(self) -> None:
+        if self.memory_limit and self.selects_per_token:
+            raise PartInferError(
+                f"memory_limit moves the neurons of a prompt to the GPU, but selection {self.selection} chooses for every "
+                f"token: use one of {', '.join(PROMPT_SELECTIONS)}"
+            )
+        if self.refresh is not None and self.refresh < 1:
+            raise PartInferError(f"refresh must be at least 1 token, got {self.refresh}")
+        if self.candidates is None:
+            return
+        if self.selection not in ("auto", *TOKEN_SELECTIONS):
+            raise PartInferError(f"candidates belongs to selection up or gate, got selection {self.selection}")
+        limit = self.loaded_neurons_percent if self.use_partial_loading else 1.0
+        if not self.sparsity <= self.candidates <= limit:
+            raise PartInferError(
+                f"candidates must be between sparsity and what is loaded ({self.sparsity} to {limit}), "
+                f"got {self.candidates}"
+            )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -101,6 +174,15 @@ class PartInferConfig:
     def computes_sparsely(self) -> bool:
         """Whether decoding computes only a part of the loaded neurons."""
         return self.method != "dense"
+
+    @property
+    def selects_per_token(self) -> bool:
+        return self.selection in TOKEN_SELECTIONS
+
+    @property
+    def compensations(self) -> frozenset[str]:
+        """The names in `compensation`; empty while that is still auto."""
+        return frozenset() if self.compensation == "auto" else parse_compensation(self.compensation)
 
     @property
     def needs_neuron_files(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from transformers_patches import kernels
 from transformers_patches.checkpoint import Checkpoint, WeightSource
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import FFNSpec, ffn_spec
+from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import native_kernels_wanted, replace_linears
+from transformers_patches.ffn_swap import Source, attach_compensation, swap_ffns
 from transformers_patches.fingerprint import fingerprint
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load_plan import LoadPlan, build_load_plan
@@ -30,7 +31,7 @@ from transformers_patches.quantized import (
     weight_bytes,
     weight_places,
 )
-from transformers_patches.sparse_ffn import SparseFFN
+from transformers_patches.resolve import find_fit, resolve_settings
 
 QUANTIZED_AT_ONCE = 2**23  # values that are read and quantised together, in row chunks
 
@@ -68,6 +69,18 @@ class LoadedModel:
         if not tokens:
             return self.plan.loaded_fraction
         return sum(layer.computed_neurons for layer in self.state.layers) / (tokens * self.plan.intermediate_size)
+
+    def bytes_fraction(self) -> float:
+        """Share of the sparse layers' FFN bytes that decode steps read since the last reset, as counted.
+
+        A low-rank compensation counts too. If nothing was decoded, what a step over all loaded neurons would read.
+        """
+        tokens = sum(layer.decoded_tokens for layer in self.state.layers)
+        if not tokens:
+            return self.plan.loaded_fraction
+        matrices = self.state.layers[0].matrices
+        read = sum(layer.read_rows for layer in self.state.layers)
+        return read / (tokens * matrices * self.plan.intermediate_size)
 
     def reset_counters(self) -> None:
         for layer in self.state.layers:
@@ -136,7 +149,18 @@ def load_from(
     spec = ffn_spec(config)
     names = _names_in_model(weights)
     _check_neuron_files(config, weights, names, name, dataset_neurons, model_neurons)
-    plan = build_load_plan(settings, config, dataset_neurons, model_neurons)
+    base = (
+        (model_neurons or dataset_neurons)
+        if settings.base_neurons_type == "model"
+        else dataset_neurons or model_neurons
+    )
+    fit = find_fit(settings, dataset_neurons, model_neurons)
+    if fit is not None:
+        fit.check_fits(
+            config.num_hidden_layers, spec.intermediate_size(config), _fingerprint(config, weights, names), name
+        )
+    settings, fit = resolve_settings(settings, base, fit, config.num_hidden_layers)
+    plan = build_load_plan(settings, config, dataset_neurons, model_neurons, fit)
     device, (dtype, bits) = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
     if settings.memory_limit and device.type == "cpu":
         raise PartInferError("memory_limit moves active neurons to a GPU, but there is none: leave it out")
@@ -144,7 +168,7 @@ def load_from(
     model = build_on_meta(config, dtype)
     state = RequestState()
     native = native_kernels_wanted(settings.kernels, device, dtype)
-    sources = _swap_ffns(model, spec, plan, settings, state, dtype, bits, native=native)
+    sources = swap_ffns(model, spec, plan, settings, state, dtype, bits, native=native, neurons=base, fit=fit)
     if bits is not None:
         quantize_modules(model, bits, dtype, native=native)
     _stream_weights(
@@ -156,6 +180,7 @@ def load_from(
         intermediate_size=plan.intermediate_size,
         keep_on_cpu=settings.memory_limit,
     )
+    attach_compensation(state.layers, plan, settings, sources, fit, device, dtype)
     state.attach(model)
     if native:
         replace_linears(model)
@@ -175,16 +200,20 @@ def _resolve_dtype(name: str, config: PretrainedConfig) -> tuple[torch.dtype, in
     return ((config.dtype or torch.float32) if name == "auto" else getattr(torch, name)), None
 
 
-def _check_neuron_files(config, weights: WeightSource, names: dict[str, str], model_name: str, *files) -> None:
+def _fingerprint(config: PretrainedConfig, weights: WeightSource, names: dict[str, str]) -> str:
     def read(name: str) -> torch.Tensor:
         stored = names[name]
         values = torch.empty(weights.shape(stored))
         weights.read_into(stored, values)
         return values
 
+    return fingerprint(config, read)
+
+
+def _check_neuron_files(config, weights: WeightSource, names: dict[str, str], model_name: str, *files) -> None:
     given = [file for file in files if file is not None]
     if given:
-        ours = fingerprint(config, read)
+        ours = _fingerprint(config, weights, names)
         for file in given:
             file.check_fits(config, ours, model_name)
 
@@ -205,64 +234,11 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     return model.eval()
 
 
-def _swap_ffns(
-    model: PreTrainedModel,
-    spec: FFNSpec,
-    plan: LoadPlan,
-    settings: PartInferConfig,
-    state: RequestState,
-    dtype: torch.dtype,
-    bits: int | None,
-    *,
-    native: bool,
-) -> dict[str, tuple[str, str, torch.Tensor]]:
-    """Put a SparseFFN in place of each planned FFN.
-
-    Returns, for each new parameter, (name of the replaced one, how to read it: rows | columns | whole, neurons).
-    """
-    inputs = {"up": spec.up} | ({"gate": spec.gate} if spec.gated else {})
-    sources: dict[str, tuple[str, str, torch.Tensor]] = {}
-    for layer, layer_plan in plan.layers.items():
-        dense = spec.ffn_module(model, layer)
-        up, down = getattr(dense, spec.up), getattr(dense, spec.down)
-        with init_empty_weights():
-            sparse = SparseFFN(
-                layer_plan,
-                state,
-                up.in_features,
-                spec.activation(model.config),
-                gated=spec.gated,
-                input_bias=up.bias is not None,
-                output_bias=down.bias is not None,
-                token_sparsity=settings.token_sparsity,
-                native=native,
-                bits=bits,
-            ).to(dtype)
-        if spec.ffn:
-            place = f"{spec.layers}.{layer}.{spec.ffn}"
-        else:  # the projections are the layer's own: the first becomes the FFN, what follows it does nothing
-            place = f"{spec.layers}.{layer}.{spec.up}"
-            setattr(dense, spec.activation_module, nn.Identity())
-            setattr(dense, spec.down, nn.Identity())
-        model.set_submodule(place, sparse)
-        neurons = layer_plan.neurons
-        for row, projection in inputs.items():
-            prefix = spec.projection(layer, projection)
-            sources[f"{place}.{row}"] = (f"{prefix}.weight", "rows", neurons)
-            if up.bias is not None:
-                sources[f"{place}.{row}_bias"] = (f"{prefix}.bias", "rows", neurons)
-        prefix = spec.projection(layer, spec.down)
-        sources[f"{place}.down"] = (f"{prefix}.weight", "columns", neurons)
-        if down.bias is not None:
-            sources[f"{place}.output_bias"] = (f"{prefix}.bias", "whole", neurons)
-    return sources
-
-
 def _stream_weights(
     model: PreTrainedModel,
     weights: WeightSource,
     names: dict[str, str],
-    sources: dict[str, tuple[str, str, torch.Tensor]],
+    sources: dict[str, Source],
     device: torch.device,
     *,
     intermediate_size: int,
@@ -272,22 +248,22 @@ def _stream_weights(
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     used = set()
     for name, place in weight_places(model):
-        source, how, neurons = sources.get(name, (name, "whole", None))
-        stored = names.get(source)
+        source = sources.get(name, Source(name))
+        stored = names.get(source.name)
         if stored is None:
             if name in tied:
                 continue
-            raise PartInferError(f"{weights.source} lacks {source}: the checkpoint is incomplete, fetch it again")
-        used.add(source)
+            raise PartInferError(f"{weights.source} lacks {source.name}: the checkpoint is incomplete, fetch it again")
+        used.add(source.name)
         if name in tied:
             continue  # the same tensor as its partner, which is read
-        target = torch.device("cpu") if keep_on_cpu and name in sources and how != "whole" else device
-        _check_shape(weights, stored, place.shape, how, intermediate_size)
+        target = torch.device("cpu") if keep_on_cpu and name in sources and source.how != "whole" else device
+        _check_shape(weights, stored, place.shape, source.how, intermediate_size)
         if isinstance(place, QuantizedWeight):
-            values = _read_quantized(weights, stored, place, how, neurons, model.dtype, target)
+            values = _read_quantized(weights, stored, place, source, model.dtype, target)
         else:
             values = torch.empty(place.shape, dtype=place.dtype, device=target)
-            _read(weights, stored, values, how, neurons)
+            _read(weights, stored, values, source)
         if target.type == "cpu" and device.type == "cuda":
             values = values.pin_memory()
         if isinstance(place, QuantizedWeight):
@@ -313,31 +289,33 @@ def _stream_weights(
         )
 
 
-def _read(weights: WeightSource, stored: str, out: torch.Tensor, how: str, neurons: torch.Tensor | None) -> None:
-    if how == "columns":
-        weights.read_columns_into(stored, out, neurons)
+def _read(weights: WeightSource, stored: str, out: torch.Tensor, source: Source) -> None:
+    if source.how == "columns":
+        weights.read_columns_into(stored, out, source.neurons, source.left_out)
+        if source.fit is not None:
+            out.copy_(source.fit.refitted(out))
     else:
-        weights.read_into(stored, out, neurons if how == "rows" else None)
+        weights.read_into(stored, out, source.neurons if source.how == "rows" else None)
 
 
 def _read_quantized(
     weights: WeightSource,
     stored: str,
     place: QuantizedWeight,
-    how: str,
-    neurons: torch.Tensor | None,
+    source: Source,
     dtype: torch.dtype,
     device: torch.device,
 ) -> QuantizedTensor:
     """Read and quantise a weight: rows a few megabytes at a time; columns as one tensor, which is gone afterwards."""
     rows, columns = place.shape
     packed = QuantizedTensor.empty(rows, columns, place.packed.bits, device)
-    step = rows if how == "columns" else max(1, QUANTIZED_AT_ONCE // columns)
-    chosen = torch.arange(rows) if how == "whole" else neurons
+    step = rows if source.how == "columns" else max(1, QUANTIZED_AT_ONCE // columns)
+    how = "rows" if source.how == "whole" else source.how
+    chosen = torch.arange(rows) if source.how == "whole" else source.neurons
     for start in range(0, rows, step):
-        part = chosen[start : start + step]
-        values = torch.empty(len(part), columns, dtype=dtype, device=device)
-        _read(weights, stored, values, "rows" if how == "whole" else how, part)
+        part = replace(source, how=how, neurons=chosen[start : start + step])
+        values = torch.empty(len(part.neurons), columns, dtype=dtype, device=device)
+        _read(weights, stored, values, part)
         packed[start : start + step].copy_(kernels.quantize(values, place.packed.bits))
     return packed
 

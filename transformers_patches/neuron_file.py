@@ -66,6 +66,16 @@ class NeuronFile:
         """Tokens that were counted, 0 if the file does not say."""
         return int(self.metadata.get("tokens", 0))
 
+    @property
+    def has_spread(self) -> bool:
+        """Whether `spread` can be told."""
+        return {"mean", "mean_sq", "down_norm"} <= self.statistics.keys()
+
+    def spread(self) -> torch.Tensor:
+        """float32 [layers, N]: std(h_i) ||W_down[:, i]||, what a neuron writes beyond its mean."""
+        variance = self.statistics["mean_sq"].double() - self.statistics["mean"].double().square()
+        return (variance.clamp(min=0).sqrt() * self.statistics["down_norm"].double()).float()
+
     def check_fits(self, config: PretrainedConfig, fingerprint: str | None, model_name: str) -> None:
         """Raise PartInferError, naming both sides, unless this file belongs to the model.
 

@@ -24,14 +24,14 @@ PREFILL, DECODE = "prefill", "decode"
 class RequestState:
     """The request that a model is working on; every SparseFFN of the model refers to the same one.
 
-    phase: PREFILL or DECODE of the current pass; batch, tokens: its [B, T]; token_mask: bool [B, T], False where
+    phase: PREFILL or DECODE of the current pass; batch, tokens: its [B, T]; cached: tokens before it; token_mask: bool [B, T], False where
     padding, or None if nothing is padded. A pass over an empty cache begins a new request: what the
     layers know of the one before is dropped, however it ended.
     """
 
     def __init__(self) -> None:
         self.phase = PREFILL
-        self.batch = self.tokens = 0
+        self.batch = self.tokens = self.cached = 0
         self.token_mask: torch.Tensor | None = None
         self.layers: list[SparseFFN] = []
         self._prompt_length: int | None = None
@@ -76,7 +76,7 @@ class RequestState:
         self.phase = PREFILL if cached < prompt_length else DECODE
         if cached and batch != self.batch:
             raise ValueError(f"the cache was prefilled for {self.batch} sequences, this pass has {batch}")
-        self.batch, self.tokens = batch, tokens
+        self.batch, self.tokens, self.cached = batch, tokens, cached
         self.token_mask = None
         if attention_mask is not None and self.phase == PREFILL:
             if attention_mask.ndim != 2:

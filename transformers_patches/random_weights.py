@@ -7,6 +7,7 @@ import zlib
 import torch
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen2Config
 
+from transformers_patches.checkpoint import WeightedSum
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import build_on_meta, read_config
 from transformers_patches.neuron_file import NeuronFile
@@ -131,7 +132,10 @@ class RandomWeights:
         if out.ndim == 1 and name.endswith("weight"):
             out += 1  # a norm
 
-    def read_columns_into(self, name: str, out: torch.Tensor, columns: torch.Tensor) -> None:
+    def read_columns_into(
+        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
+    ) -> None:
+        """Fill `out`; nothing is known of columns that are not kept, so nothing is summed up."""
         self._fill(name, out.view(-1))
 
     def _fill(self, name: str, flat: torch.Tensor) -> None:

@@ -182,6 +182,7 @@ class Runner:
             "method": loaded.settings.method,
             "loaded_neurons_percent": loaded.plan.loaded_fraction,
             "computed_neurons_percent": loaded.computed_fraction(),
+            "ffn_bytes_percent": loaded.bytes_fraction(),
             "sparse_layers": list(loaded.plan.layers),
             "weight_bytes_read": loaded.report.bytes_read,
             "weight_bytes_dense": loaded.report.bytes_dense,

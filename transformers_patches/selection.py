@@ -36,3 +36,14 @@ def select_active(counts: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
     key = counts * (int(plan.priority.max()) + 1) - priority
     chosen = key[plan.base_count :].topk(wanted, sorted=False).indices + plan.base_count
     return chosen.sort().values  # ascending positions read memory in order
+
+
+def select_best(scores: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """Stored positions of the best-scored neurons beside the base: int64 [K - base_count], ascending.
+
+    scores: float [L], higher is better; equal scores go by the base ranking.
+    """
+    wanted = plan.computed_count - plan.base_count
+    by_priority = plan.priority[plan.base_count :].argsort().to(scores.device) + plan.base_count
+    ranked = by_priority[scores[by_priority].argsort(descending=True, stable=True)]
+    return ranked[:wanted].sort().values

@@ -11,12 +11,17 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from transformers_patches import kernels
+from transformers_patches.compensation import Compensation
+from transformers_patches.config import TOKEN_SELECTIONS
 from transformers_patches.fast_linear import FEW_TOKENS
 from transformers_patches.kernels import Weight
 from transformers_patches.load_plan import LayerPlan
 from transformers_patches.phase import PREFILL, RequestState
+from transformers_patches.prior import Prior
+from transformers_patches.prompt_selection import Activations, PromptSelection
 from transformers_patches.quantized import QuantizedWeight, weight_of
-from transformers_patches.selection import core_neuron_counts, select_active
+from transformers_patches.refresh import Refresh
+from transformers_patches.token_selection import TokenSelection
 
 # transformers' names of activations -> those of the native kernels
 KERNEL_ACTIVATIONS = {
@@ -35,8 +40,8 @@ class SparseFFN(nn.Module):
     """The FFN of one decoder layer over its loaded neurons, gated or plain.
 
     Takes and returns [B, T, H], or [B*T, H] as OPT has it. While the request is prefilled every loaded neuron is
-    computed and the prompt's activations are counted; in decoding the base neurons and those that were selected
-    for each sequence.
+    computed and the prompt's activations are evidence for `selection`; in decoding those neurons are computed that
+    it chooses. `compensation`, if set, stands in for neurons that are left out.
     """
 
     def __init__(
@@ -52,42 +57,110 @@ class SparseFFN(nn.Module):
         token_sparsity: float,
         native: bool = False,
         bits: int | None = None,
+        selection: str = "core",
+        prior: Prior | None = None,
+        compensate_loaded: bool = False,
+        refresh: int | None = None,
     ) -> None:
+        """selection: a name of config.SELECTIONS; compensate_loaded: whether loaded neurons that are not computed get
+        their mean output (prior.mean); refresh: choose again every so many decoded tokens."""
         super().__init__()
-        self.plan, self.state = plan, state
+        self.plan, self.state, self.gated = plan, state, gated
         self.act_fn = ACT2FN[activation]
         self.token_sparsity = token_sparsity
         self.kernel_activation = KERNEL_ACTIVATIONS.get(activation) if native else None
         self.input_bias = input_bias
         inputs = ("gate", "up") if gated else ("up",)
-        self.row_names = [*inputs, "down"] + ([f"{name}_bias" for name in inputs] if input_bias else [])
+        self.weight_names = [*inputs, "down"]
+        self.row_names = self.weight_names + ([f"{name}_bias" for name in inputs] if input_bias else [])
         for name in self.row_names:
             shape = (plan.loaded_count,) if name.endswith("_bias") else (plan.loaded_count, hidden_size)
             quantized = bits is not None and len(shape) == 2
             weight = QuantizedWeight(*shape, bits) if quantized else nn.Parameter(torch.empty(shape), False)
             setattr(self, name, weight)
         self.output_bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if output_bias else None
-        self.decoded_tokens = self.computed_neurons = 0  # counted where the rows are used
+        self.compensation: Compensation | None = None
+        self.prior = prior or Prior()
+        if selection in TOKEN_SELECTIONS:
+            self.selection = TokenSelection(self, selection)
+        else:
+            self.selection = PromptSelection(self, selection, self.prior.mean if compensate_loaded else None)
+        self.refresh = Refresh(self, refresh) if refresh else None
         self._base: Rows | None = None
         self.reset()
+        self.reset_counters()
         state.layers.append(self)
 
     def reset(self) -> None:
         """Forget the request."""
-        self.counts: list[torch.Tensor] | None = None  # per sequence: int64 [L]
-        self.selected: list[torch.Tensor] | None = None  # per sequence: int32 [K - base_count]
-        self._chosen: dict[int, Rows] = {}
+        self.selection.reset()
+        if self.refresh is not None:
+            self.refresh.reset()
 
     def reset_counters(self) -> None:
-        self.decoded_tokens = self.computed_neurons = 0
+        self.decoded_tokens = self.computed_neurons = self.read_rows = 0  # counted where the rows are used
+
+    @property
+    def matrices(self) -> int:
+        """Rows of weights that a neuron has."""
+        return len(self.weight_names)
+
+    @property
+    def lowrank_rows(self) -> int:
+        """Rows of weights that the low-rank compensation reads for every token."""
+        lowrank = None if self.compensation is None else self.compensation.lowrank_in
+        return 0 if lowrank is None else 2 * len(lowrank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = x.shape
         x = x.reshape(self.state.batch, self.state.tokens, shape[-1])
-        y = self._prefill(x) if self.state.phase == PREFILL else self._decode(x)
+        prefill = self.state.phase == PREFILL
+        y = self._prefill(x) if prefill else self._decode(x)
+        if self.compensation is not None:
+            y = self.compensation.add(y, x, prefill=prefill)
         if self.output_bias is not None:
             y = y + self.output_bias
         return y.reshape(shape)
+
+    def _prefill(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.all_rows(x.device)
+        values = self.activations(x, rows)  # [B, T, L] each
+        if self.selection.observes:
+            if not self.selection.started:
+                self.selection.begin(len(x), x.device)
+            self.observe(values, self.state.token_mask)
+            if self.refresh is not None:
+                self.refresh.reset()
+        return kernels.combine(values.h, rows["down"])
+
+    def observe(self, values: Activations, token_mask: torch.Tensor | None) -> None:
+        """Take activations [B, T, L] as evidence, except where token_mask [B, T] is False; choose by all there is."""
+        for sequence in range(len(values.h)):
+            real = slice(None) if token_mask is None else token_mask[sequence]
+            parts = (None if part is None else part[sequence][real] for part in (values.first, values.up, values.h))
+            self.selection.observe(sequence, Activations(*parts))
+        self.selection.choose()
+
+    def _decode(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.selection.decode(x) if self.refresh is None else self.refresh.decode(x)
+        tokens = x.shape[0] * x.shape[1]
+        self.decoded_tokens += tokens
+        self.computed_neurons += result.computed
+        self.read_rows += result.rows + self.lowrank_rows * tokens
+        return result.y
+
+    def native_fits(self, x: torch.Tensor) -> bool:
+        """Whether the native kernels are there for x [B, T, H], and faster."""
+        return self.kernel_activation is not None and x.shape[1] <= FEW_TOKENS
+
+    def activations(self, x: torch.Tensor, rows: Rows) -> Activations:
+        """Of n neurons, [..., n] each, from x [..., H]."""
+        up = kernels.project(x, rows["up"], rows.get("up_bias"))
+        if not self.gated:
+            h = self.act_fn(up)
+            return Activations(h, None, h)
+        gate = self.act_fn(kernels.project(x, rows["gate"], rows.get("gate_bias")))
+        return Activations(gate, up, gate * up)
 
     def weight(self, name: str) -> Weight:
         """The stored rows of one of `row_names`, as the kernels take them."""
@@ -98,93 +171,22 @@ class SparseFFN(nn.Module):
         """Bytes of all stored rows."""
         return sum(self.weight(name).nbytes for name in self.row_names)
 
-    @property
-    def selects(self) -> bool:
-        """Whether a prompt chooses some of the neurons."""
-        return self.plan.computed_count > self.plan.base_count
+    def all_rows(self, device: torch.device) -> Rows:
+        """All loaded neurons."""
+        return self._on_device({name: self.weight(name) for name in self.row_names}, device)
 
-    def _prefill(self, x: torch.Tensor) -> torch.Tensor:
-        rows = self._on_device({name: self.weight(name) for name in self.row_names}, x.device)
-        h = self._activations(x, rows)  # [B, T, L]
-        if self.selects:
-            self._observe(h)
-        return kernels.combine(h, rows["down"])
-
-    def _observe(self, h: torch.Tensor) -> None:
-        mask = self.state.token_mask
-        if self.counts is None:
-            self.counts = [torch.zeros_like(h[0, 0], dtype=torch.int64) for _ in h]
-        self.selected, self._chosen = [], {}
-        for sequence, (counts, activations) in enumerate(zip(self.counts, h, strict=True)):
-            tokens = activations if mask is None else activations[mask[sequence]]
-            counts += core_neuron_counts(tokens, self.token_sparsity)
-            self.selected.append(select_active(counts, self.plan).to(torch.int32))
-
-    def _decode(self, x: torch.Tensor) -> torch.Tensor:
-        if self.selects and self.selected is None:
-            raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
-        y, computed = self._decode_native(x) if self._native_fits(x) else self._decode_torch(x)
-        self.decoded_tokens += x.shape[0] * x.shape[1]
-        self.computed_neurons += sum(computed) * x.shape[1]
-        return y
-
-    def _native_fits(self, x: torch.Tensor) -> bool:
-        return self.kernel_activation is not None and x.shape[1] <= FEW_TOKENS
-
-    def _decode_native(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Output and computed neurons per sequence. The kernel takes the prefix and a list: nothing is gathered."""
-        base_count, parts, computed = self.plan.base_count, [], []
-        weights = [self.weight(name) for name in self.row_names if not name.endswith("_bias")]
-        for sequence, part in enumerate(x):
-            index = self.selected[sequence] if self.selects else None
-            if "gate" in self.row_names:
-                biases = {"bias_gate": self.gate_bias, "bias_up": self.up_bias} if self.input_bias else {}
-                y = kernels.sparse_ffn(part, *weights, base_count, index, self.kernel_activation, **biases)
-            else:
-                bias = self.up_bias if self.input_bias else None
-                up, down = weights
-                y = kernels.sparse_ffn_plain(part, up, bias, down, base_count, index, self.kernel_activation)
-            parts.append(y)
-            computed.append(base_count + (0 if index is None else len(index)))
-        return parts[0][None] if len(parts) == 1 else torch.stack(parts), computed
-
-    def _decode_torch(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Output and computed neurons per sequence."""
-        base = self._base_rows(x.device)
-        y = torch.zeros_like(x)
-        if self.plan.base_count:
-            y = kernels.combine(self._activations(x, base), base["down"])
-        computed = [self.plan.base_count] * len(x)
-        if self.selects:
-            chosen = [self._chosen_rows(sequence, x.device) for sequence in range(len(x))]
-            pairs = zip(x, chosen, strict=True)
-            parts = [kernels.combine(self._activations(part, rows), rows["down"]) for part, rows in pairs]
-            y = y + torch.stack(parts)
-            computed = [count + len(rows["down"]) for count, rows in zip(computed, chosen, strict=True)]
-        return y, computed
-
-    def _activations(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """h: [..., n] from x: [..., H], the activations of n neurons."""
-        up = kernels.project(x, rows["up"], rows.get("up_bias"))
-        if "gate" not in rows:
-            return self.act_fn(up)
-        return self.act_fn(kernels.project(x, rows["gate"], rows.get("gate_bias"))) * up
-
-    def _base_rows(self, device: torch.device) -> Rows:
+    def base_rows(self, device: torch.device) -> Rows:
         """The base neurons: a prefix, so views; a copy on the GPU, kept, if the weights stay on the CPU."""
         if self._base is None or self._base["down"].device != device:
             prefix = {name: self.weight(name)[: self.plan.base_count] for name in self.row_names}
             self._base = self._on_device(prefix, device)
         return self._base
 
-    def _chosen_rows(self, sequence: int, device: torch.device) -> Rows:
-        """The neurons selected for a sequence, gathered once per prompt."""
-        if sequence not in self._chosen:
-            index = self.selected[sequence]
-            rows = {name: self.weight(name) for name in self.row_names}
-            gathered = {name: w.index_select(0, index.to(w.device)) for name, w in rows.items()}
-            self._chosen[sequence] = self._on_device(gathered, device)
-        return self._chosen[sequence]
+    def gathered_rows(self, index: torch.Tensor, device: torch.device) -> Rows:
+        """A copy of the neurons stored at `index`."""
+        rows = {name: self.weight(name) for name in self.row_names}
+        gathered = {name: w.index_select(0, index.to(w.device)) for name, w in rows.items()}
+        return self._on_device(gathered, device)
 
     @staticmethod
     def _on_device(rows: Rows, device: torch.device) -> Rows:

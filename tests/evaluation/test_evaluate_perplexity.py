@@ -110,6 +110,21 @@ def test_sweeps_run_the_grid(model_folder, ranking_paths, windows, tmp_path):
     assert rows[1]["ffn_bytes_fraction"] == pytest.approx(0.3)
 
 
+def test_selections_and_compensations_are_variants_and_original_is_a_preset(
+    model_folder, ranking_paths, windows, tmp_path
+):
+    grid = ["--method", "dense,original,griffin+partial,partinfer", "--selection", "core,up", "--compensation", "none"]
+    rows = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, *grid)["rows"]
+    labels = ["dense", "original", "griffin+partial", "partinfer selection=core", "partinfer selection=up"]
+    assert [row["label"] for row in rows] == labels
+    assert [row["selection"] for row in rows] == [None, "core", "griffin", "core", "up"]
+    assert rows[1]["nll"] == rows[3]["nll"]
+    assert len({row["nll"] for row in rows}) == 4
+    assert [row["ffn_bytes_fraction"] for row in rows[1:]] == pytest.approx([0.4] * 4)
+    _, *others = rows
+    assert max(row["bytes_per_token"] for row in others) == min(row["bytes_per_token"] for row in others)
+
+
 def test_questions_are_prefilled_and_answers_scored(model_folder, ranking_paths, tmp_path):
     path = tmp_path / "qa.jsonl"
     rows = [{"question": f"what is {i}", "answer": "x" * (i + 1)} for i in range(6)]

@@ -167,5 +167,7 @@ def test_wrong_usage_ends_with_2(flags):
 
 def test_the_script_runs_from_the_root_and_from_its_folder():
     for script, folder in (("evaluate_speed.py", ROOT), ("evaluate_speed.py", ROOT / "evaluation")):
-        done = subprocess.run([sys.executable, script, "--help"], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, script, "--help"], cwd=folder, capture_output=True, text=True, check=True
+        )
         assert "--random_weights" in done.stdout

@@ -88,7 +88,7 @@ def selection_of(ours: LoadedModel, layer: int, batch: int) -> list[set[int]]:
     module = sparse_layers(ours)[layer]
     plan = module.plan
     base = set(plan.neurons[: plan.base_count].tolist())
-    chosen = module.selected if module.selects else [torch.empty(0, dtype=torch.int64)] * batch
+    chosen = module.selection.selected if module.selection.selects else [torch.empty(0, dtype=torch.int64)] * batch
     return [base | set(plan.neurons[index].tolist()) for index in chosen]
 
 

@@ -109,8 +109,8 @@ def test_a_later_turn_prefills_only_what_is_new(model, tokenizer):
     second = generate(model, tokenizer, second_prompt, greedy(4), conversation=conversation)
     assert second.prompt_tokens == 12
     assert second.prefilled_tokens == 4
-    decoded = model.state.layers[0].counts
-    assert int(decoded[0].sum()) > 0
+    decoded = model.state.layers[0].selection.evidence
+    assert int(decoded[0].counts.sum()) > 0
 
 
 def test_a_dense_conversation_equals_whole_prompts(tiny_checkpoints, tokenizer):

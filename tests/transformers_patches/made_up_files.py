@@ -1,0 +1,48 @@
+"""Made-up statistics for neuron files, and a fit file, for the tiny models."""
+
+import torch
+
+from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS, random_neuron_file
+from transformers_patches.fit_file import FitFile, LayerFit
+from transformers_patches.neuron_file import NeuronFile
+
+
+def with_statistics(seed: int) -> NeuronFile:
+    """A random ranking with random statistics that could be those of activations."""
+    neurons = random_neuron_file(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> torch.Tensor:
+        return torch.rand(LAYERS, INTERMEDIATE, generator=generator)
+
+    mean = (draw() - 0.5) * 0.2
+    neurons.statistics = {
+        "mean": mean,
+        "mean_abs": mean.abs() + draw() * 0.1,
+        "mean_sq": mean.square() + draw() * 0.1,
+        "down_norm": draw() + 0.5,
+    }
+    return neurons
+
+
+def made_up_fit(compensation: str, layers=range(1, 5), loaded: int = 56, rank: int = 2, **metadata: str) -> FitFile:
+    """Random fits: whole rows for `refit`, a map of some rank for `lowrank`, a typical size of the gate."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    fits = {}
+    for layer in layers:
+        fit = LayerFit(
+            torch.randperm(INTERMEDIATE, generator=generator)[:loaded].to(torch.int32),
+            draw(HIDDEN),
+            draw(HIDDEN),
+            draw(loaded).abs() + 0.1,
+        )
+        if "refit" in compensation:
+            fit.down = draw(loaded, HIDDEN)
+        if "lowrank" in compensation:
+            fit.lowrank_in, fit.lowrank_out = draw(rank, HIDDEN), draw(rank, HIDDEN)
+        fits[layer] = fit
+    return FitFile(fits, INTERMEDIATE, {"compensation": compensation, "loaded_neurons_percent": "0.7", **metadata})

@@ -1,0 +1,63 @@
+"""Compensation: what stands in for neurons that are not loaded or not computed.
+
+`mean`     b = sum over the neurons i that are left out of E[h_i] W_down[:, i], added to the output. E is the neuron
+           file's mean; for loaded neurons that the prompt did not select it is blended with the prompt's own mean.
+`lowrank`  x -> lowrank_out^T lowrank_in x, fitted by least squares to what is missing (`python -m profiler fit`).
+`refit`    the loaded neurons' down rows, refitted by least squares so that they also write what the missing ones wrote;
+           with it come the biases that make the error zero on average, one for prefill and one for decoding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from transformers_patches import kernels
+from transformers_patches.kernels import Weight
+
+PRIOR_TOKENS = 256  # the neuron file's mean weighs as much as a prompt of this many tokens
+
+
+class Compensation(nn.Module):
+    """What one layer adds to the output of its computed neurons.
+
+    bias_prefill, bias_decode: [H]; lowrank_in, lowrank_out: [r, H] or None. They count as weights of the model.
+    """
+
+    def __init__(
+        self,
+        bias_prefill: torch.Tensor,
+        bias_decode: torch.Tensor,
+        lowrank_in: torch.Tensor | None = None,
+        lowrank_out: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        parts = {"bias_prefill": bias_prefill, "bias_decode": bias_decode}
+        for name, value in {**parts, "lowrank_in": lowrank_in, "lowrank_out": lowrank_out}.items():
+            self.register_parameter(name, None if value is None else nn.Parameter(value.contiguous(), False))
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, *, prefill: bool) -> torch.Tensor:
+        """y [..., H], the output of the computed neurons for x [..., H], and what stands in for the others."""
+        y = y + (self.bias_prefill if prefill else self.bias_decode)
+        if self.lowrank_in is None:
+            return y
+        return y + kernels.linear(x, self.lowrank_in) @ self.lowrank_out
+
+
+class PromptMean:
+    """E[h] of the loaded neurons for one sequence: the neuron file's, blended with the prompt's own."""
+
+    def __init__(self, mean: torch.Tensor) -> None:
+        """mean: float32 [L]."""
+        self.mean, self.sums, self.tokens = mean, torch.zeros_like(mean), 0
+
+    def observe(self, h: torch.Tensor) -> None:
+        """h: [T, L] of prompt tokens, no padding."""
+        self.sums = self.sums + h.float().sum(0)
+        self.tokens += len(h)
+
+    def left_out(self, down: Weight, computed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[H]: what the loaded neurons that are not among the positions `computed` write on average. down: [L, H]."""
+        mean = (self.sums + PRIOR_TOKENS * self.mean) / (self.tokens + PRIOR_TOKENS)
+        mean = mean.index_fill(0, computed.long(), 0.0)
+        return kernels.combine(mean.to(dtype)[None], down)[0]

@@ -1,0 +1,138 @@
+"""SparseFFNs in place of a model's FFNs: where their weights come from, and what compensates for those left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformers_patches.checkpoint import WeightedSum
+from transformers_patches.compensation import Compensation
+from transformers_patches.config import PartInferConfig
+from transformers_patches.families import FFNSpec
+from transformers_patches.fit_file import FitFile, LayerFit
+from transformers_patches.load_plan import LayerPlan, LoadPlan
+from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.phase import RequestState
+from transformers_patches.prior import Prior
+from transformers_patches.resolve import FITTED
+from transformers_patches.sparse_ffn import SparseFFN
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight of the model comes from: a tensor of the checkpoint, of which rows, columns, or the whole is read.
+
+    neurons: which rows or columns; left_out: what to sum up of the other columns; fit: what to do to the columns then.
+    """
+
+    name: str
+    how: str = "whole"
+    neurons: torch.Tensor | None = None
+    left_out: WeightedSum | None = None
+    fit: LayerFit | None = None
+
+
+def swap_ffns(
+    model: PreTrainedModel,
+    spec: FFNSpec,
+    plan: LoadPlan,
+    settings: PartInferConfig,
+    state: RequestState,
+    dtype: torch.dtype,
+    bits: int | None,
+    *,
+    native: bool,
+    neurons: NeuronFile | None = None,
+    fit: FitFile | None = None,
+) -> dict[str, Source]:
+    """Put a SparseFFN in place of each planned FFN; where the new parameters come from.
+
+    neurons: the file whose statistics compensation and selection use; fit: set if it is used.
+    """
+    inputs = {"up": spec.up} | ({"gate": spec.gate} if spec.gated else {})
+    sources: dict[str, Source] = {}
+    for layer, layer_plan in plan.layers.items():
+        dense = spec.ffn_module(model, layer)
+        up, down = getattr(dense, spec.up), getattr(dense, spec.down)
+        layer_fit = None if fit is None else fit.layers[layer]
+        with init_empty_weights():
+            sparse = SparseFFN(
+                layer_plan,
+                state,
+                up.in_features,
+                spec.activation(model.config),
+                gated=spec.gated,
+                input_bias=up.bias is not None,
+                output_bias=down.bias is not None,
+                token_sparsity=settings.token_sparsity,
+                native=native,
+                bits=bits,
+                selection=settings.selection,
+                prior=Prior.of(layer_plan, layer, neurons, layer_fit),
+                compensate_loaded=bool(settings.compensations),
+                refresh=settings.refresh,
+            ).to(dtype)
+        if spec.ffn:
+            place = f"{spec.layers}.{layer}.{spec.ffn}"
+        else:  # the projections are the layer's own: the first becomes the FFN, what follows it does nothing
+            place = f"{spec.layers}.{layer}.{spec.up}"
+            setattr(dense, spec.activation_module, nn.Identity())
+            setattr(dense, spec.down, nn.Identity())
+        model.set_submodule(place, sparse)
+        for row, projection in inputs.items():
+            prefix = spec.projection(layer, projection)
+            sources[f"{place}.{row}"] = Source(f"{prefix}.weight", "rows", layer_plan.neurons)
+            if up.bias is not None:
+                sources[f"{place}.{row}_bias"] = Source(f"{prefix}.bias", "rows", layer_plan.neurons)
+        prefix = spec.projection(layer, spec.down)
+        fitted = bool(settings.compensations & FITTED)
+        sources[f"{place}.down"] = Source(
+            f"{prefix}.weight",
+            "columns",
+            layer_plan.neurons,
+            None if fitted else _left_out(settings, layer_plan, layer, neurons, up.in_features),
+            layer_fit if fitted else None,
+        )
+        if down.bias is not None:
+            sources[f"{place}.output_bias"] = Source(f"{prefix}.bias")
+    return sources
+
+
+def _left_out(
+    settings: PartInferConfig, plan: LayerPlan, layer: int, neurons: NeuronFile | None, hidden_size: int
+) -> WeightedSum | None:
+    """The sum that becomes the mean compensation of the neurons that are not loaded."""
+    if "mean" not in settings.compensations or neurons is None:
+        return None
+    loaded = torch.zeros(neurons.intermediate_size, dtype=torch.bool)
+    loaded[plan.neurons] = True
+    others = (~loaded).nonzero().squeeze(1)
+    return WeightedSum(others, neurons.statistics["mean"][layer][others].float(), torch.zeros(hidden_size))
+
+
+def attach_compensation(
+    layers: list[SparseFFN],
+    plan: LoadPlan,
+    settings: PartInferConfig,
+    sources: dict[str, Source],
+    fit: FitFile | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Give the SparseFFNs, in the plan's order, what stands in for left out neurons, once all weights are read."""
+    sums = [source.left_out for source in sources.values() if source.how == "columns"]
+    for layer, ffn, left_out in zip(plan.layers, layers, sums, strict=True):
+        if settings.compensations & FITTED:
+            fitted = fit.layers[layer]
+            # what decoding leaves out of a prompt's choice has its own means; a token's choice has the fitted bias
+            decode = fitted.bias_decode if settings.selects_per_token else fitted.bias_prefill
+            parts = [fitted.bias_prefill, decode, fitted.lowrank_in, fitted.lowrank_out]
+            parts = [None if part is None else part.to(device, dtype) for part in parts]
+            ffn.compensation = Compensation(*parts)
+        elif left_out is not None:
+            bias = left_out.out.to(device, dtype)
+            ffn.compensation = Compensation(bias, bias)

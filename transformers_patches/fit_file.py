@@ -1,0 +1,178 @@
+"""FitFile: what `python -m profiler fit` found out about a set of loaded neurons, beside the neuron file.
+
+One safetensors file, `<neuron file>.fit.safetensors`. Per sparse layer, as `layers.<number>.<name>`: `neurons` (int32
+[L], those that are loaded), `gate_size` (float [L], root of the mean act(gate)^2; gated FFNs only), `bias_prefill`,
+`bias_decode` (float [H]), and what its compensation needs: `down` [L, H] (whole refitted rows) or `down_left` [L, r]
+and `down_right` [r, H] (what to add to the rows, as a product), `lowrank_in` [r, H] and `lowrank_out` [r, H].
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.files import save_tensors_atomic
+
+FORMAT = "partinfer-fit"
+VERSION = "1"
+SUFFIX = ".fit.safetensors"
+_REQUIRED = ("neurons", "bias_prefill", "bias_decode")
+
+
+@dataclass
+class LayerFit:
+    """The fit of one layer; names and shapes as in the file. Absent tensors are None."""
+
+    neurons: torch.Tensor
+    bias_prefill: torch.Tensor
+    bias_decode: torch.Tensor
+    gate_size: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    down_left: torch.Tensor | None = None
+    down_right: torch.Tensor | None = None
+    lowrank_in: torch.Tensor | None = None
+    lowrank_out: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank map from x to the output; 0 without one."""
+        return 0 if self.lowrank_in is None else len(self.lowrank_in)
+
+    def refitted(self, down: torch.Tensor) -> torch.Tensor:
+        """The rows [L, H] that take the place of `down`, the checkpoint's own in the order of `neurons`; its type."""
+        if self.down is not None:
+            return self.down.to(down)
+        if self.down_left is not None:
+            added = self.down_left.float() @ self.down_right.float()
+            return (down.float() + added.to(down.device)).to(down.dtype)
+        return down
+
+
+@dataclass
+class FitFile:
+    """Fits by layer, and what they were made from and for.
+
+    metadata: strings, among them `compensation` (names joined by "+"), `loaded_neurons_percent`, `sparsity`,
+    `model_name`, `fingerprint`, `dataset`, `tokens`, and, if every layer has its own part of one budget,
+    `layer_sparsity` (JSON, layer -> phi of that layer).
+    """
+
+    layers: dict[int, LayerFit]
+    intermediate_size: int
+    metadata: dict[str, str] = field(default_factory=dict)
+    source: str = "(in memory)"
+
+    @property
+    def compensation(self) -> frozenset[str]:
+        return frozenset(self.metadata.get("compensation", "").split("+")) - {""}
+
+    @property
+    def loaded_neurons_percent(self) -> float:
+        """What the fit was made for, of N, low-rank maps included."""
+        return float(self.metadata["loaded_neurons_percent"])
+
+    @property
+    def layer_sparsity(self) -> dict[int, float]:
+        """phi of every layer if the budget was spread by layers, else empty."""
+        return {int(layer): float(phi) for layer, phi in json.loads(self.metadata.get("layer_sparsity", "{}")).items()}
+
+    def check_fits(self, num_layers: int, intermediate_size: int, fingerprint: str | None, model_name: str) -> None:
+        """Raise PartInferError, naming both sides, unless this file was made from the model."""
+        theirs = self.metadata.get("fingerprint")
+        if (
+            self.intermediate_size != intermediate_size
+            or max(self.layers) >= num_layers
+            or (theirs and fingerprint and theirs != fingerprint)
+        ):
+            raise PartInferError(
+                f"{self.source} was made from {self.metadata.get('model_name', 'another model')} (fingerprint {theirs}), "
+                f"not from {model_name} (fingerprint {fingerprint}): make one with python -m profiler fit"
+            )
+
+    def save(self, path: str | Path) -> None:
+        tensors = {}
+        for number, layer in self.layers.items():
+            for item in fields(LayerFit):
+                value = getattr(layer, item.name)
+                if value is not None:
+                    tensors[f"layers.{number}.{item.name}"] = value.contiguous()
+        metadata = {**self.metadata, "intermediate_size": str(self.intermediate_size)}
+        save_tensors_atomic(Path(path), tensors, {**metadata, "format": FORMAT, "version": VERSION})
+
+    @classmethod
+    def load(cls, path: str | Path) -> FitFile:
+        """Read and validate; PartInferError says what is wrong."""
+        path = Path(path)
+        if not path.is_file():
+            raise PartInferError(f"no fit file at {path}: make one with python -m profiler fit")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                # clone: a view would keep the whole file mapped
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise PartInferError(f"{path} is not a readable fit file (truncated?): {error}; make it again") from None
+        if metadata.pop("format", None) != FORMAT:
+            raise PartInferError(f"{path} is not a fit file: make one with python -m profiler fit")
+        version = metadata.pop("version", "")
+        if version != VERSION:
+            raise PartInferError(
+                f"{path} has format version {version!r}, this program reads {VERSION!r}: make it again"
+            )
+        size = int(metadata.pop("intermediate_size", 0))
+        return cls(_layers(tensors, size, path), size, metadata, str(path))
+
+
+def fit_path(neuron_file: str | Path) -> Path:
+    """Where the fit file of a neuron file is: qa.safetensors -> qa.fit.safetensors."""
+    path = Path(neuron_file)
+    return path.with_name(path.stem + SUFFIX)
+
+
+def _layers(tensors: dict[str, torch.Tensor], size: int, path: Path) -> dict[int, LayerFit]:
+    known = {item.name for item in fields(LayerFit)}
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        kind, number, name = ([*key.split("."), "", ""])[:3]
+        if kind != "layers" or not number.isdigit() or name not in known:
+            raise PartInferError(f"{path}: unknown entry {key!r}: the file is damaged, make it again")
+        found.setdefault(int(number), {})[name] = value
+    if not found:
+        raise PartInferError(f"{path} has no layers: make it again")
+    for number, values in sorted(found.items()):
+        _check_layer(number, values, size, path)
+    return {number: LayerFit(**values) for number, values in sorted(found.items())}
+
+
+def _check_layer(number: int, values: dict[str, torch.Tensor], size: int, path: Path) -> None:
+    for name in _REQUIRED:
+        if name not in values:
+            raise PartInferError(f"{path}: layer {number} lacks {name}: the file is damaged, make it again")
+    neurons, hidden = values["neurons"].long(), len(values["bias_prefill"])
+    loaded = len(neurons)
+    if not loaded or int(neurons.min()) < 0 or int(neurons.max()) >= size or len(neurons.unique()) != loaded:
+        raise PartInferError(f"{path}: layer {number}: expected different neurons 0 to {size - 1}, make the file again")
+    rank = len(values.get("down_right", ()))
+    outer = len(values.get("lowrank_in", ()))
+    shapes = {
+        "bias_decode": (hidden,),
+        "gate_size": (loaded,),
+        "down": (loaded, hidden),
+        "down_left": (loaded, rank),
+        "down_right": (rank, hidden),
+        "lowrank_in": (outer, hidden),
+        "lowrank_out": (outer, hidden),
+    }
+    for name, shape in shapes.items():
+        if name in values and tuple(values[name].shape) != shape:
+            raise PartInferError(
+                f"{path}: layer {number}: {name} has shape {list(values[name].shape)}, expected {list(shape)}: make it again"
+            )
+    for left, right in (("down_left", "down_right"), ("lowrank_in", "lowrank_out")):
+        if (left in values) != (right in values):
+            raise PartInferError(f"{path}: layer {number} has only one of {left} and {right}: make the file again")

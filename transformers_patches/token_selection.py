@@ -1,0 +1,180 @@
+"""TokenSelection: a choice of neurons for every token, inside what is loaded.
+
+One projection is read for all candidates, the other rows only for the best. With C candidates, of which K are kept:
+
+`up`:   s_i = |up_i·x| a_i ||W_down[:, i]||, a_i = root mean square of act(gate_i·x)
+`gate`: s_i = |act(gate_i·x)| u_i ||W_down[:, i]||, u_i = root mean square of up_i·x
+
+The typical sizes a_i (u_i) are taken over the prompt's tokens, blended with those of the fit file, which weigh as much
+as PRIOR_TOKENS tokens. Choosing by the gate is CATS' idea (arXiv 2404.08763) with an exact count instead of a threshold;
+choosing by `up` was measured to be the better evidence (docs/quality.md). A plain FFN has one input projection, and
+both mean |act(up_i·x)| ||W_down[:, i]||.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.fast_linear import FEW_TOKENS
+from transformers_patches.prompt_evidence import Blend
+from transformers_patches.prompt_selection import Activations, Decoded
+
+if TYPE_CHECKING:
+    from transformers_patches.sparse_ffn import Rows, SparseFFN
+
+PRIOR_TOKENS = 256
+
+
+class TypicalSize:
+    """Root mean square over a prompt's tokens of the projection that is not read for all candidates."""
+
+    def __init__(self, prior: torch.Tensor | None, device: torch.device) -> None:
+        """prior: float32 [L], the fit file's typical sizes, or None."""
+        self.prior = None if prior is None else prior.to(device, torch.float32)
+        self.sums = torch.zeros((), dtype=torch.float32, device=device)  # [L] once something was observed
+        self.tokens = 0
+
+    def observe(self, values: torch.Tensor) -> None:
+        """values: [T, L] of prompt tokens, no padding."""
+        self.sums = self.sums + values.float().square().sum(0)
+        self.tokens += len(values)
+
+    def get(self) -> torch.Tensor:
+        """float32 [L]. Without a prior one token's worth of the mean over the neurons keeps every neuron above 0."""
+        if self.prior is None:
+            weight, prior = 1, self.sums.mean() / max(self.tokens, 1)
+        else:
+            weight, prior = PRIOR_TOKENS, self.prior.square()
+        return ((self.sums + weight * prior) / (self.tokens + weight)).sqrt()
+
+
+class TokenSelection:
+    """Decodes with neurons chosen for every token; the candidates of B sequences are each one's own.
+
+    by: `up` or `gate`. Where the plan has fewer candidates than loaded neurons, a prompt chooses them, as selection
+    `blend` does.
+    """
+
+    compensates = False  # for loaded neurons: what the others write while they are small is in the fitted bias
+    observes = True
+
+    def __init__(self, ffn: SparseFFN, by: str) -> None:
+        self.ffn, self.by = ffn, by if ffn.gated else "plain"
+        plan = ffn.plan
+        self.all_are_candidates = plan.candidate_count == plan.loaded_count
+        self._candidate_plan = replace(plan, computed_count=plan.candidate_count)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the request."""
+        self.sizes: list[TypicalSize] | None = None
+        self.evidence: list[Blend] | None = None
+        self.selected: list[torch.Tensor] | None = None  # candidates per sequence beside the base: int32
+        self.scales: list[torch.Tensor] = []  # per sequence: float32 [L]
+        self._gathered: dict[int, Rows] = {}
+
+    @property
+    def started(self) -> bool:
+        return self.sizes is not None
+
+    def begin(self, batch: int, device: torch.device) -> None:
+        """Evidence of `batch` sequences, none so far."""
+        ffn = self.ffn
+        prior = ffn.prior.gate_size if self.by == "up" else None
+        self.sizes = [TypicalSize(prior, device) for _ in range(batch)]
+        if not self.all_are_candidates:
+            down = ffn.weight("down")
+            plan = self._candidate_plan
+            self.evidence = [Blend(plan, ffn.prior, down, ffn.token_sparsity, device) for _ in range(batch)]
+
+    def observe(self, sequence: int, activations: Activations) -> None:
+        if self.by != "plain":
+            self.sizes[sequence].observe(activations.first if self.by == "up" else activations.up)
+        if self.evidence is not None:
+            self.evidence[sequence].observe(activations.h)
+
+    def choose(self) -> None:
+        """Choose candidates, and fix what a unit of the projection read for them is worth."""
+        self._gathered = {}
+        norms = self.ffn.prior.down_norm(self.ffn.weight("down"))
+        sizes = [1.0 if self.by == "plain" else size.get() for size in self.sizes]
+        self.scales = [(norms.to(size.sums.device) * value) for size, value in zip(self.sizes, sizes, strict=True)]
+        if self.evidence is not None:
+            self.selected = [evidence.choose().to(torch.int32) for evidence in self.evidence]
+
+    def decode(self, x: torch.Tensor) -> Decoded:
+        """x: [B, T, H]."""
+        if not self.scales:
+            raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
+        one = self._native if self._kernel_fits(x) else self._few if x.shape[1] <= FEW_TOKENS else self._many
+        parts, kept = zip(*(one(sequence, part) for sequence, part in enumerate(x)), strict=True)
+        y = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+        computed, matrices = sum(kept), self.ffn.matrices
+        read = self.ffn.plan.candidate_count * x.shape[0] * x.shape[1]
+        return Decoded(y, computed, read + computed * (matrices - 1))
+
+    def _kernel_fits(self, x: torch.Tensor) -> bool:
+        return self.by == "up" and not self.ffn.input_bias and self.ffn.native_fits(x)
+
+    def _native(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Output [T, H] and neurons computed for one sequence's x [T, H]; nothing is gathered."""
+        ffn, plan = self.ffn, self.ffn.plan
+        prefix, index = plan.candidate_count, None
+        if self.selected is not None:
+            prefix, index = plan.base_count, self.selected[sequence]
+        y, computed = kernels.sparse_ffn_by_up(
+            x, ffn.weight("gate"), ffn.weight("up"), ffn.weight("down"), prefix, index, self.scales[sequence],
+            plan.computed_count, activation=ffn.kernel_activation,
+        )  # fmt: skip
+        return y, int(computed.sum())
+
+    def _few(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """As _native; per token, the rows of the kept neurons are gathered."""
+        rows, scale = self._candidates(sequence, x.device)
+        outputs = [self._one(token[None], rows, scale) for token in x]
+        return torch.cat(outputs), self.ffn.plan.computed_count * len(x)
+
+    def _one(self, x: torch.Tensor, rows: Rows, scale: torch.Tensor) -> torch.Tensor:
+        """[1, H] for x [1, H]."""
+        ffn = self.ffn
+        read_for_all = "gate" if self.by == "gate" else "up"
+        values = kernels.project(x, rows[read_for_all], rows.get(f"{read_for_all}_bias"))
+        if self.by != "up":
+            values = ffn.act_fn(values)
+        best = (values.float().abs() * scale)[0].topk(ffn.plan.computed_count, sorted=False).indices
+        kept = {name: weight.index_select(0, best) for name, weight in rows.items() if name != read_for_all}
+        h = values[:, best]
+        if self.by == "up":
+            h = ffn.act_fn(kernels.project(x, kept["gate"], kept.get("gate_bias"))) * h
+        elif self.by == "gate":
+            h = h * kernels.project(x, kept["up"], kept.get("up_bias"))
+        return kernels.combine(h, kept["down"])
+
+    def _many(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """As _native for many tokens, which together would read nearly all rows: the others' activations are set to 0."""
+        ffn, kept = self.ffn, self.ffn.plan.computed_count
+        rows, scale = self._candidates(sequence, x.device)
+        values = ffn.activations(x, rows)
+        chosen_by = values.up if self.by == "up" else values.first
+        h = keep_best(values.h, chosen_by.float().abs() * scale, kept)
+        return kernels.combine(h, rows["down"]), kept * len(x)
+
+    def _candidates(self, sequence: int, device: torch.device) -> tuple[Rows, torch.Tensor]:
+        """The candidates' rows and scales; rows of chosen candidates are gathered once per prompt."""
+        if self.selected is None:
+            return self.ffn.all_rows(device), self.scales[sequence]
+        base = torch.arange(self.ffn.plan.base_count, dtype=torch.int32, device=device)
+        index = torch.cat([base, self.selected[sequence]])
+        if sequence not in self._gathered:
+            self._gathered[sequence] = self.ffn.gathered_rows(index, device)
+        return self._gathered[sequence], self.scales[sequence][index.long()]
+
+
+def keep_best(h: torch.Tensor, scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """h [..., n] with all but the `kept` best scores [..., n] of every token set to 0."""
+    best = scores.topk(kept, dim=-1, sorted=False).indices
+    return torch.zeros_like(h).scatter_(-1, best, h.gather(-1, best))

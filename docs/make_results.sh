@@ -4,14 +4,14 @@
 #
 # Usage: DATA=path/to/data [MODEL=NAME] [SIZE=full|small] sh docs/make_results.sh [profile] [tasks] [perplexity]
 #
-#   METHODS   configurations, each in a process of its own (the six of the original)
+#   METHODS   configurations, each in a process of its own (the six of the original, and partinfer as it is now)
 #   SIZE      of the samples. full: for a small model; small: for one of billions of parameters
 #   PYTHON    the interpreter (python3)
 set -e
 cd "$(dirname "$0")/.."
 : "${DATA:?set DATA to the folder with triviaqa, truthfulqa, squad_v1, piqa, ntrex and wikitext2}"
 : "${MODEL:=SmolLM2-135M-Instruct}"
-: "${METHODS:=dense dense+partial partinfer coreinfer coreinfer+partial coreinfer_random_loading}"
+: "${METHODS:=dense dense+partial original partinfer coreinfer coreinfer+partial coreinfer_random_loading}"
 : "${SIZE:=full}"
 : "${PYTHON:=python3}"
 : "${OUT:=results}"
@@ -86,8 +86,8 @@ all_perplexities() {
 }
 
 case $SIZE in
-    full) TEXTS=160 MANY=80 CHOICES=80 FEW=40 ARTICLES=2 WINDOWS=40 ;;
-    small) TEXTS=64 MANY=24 CHOICES=12 FEW=12 ARTICLES=1 WINDOWS=12 ;;
+    full) TEXTS=160 MANY=80 CHOICES=80 FEW=32 ARTICLES=1 WINDOWS=40 ;;
+    small) TEXTS=64 MANY=24 CHOICES=8 FEW=12 ARTICLES=1 WINDOWS=12 ;;
     *) echo "error: SIZE must be full or small, got $SIZE" >&2 && exit 2 ;;
 esac
 [ $# -gt 0 ] || set -- profile tasks perplexity

@@ -2,7 +2,8 @@
 # The experiments of the original: six configurations over eight tasks. Every variable below can be set in the
 # environment; a run whose result is already in $OUTPUT_PATH is skipped, so an interrupted series can be started again.
 #
-#   METHOD                       all, or one of partinfer, dense, coreinfer, coreinfer_random_loading
+#   METHOD                       all, or one of partinfer, original, dense, coreinfer, coreinfer_random_loading
+#                                (original: partinfer as it was published; all: the six with partinfer as it is now)
 #   USE_PARTINFER_IMPROVEMENTS   dense and coreinfer with partial loading: true, false, or both
 #   TASKS, INCLUDE_PATH          other tasks, by name, and a folder with own task YAMLs
 #   DATA_DIR                     where the local_* tasks find their files
@@ -65,8 +66,8 @@ case "$METHOD" in
   all) methods="$dense,partinfer,$coreinfer,coreinfer_random_loading" ;;
   dense) methods="$dense" ;;
   coreinfer) methods="$coreinfer" ;;
-  partinfer | coreinfer_random_loading) methods="$METHOD" ;;
-  *) wrong_usage "METHOD must be all, partinfer, dense, coreinfer or coreinfer_random_loading, got $METHOD" ;;
+  partinfer | original | coreinfer_random_loading) methods="$METHOD" ;;
+  *) wrong_usage "METHOD must be all, partinfer, original, dense, coreinfer or coreinfer_random_loading, got $METHOD" ;;
 esac
 
 # The neuron file of a task's group, empty if it is to be looked up.

@@ -64,6 +64,7 @@ def test_variables_come_from_the_environment():
         ("dense", "both", "dense,dense+partial"),
         ("coreinfer", "true", "coreinfer+partial"),
         ("coreinfer", "false", "coreinfer"),
+        ("original", "both", "original"),
         ("coreinfer_random_loading", "both", "coreinfer_random_loading"),
     ],
 )

@@ -184,5 +184,10 @@ def test_the_demo_model_answers_with_part_of_its_neurons(demo_model, capsys):
     part = json.loads(capsys.readouterr().out)
     assert part["loaded_neurons_percent"] == pytest.approx(0.7, abs=1e-3)
     assert part["computed_neurons_percent"] == pytest.approx(0.4, abs=1e-3)
+    assert part["wholly_computed_neurons_percent"] == pytest.approx(0.25, abs=1e-3)  # the others' up rows only
     assert part["weight_bytes_resident"] < dense["weight_bytes_resident"]
-    assert len(part["text"]) > 3
+    assert "Paris" in part["text"]
+    partinfer.main([*flags, "--selection", "core", "--compensation", "none"])
+    original = json.loads(capsys.readouterr().out)
+    assert original["computed_neurons_percent"] == original["wholly_computed_neurons_percent"]
+    assert original["computed_neurons_percent"] == pytest.approx(0.4, abs=1e-3)

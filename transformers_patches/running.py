@@ -157,8 +157,10 @@ class Runner:
             parts.append(f"first token {result.time_to_first_token_s:.2f} s")
         if result.decode_tokens_per_second is not None:
             parts.append(f"{result.decode_tokens_per_second:.1f} tokens/s")
+        whole, computed = self.loaded.computed_fraction(), self.loaded.bytes_fraction()
+        per_token = "" if whole == computed else f" ({whole:.1%} whole, chosen per token)"
         parts.append(
-            f"neurons loaded {plan.loaded_fraction:.1%}, computed {self.loaded.computed_fraction():.1%} "
+            f"neurons loaded {plan.loaded_fraction:.1%}, computed {computed:.1%}{per_token} "
             f"in {len(plan.layers)} of {plan.num_layers} layers"
         )
         parts.append(
@@ -181,8 +183,9 @@ class Runner:
             "decode_tokens_per_second": _mean([r.decode_tokens_per_second for r in results]),
             "method": loaded.settings.method,
             "loaded_neurons_percent": loaded.plan.loaded_fraction,
-            "computed_neurons_percent": loaded.computed_fraction(),
-            "ffn_bytes_percent": loaded.bytes_fraction(),
+            # a neuron of which one of three rows was computed, to choose among tokens' candidates, is a third of one
+            "computed_neurons_percent": loaded.bytes_fraction(),
+            "wholly_computed_neurons_percent": loaded.computed_fraction(),
             "sparse_layers": list(loaded.plan.layers),
             "weight_bytes_read": loaded.report.bytes_read,
             "weight_bytes_dense": loaded.report.bytes_dense,

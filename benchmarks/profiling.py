@@ -57,7 +57,9 @@ def main() -> int:
     if arguments.json:
         print(json.dumps(result))
         return 0
-    print(f"{result['tokens']} tokens, batches of {arguments.batch_size}, {result['dtype']}, {result['threads']} threads")
+    print(
+        f"{result['tokens']} tokens, batches of {arguments.batch_size}, {result['dtype']}, {result['threads']} threads"
+    )
     for name, rate in result["tokens_per_second"].items():
         print(f"{name:12} {rate:9.0f} tokens/s")
     print(f"profiling reaches {100 * result['share_of_body']:.1f} % of the body's pass, ", end="")

@@ -39,8 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     except PartInferError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # show | head
+        sys.stderr.close()
+        return 1
+    except OSError as error:  # no permission, a full disk, …
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("interrupted; run again with --resume to go on", file=sys.stderr)
+        hint = "; run again with --resume to go on" if arguments.command == "run" else ""
+        print(f"interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from profiler.collect import end_token_ids, generate, until_end
+from profiler.processes import joined
 
 
 class OwnTexts:
@@ -41,7 +41,7 @@ class OwnTexts:
         batch = first // self.batch_size
         while True:
             mine = self._sample(batch + self.processes.process_index)
-            yield from gather_object(mine) if self.processes.num_processes > 1 else mine
+            yield from joined(mine, self.processes)
             batch += self.processes.num_processes
 
     @torch.inference_mode()

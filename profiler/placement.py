@@ -52,27 +52,36 @@ def estimate_memory(config: PretrainedConfig, dtype: torch.dtype, batch_size: in
     return Estimate(weights, batch)
 
 
-def choose_placement(estimate: Estimate, device: torch.device, free_gpus: list[int], free_cpu: int) -> str:
+def choose_placement(
+    estimate: Estimate, device: torch.device, free_gpus: list[int], free_cpu: int, processes: int = 1
+) -> str:
     """Where the model goes: `cpu`, `cuda:0` (or the named GPU), or AUTO over several devices.
 
-    free_gpus, free_cpu: free bytes. Raises PartInferError, with the estimate, if it fits nowhere.
+    free_gpus, free_cpu: free bytes; processes: how many of this machine load the model, each on its own GPU or all in
+    main memory, so that spreading it is for one process alone. Raises PartInferError, with the estimate, if it fits
+    nowhere.
     """
     if device.type != "cuda":
-        if estimate.total > free_cpu:
-            raise PartInferError(_too_large(estimate, f"{_gib(free_cpu)} of memory"))
+        if estimate.total * processes > free_cpu:
+            free = f"{_gib(free_cpu)} of memory"
+            raise PartInferError(_too_large(estimate, free, processes))
         return str(device)
     place = device.index or 0
     if estimate.total <= free_gpus[place]:
         return f"cuda:{place}"
+    if processes > 1:
+        raise PartInferError(_too_large(estimate, f"{_gib(free_gpus[place])} on GPU {place}", processes))
     if estimate.total <= sum(free_gpus) + free_cpu:
         return AUTO
     free = f"{_gib(sum(free_gpus))} on {len(free_gpus)} GPUs and {_gib(free_cpu)} of memory"
     raise PartInferError(_too_large(estimate, free))
 
 
-def _too_large(estimate: Estimate, free: str) -> str:
+def _too_large(estimate: Estimate, free: str, processes: int = 1) -> str:
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    fewer = "use fewer processes, " if processes > 1 else ""
     return (
-        f"profiling needs about {estimate}, but {free} is free: "
+        f"profiling needs about {estimate}{each}, but {free} is free: {fewer}"
         "lower --batch_size or --max_length, use --dtype bfloat16, a larger machine, or a smaller model"
     )
 
@@ -90,17 +99,21 @@ def free_memory() -> int:
 
 @dataclass
 class ProfiledModel:
-    """A model and its tokenizer, ready to profile; `name` is its folder's."""
+    """A model and its tokenizer, ready to profile; `name` is its folder's, `fingerprint` says which model it is."""
 
     name: str
+    fingerprint: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_for_profiling(folder: str | Path, device: str, dtype: str, batch_size: int, tokens: int) -> ProfiledModel:
+def load_for_profiling(
+    folder: str | Path, device: str, dtype: str, batch_size: int, tokens: int, processes: int = 1
+) -> ProfiledModel:
     """Load a checkpoint folder as plain transformers does, after checking that it fits. No network.
 
-    device: auto, cpu, cuda, cuda:1; dtype: auto or a torch dtype's name; batch_size, tokens: the largest batch.
+    device: auto, cpu, cuda, cuda:1; dtype: auto or a torch dtype's name; batch_size, tokens: the largest batch;
+    processes: how many of this machine do the same.
     """
     config = read_config(folder)
     ffn_spec(config)  # an unknown architecture is refused here
@@ -108,11 +121,12 @@ def load_for_profiling(folder: str | Path, device: str, dtype: str, batch_size: 
     torch_dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     where = resolve_device(device)
     gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())] if where.type == "cuda" else []
-    placement = choose_placement(estimate_memory(config, torch_dtype, batch_size, tokens), where, gpus, free_memory())
-    Checkpoint(folder)  # complete, or a clear error
+    estimate = estimate_memory(config, torch_dtype, batch_size, tokens)
+    placement = choose_placement(estimate, where, gpus, free_memory(), processes)
+    _, mark = checkpoint_fingerprint(folder)  # complete, or a clear error
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, device_map=placement, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return ProfiledModel(Path(folder).resolve().name, model.eval(), tokenizer)
+    return ProfiledModel(Path(folder).resolve().name, mark, model.eval(), tokenizer)
 
 
 def _check_length(config: PretrainedConfig, tokens: int) -> None:

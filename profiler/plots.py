@@ -8,27 +8,31 @@ import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
+from transformers_patches.errors import PartInferError
 from transformers_patches.files import atomic_path
+
+ENDINGS = (".png", ".pdf", ".svg")
 
 
 def plot_overlap(matrix: torch.Tensor, names: list[str], fraction: float, chance: float, path: Path) -> None:
-    """A heat map of mean overlaps [files, files] in per cent; chance is marked on the colour bar."""
+    """A heat map of mean overlaps [files, files] in per cent; the colours begin at chance."""
     size = max(4.5, 0.85 * len(names) + 2.2)
     figure = Figure(figsize=(size + 1.0, size), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(100 * matrix.numpy(), cmap="cividis", vmin=0, vmax=100)
+    lowest = min(100 * chance, 95.0)  # with all neurons compared, chance is 100 too
+    image = axes.imshow(100 * matrix.numpy(), cmap="cividis", vmin=lowest, vmax=100)
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
     for row in range(len(names)):
         for column in range(len(names)):
             value = 100 * float(matrix[row, column])
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value < 55 else "black")
+            colour = "white" if value < (lowest + 100) / 2 else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
     axes.set_title(
         f"Overlap of the top {100 * fraction:g} % of FFN neurons\n(mean over layers, %; chance {100 * chance:.0f} %)"
     )
     bar = figure.colorbar(image, ax=axes, shrink=0.85, label="overlap (%)")
-    bar.ax.axhline(100 * chance, color="white", linewidth=2, linestyle="--")
-    bar.ax.text(0.5, 100 * chance + 1.5, "chance", color="white", ha="center", va="bottom", fontsize=7)
+    bar.ax.set_xlabel("chance", fontsize="small")
     _write(figure, path)
 
 
@@ -42,6 +46,11 @@ def plot_concentration(curves: torch.Tensor, title: str, path: Path) -> None:
     percent = torch.nn.functional.pad(100 * curves, (1, 0)).numpy()  # no neurons hold nothing
     for layer in range(layers):
         axes.plot(share, percent[layer], color=colours(layer / max(1, layers - 1)), linewidth=1)
+    place = size // 5  # where the curves lie far apart
+    for layer in most_concentrated(curves):
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
+        at = {"ha": "center", "va": "center", "fontsize": "small"}
+        axes.text(share[place], percent[layer, place], f"layer {layer}", bbox=box, **at)
     axes.plot(share, percent.mean(0), color="black", linewidth=2, label="mean of the layers")
     axes.plot([0, 100], [0, 100], color="grey", linewidth=1.5, linestyle="--", label="even spread")
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="neurons, best first (%)", ylabel="share of the activation mass (%)")
@@ -53,6 +62,15 @@ def plot_concentration(curves: torch.Tensor, title: str, path: Path) -> None:
     _write(figure, path)
 
 
+def most_concentrated(curves: torch.Tensor) -> list[int]:
+    """The layers, three at most, whose best tenth holds far more than that of most: over the mean by a deviation."""
+    tenth = curves[:, curves.shape[1] // 10]
+    order = tenth.argsort(descending=True)[:3].tolist()
+    return [layer for layer in order if len(tenth) > 1 and tenth[layer] > tenth.mean() + tenth.std()]
+
+
 def _write(figure: Figure, path: Path) -> None:
+    if path.suffix not in ENDINGS:
+        raise PartInferError(f"--plot {path}: expected a name that ends in {', '.join(ENDINGS)}")
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=150)
+        figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=110)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
 from tqdm import tqdm
 
 from profiler.collect import Collector
+from profiler.processes import from_main, total
 from profiler.sequences import Sequence, Window
 from profiler.statistics import ActivationStatistics, NonFiniteActivation
 from profiler.store import CheckpointFile, Progress, interrupts_deferred
@@ -80,7 +80,7 @@ class ProfilingRun:
             if number < self.progress.batches:
                 continue  # done before the run was interrupted
             mine = number % self.processes.num_processes == self.processes.process_index
-            tokens = self.collector.observe([sequence.ids for sequence in batch]) if mine else 0
+            tokens = self._observe(batch) if mine else 0
             with interrupts_deferred():
                 if mine:
                     self._commit(batch, tokens)
@@ -90,6 +90,16 @@ class ProfilingRun:
             self._add_up_processes()
             self.progress = self.progress.after_window(window.digest)
             self._save()
+
+    def _observe(self, batch: list[Sequence]) -> int:
+        try:
+            return self.collector.observe([sequence.ids for sequence in batch])
+        except torch.OutOfMemoryError:
+            longest = max(len(sequence.ids) for sequence in batch)
+            raise PartInferError(
+                f"out of GPU memory with a batch of {len(batch)} texts of up to {longest} tokens: "
+                "start again with --overwrite and a lower --batch_size or --max_length"
+            ) from None
 
     def _commit(self, batch: list[Sequence], tokens: int) -> None:
         try:
@@ -117,9 +127,8 @@ class ProfilingRun:
         """Move the sums of all processes to the main one."""
         if self.processes.num_processes == 1:
             return
-        device = self.processes.device
-        sums = reduce(self.statistics.sums().to(device), "sum").cpu()
-        tokens = int(reduce(torch.tensor(self.statistics.tokens, device=device), "sum"))
+        sums = total(self.statistics.sums(), self.processes)
+        tokens = int(total(torch.tensor(self.statistics.tokens), self.processes))
         main = self.processes.is_main_process
         self.statistics.restore(sums if main else torch.zeros_like(sums), tokens if main else 0)
 
@@ -132,5 +141,4 @@ class ProfilingRun:
         if self.processes.is_main_process:
             self.progress, sums, tokens = self.checkpoint.load(self.settings)
             self.statistics.restore(sums, tokens)
-        if self.processes.num_processes > 1:
-            self.progress = broadcast_object_list([self.progress])[0]
+        self.progress = from_main(self.progress, self.processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from transformers_patches.errors import PartInferError
@@ -17,8 +18,8 @@ def score_neurons(statistics: dict[str, torch.Tensor], score: str, source: str =
     """The score of every neuron: float32 [layers, N].
 
     mean_abs: mean |h|, the original's. rms: root of mean h^2. griffin: root of mean (h / ||h||_2)^2, the statistic of
-    GRIFFIN (arXiv 2404.01365). std: standard deviation of h. With `_down`, times ||W_down[:, i]||_2, the size of what the neuron writes. Raises PartInferError for an
-    unknown score and for statistics that are not there.
+    GRIFFIN (arXiv 2404.01365). std: standard deviation of h. With `_down`, times ||W_down[:, i]||_2, the size of what
+    the neuron writes. Raises PartInferError for an unknown score and for statistics that are not there.
     """
     if score not in SCORES:
         raise PartInferError(f"unknown score {score!r}: expected one of {', '.join(SCORES)}")
@@ -53,10 +54,12 @@ def rank(
 
 
 def down_norms(model: nn.Module) -> torch.Tensor:
-    """||W_down[:, i]||_2 of every neuron: float32 [layers, N] on the CPU. Needs the weights in memory."""
+    """||W_down[:, i]||_2 of every neuron: float32 [layers, N] on the CPU. Weights that are offloaded are fetched."""
     spec = ffn_spec(model.config)
     norms = []
     for layer in range(model.config.num_hidden_layers):
-        weight = spec.down_projection(model, layer).weight.detach()  # [H, N]
-        norms.append(torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).cpu())
+        down = spec.down_projection(model, layer)
+        with align_module_device(down):
+            weight = down.weight.detach()  # [H, N]
+            norms.append(torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).cpu())
     return torch.stack(norms)

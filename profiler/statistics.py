@@ -31,6 +31,7 @@ class ActivationStatistics:
         self.tokens = 0
         self._sums: list[torch.Tensor | None] = [None] * num_layers
         self._pending: list[torch.Tensor | None] = [None] * num_layers
+        self._scratch: dict[torch.device, torch.Tensor] = {}
 
     def observe(self, layer: int, h: torch.Tensor) -> None:
         """Add activations h [T, N] of counted tokens (no padding) to the pending sums of a layer."""
@@ -38,7 +39,13 @@ class ActivationStatistics:
             self._pending[layer] = _zeros(self.intermediate_size, h.device)
         pending = self._pending[layer]
         for rows in h.split(CPU_ROWS if h.device.type == "cpu" else GPU_ROWS):
-            pending += block_sums(rows)
+            pending += block_sums(rows, self._scratch_for(rows))
+
+    def _scratch_for(self, rows: torch.Tensor) -> torch.Tensor:
+        scratch = self._scratch.get(rows.device)
+        if scratch is None or len(scratch) < len(rows):
+            scratch = self._scratch[rows.device] = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        return scratch
 
     def commit(self, tokens: int) -> None:
         """Take the pending sums, which are over `tokens` tokens, into the totals.
@@ -87,18 +94,20 @@ class ActivationStatistics:
         return {name: means[:, row].contiguous() for row, name in enumerate(ACTIVATION_STATISTICS)}
 
 
-def block_sums(h: torch.Tensor) -> torch.Tensor:
+def block_sums(h: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Sums over the tokens of h [T, N]: [6, N], rows in the order of ACTIVATION_STATISTICS.
 
-    Weighted sums are matrix products with two rows of weights, 1 and 1 / ||h||_2, so h is read three times rather
-    than six. A token without any activation counts as zeros after normalisation too.
+    scratch: float32 [T or more, N], overwritten: fresh memory for every block costs more than the arithmetic.
+    Weighted sums are matrix products with two rows of weights, 1 and 1 / ||h||_2, so every power of h is read once for
+    both. A token without any activation counts as zeros after normalisation too.
     """
-    h = h.float()
-    squares = h.square()
-    norms = squares.sum(1).sqrt()
+    values = scratch[: h.shape[0]].copy_(h)
+    norms = torch.linalg.vector_norm(values, dim=1)
     inverse = torch.where(norms > 0, norms.reciprocal(), 0.0)
     weights = torch.stack([torch.ones_like(inverse), inverse])  # [2, T]
-    absolute, signed, squared = weights @ h.abs(), weights @ h, weights.square() @ squares  # [2, N] each
+    signed = weights @ values  # [2, N]
+    absolute = weights @ values.abs_()
+    squared = weights.square() @ values.square_()
     return torch.stack([absolute, signed, squared], dim=1).flatten(0, 1)
 
 

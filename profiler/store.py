@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import signal
 import threading
@@ -80,6 +81,15 @@ class CheckpointFile:
         self.path.unlink(missing_ok=True)
 
 
+def check_output(path: Path) -> None:
+    """Raise PartInferError for a path that can't hold a neuron file with statistics."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise PartInferError(
+            f"--output {path}: expected a file whose name ends in .safetensors, which keeps the statistics; "
+            "python -m profiler convert makes JSON of it"
+        )
+
+
 @contextmanager
 def exclusive(output: Path) -> Iterator[None]:
     """Hold the lock of an output file; PartInferError if another run holds it. A killed run's lock is free again."""
@@ -100,7 +110,7 @@ def exclusive(output: Path) -> Iterator[None]:
 
 def _remove_leftovers(output: Path) -> None:
     """Temporary files of a run that was killed while it wrote."""
-    for path in output.parent.glob(f".{output.name}.*"):
+    for path in output.parent.glob(f".{glob.escape(output.name)}.*"):
         if not path.name.endswith(".lock"):
             path.unlink(missing_ok=True)
 

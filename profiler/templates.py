@@ -48,15 +48,18 @@ class Template:
             raise PartInferError(
                 f"the template {self.template!r} names no field: write for example 'Question: {{text}}'"
             )
+        self.is_own = template is not None
         self._needs_text = "text" in names
         self.suffix = self.template[self.template.rindex("}") + 1 :]
 
     def fill(self, record: Mapping, where: str) -> Prompt:
-        """The prompt of a record; PartInferError, naming `where`, if a field is missing."""
+        """The prompt of a record, empty if its text is; PartInferError, naming `where`, if a field is missing."""
         values = dict(record)
         if self._needs_text:
             fields = self.fields or self._usual_fields(record, where)
             text = substitute(fields, record, where)
+            if not text.strip():
+                return Prompt("")
             values["text"] = text if self.task_type == TEXT else text.strip()  # pieces of a document stay as they are
         return Prompt(substitute(self.template, values, where), self.suffix)
 
@@ -69,7 +72,7 @@ class Template:
             if all(_lookup(record, name) is not None for name in _PLACEHOLDER.findall(fields)):
                 return fields
         raise PartInferError(
-            f"{where} has none of the usual fields of {self.task_type}; it has {', '.join(record)}: "
+            f"{where} has none of the usual fields of {self.task_type}; it has {', '.join(map(str, record))}: "
             "name one with --text_field"
         )
 
@@ -92,7 +95,9 @@ def substitute(template: str, record: Mapping, where: str) -> str:
     def value(match: re.Match) -> str:
         found = _lookup(record, match.group(1))
         if found is None:
-            raise PartInferError(f"{where} has no field {match.group(1)!r}; it has {', '.join(map(str, record))}")
+            raise PartInferError(
+                f"{where} has no field {match.group(1)!r}, or nothing in it; it has {', '.join(map(str, record))}"
+            )
         return str(found)
 
     return _PLACEHOLDER.sub(value, template)

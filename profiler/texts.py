@@ -13,6 +13,7 @@ from transformers_patches.errors import PartInferError
 
 BUILTIN, SELF = "builtin", "self"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+ENCODING = "utf-8-sig"  # a byte order mark, which some programs write, is no part of the text
 DOCUMENT_CHARACTERS = 16_384  # a text file is read in pieces of about this size
 
 
@@ -91,6 +92,11 @@ class ResolvedSource:
             if prompt.text.strip():
                 yield prompt
 
+    @property
+    def language_modelling(self) -> bool:
+        """Whether the texts are documents as they are, to be cut in pieces, rather than prompts."""
+        return self.task_type == TEXT and not self.template.is_own
+
     def _records(self) -> Iterator[Mapping]:
         if self.dataset == BUILTIN:
             return _read_builtin(self.task_type)
@@ -99,7 +105,7 @@ class ResolvedSource:
             return _stream_hub(self.dataset, self.config, self.split or "train")
         if path.is_dir():
             return _read_saved(path, self.split)
-        return _read_file(path, self.task_type)
+        return _read_file(path, documents=self.language_modelling)
 
 
 def _default_task_type(source: TextSource) -> str:
@@ -138,17 +144,20 @@ def _read_builtin(task_type: str) -> Iterator[Mapping]:
     return _read_jsonl(path)
 
 
-def _read_file(path: Path, task_type: str) -> Iterator[Mapping]:
+def _read_file(path: Path, *, documents: bool) -> Iterator[Mapping]:
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise PartInferError(f"{path}: expected a file ending in {', '.join(_READERS)}")
-    if reader is _read_lines and task_type == TEXT:
-        return _read_documents(path)
-    return reader(path)
+    if reader is _read_lines and documents:
+        reader = _read_documents
+    try:
+        yield from reader(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise PartInferError(f"{path} can't be read as UTF-8 {path.suffix[1:]}: {error}; convert it first") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=ENCODING) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -162,12 +171,12 @@ def _read_jsonl(path: Path) -> Iterator[Mapping]:
 
 
 def _read_csv(path: Path) -> Iterator[Mapping]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding=ENCODING, newline="") as file:
         yield from csv.DictReader(file)
 
 
 def _read_lines(path: Path) -> Iterator[Mapping]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=ENCODING) as file:
         yield from ({"text": line.strip()} for line in file if line.strip())
 
 
@@ -175,7 +184,7 @@ def _read_documents(path: Path) -> Iterator[Mapping]:
     """A text file in large pieces that end at a line's end."""
     piece: list[str] = []
     length = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=ENCODING) as file:
         for line in file:
             piece.append(line)
             length += len(line)

@@ -33,9 +33,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise PartInferError(f"compare needs at least two neuron files, got {len(arguments.files)}")
     if not 0 < arguments.top <= 1:
         raise PartInferError(f"--top must be a fraction in (0, 1], got {arguments.top}")
-    parts = [given.rpartition("=") if "=" in given else (given, "=", "") for given in arguments.files]
-    files = [NeuronFile.load(path) for path, _, _ in parts]
-    names = [name or Path(path).stem for path, _, name in parts]
+    named = [_path_and_name(given) for given in arguments.files]
+    files, names = [NeuronFile.load(path) for path, _ in named], [name for _, name in named]
     matrix = overlap_matrix(files, arguments.top)  # [files, files, layers]
     chance = chance_overlap(files[0].intermediate_size, arguments.top)
     if arguments.plot:
@@ -47,6 +46,14 @@ def main(arguments: argparse.Namespace) -> None:
         print(json.dumps(result))
         return
     _print_text(matrix, names, arguments.top, chance)
+
+
+def _path_and_name(given: str) -> tuple[str, str]:
+    """The parts of FILE[=NAME]; a file may have = in its name."""
+    path, equals, name = given.rpartition("=")
+    if not equals or Path(given).is_file():
+        path, name = given, ""
+    return path, name or Path(path).stem
 
 
 def _print_text(matrix: torch.Tensor, names: list[str], top: float, chance: float) -> None:

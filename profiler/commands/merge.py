@@ -7,6 +7,7 @@ from pathlib import Path
 
 from profiler.merging import merge
 from profiler.ranking import SCORES
+from profiler.store import check_output
 from transformers_patches.neuron_file import NeuronFile
 
 HELP = "rank by the statistics of several neuron files, each data set with equal weight"
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output)
     merged = merge([NeuronFile.load(path) for path in arguments.files], arguments.score, arguments.task_type)
     merged.save(arguments.output)
     print(f"{arguments.output}: {merged.metadata['datasets']} data sets, {merged.tokens} tokens, {arguments.score}")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from profiler.ranking import SCORES, rank
+from profiler.store import check_output
 from transformers_patches.neuron_file import NeuronFile
 
 HELP = "rank again by another score, from a neuron file's statistics, without the model"
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output)
     file = NeuronFile.load(arguments.file)
     rank(file.statistics, arguments.score, file.metadata, file.source).save(arguments.output)
     print(f"{arguments.output}: ranked by {arguments.score}")

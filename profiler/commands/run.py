@@ -6,25 +6,27 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers.utils import logging as transformers_logging
 
 from profiler.collect import Collector
 from profiler.own_texts import OwnTexts
 from profiler.placement import ProfiledModel, load_for_profiling
+from profiler.processes import from_main
 from profiler.profile import ProfilingRun
 from profiler.ranking import SCORES, down_norms, rank
 from profiler.sequences import Encoder, Window, windows
 from profiler.statistics import ActivationStatistics
-from profiler.store import CheckpointFile, Progress, exclusive, interrupts_deferred
-from profiler.templates import TASK_TYPES, TEXT
+from profiler.store import CheckpointFile, Progress, check_output, exclusive, interrupts_deferred
+from profiler.templates import TASK_TYPES
 from profiler.texts import BUILTIN, HUB_DATASETS, SELF, ResolvedSource, TextSource
 from transformers_patches.config import DTYPES
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
-from transformers_patches.fingerprint import fingerprint_of_model
 from transformers_patches.neuron_file import NeuronFile
 
 HELP = "profile a model on texts and write a neuron file"
@@ -76,8 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--output", type=Path, help="neuron file (neuron_files/<model>/<task>.safetensors)")
     output.add_argument("--score", choices=SCORES, default="mean_abs", help="what the ranking goes by (mean_abs)")
     output.add_argument("--checkpoint_every", type=_positive, default=256, help="texts between checkpoints (256)")
-    output.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run, if any")
-    output.add_argument("--overwrite", action="store_true", help="replace the output; start again")
+    again = output.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run, if any")
+    again.add_argument("--overwrite", action="store_true", help="replace the output; start again")
     output.add_argument("--json", action="store_true", help="print the summary as a JSON object")
     output.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -91,20 +94,32 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.text_field,
         arguments.template,
     ).resolve()
+    output = arguments.output or default_output(arguments.checkpoint_path, source.task_type)
+    _check(arguments, source, output)
+    if arguments.quiet:
+        transformers_logging.disable_progress_bar()
+    # a state that says it is alone asks nothing of the launcher; more processes come with `accelerate launch`
+    processes = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    main_process = processes.is_main_process
+    with exclusive(output) if main_process else nullcontext():
+        # the others wait here, so that none begins what the main process refuses
+        done = from_main(main_process and _already_there(arguments, output), processes)
+        if not done:
+            profile(arguments, source, output, processes)
+        if main_process:
+            _report(arguments, NeuronFile.load(output), output)
+
+
+def _check(arguments: argparse.Namespace, source: ResolvedSource, output: Path) -> None:
+    """Raise PartInferError for what would fail, or be without effect, only after a long run."""
     own = source.dataset == SELF
     if own and (arguments.limit is None or arguments.max_new_tokens == 0 or arguments.skip):
         raise PartInferError("--dataset self needs --limit and --max_new_tokens above 0, and no --skip")
-    output = arguments.output or default_output(arguments.checkpoint_path, source.task_type)
-    # a state that says it is alone asks nothing of the launcher; more processes come with `accelerate launch`
-    processes = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
-    if not processes.is_main_process:
-        profile(arguments, source, output, processes)
-        return
-    with exclusive(output):
-        if _already_there(arguments, output):
-            _report(arguments, NeuronFile.load(output), output)
-            return
-        _report(arguments, profile(arguments, source, output, processes), output)
+    if arguments.chat_template and (own or source.language_modelling):
+        raise PartInferError(
+            "--chat_template is for prompts, not for documents or the model's own texts: leave it out, or give a task"
+        )
+    check_output(output)
 
 
 def default_output(checkpoint_path: Path, task_type: str) -> Path:
@@ -131,18 +146,18 @@ def _already_there(arguments: argparse.Namespace, output: Path) -> bool:
     raise PartInferError(f"{output} is there already: replace it with --overwrite, or give another --output")
 
 
-def profile(
-    arguments: argparse.Namespace, source: ResolvedSource, output: Path, processes: PartialState
-) -> NeuronFile | None:
-    """Run the model over the texts; the main process writes and returns the neuron file, others return None."""
+def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path, processes: PartialState) -> None:
+    """Run the model over the texts; the main process writes the neuron file."""
     own = source.dataset == SELF
+    prompt_tokens = 0 if own else arguments.max_length
     device = f"cuda:{processes.local_process_index}" if _shares_gpus(arguments, processes) else arguments.device
     loaded = load_for_profiling(
         arguments.checkpoint_path,
         device,
         arguments.dtype,
         arguments.batch_size,
-        arguments.max_length + arguments.max_new_tokens,
+        prompt_tokens + arguments.max_new_tokens,
+        int(os.environ.get("LOCAL_WORLD_SIZE", processes.num_processes)),
     )
     config = loaded.model.config
     statistics = ActivationStatistics(config.num_hidden_layers, ffn_spec(config).intermediate_size(config))
@@ -161,7 +176,7 @@ def profile(
     )
     run.run(resume=_resumes(run, arguments))
     if not processes.is_main_process:
-        return None
+        return
     counted = {"tokens": str(statistics.tokens), "texts": str(run.progress.texts)}
     named = {name: str(value) for name, value in settings.items() if value is not None}
     metadata = {**named, **counted, "datasets": "1", "texts_sha256": run.progress.digest}
@@ -169,7 +184,6 @@ def profile(
     with interrupts_deferred():
         neurons.save(output)
         run.checkpoint.remove()
-    return neurons
 
 
 def _shares_gpus(arguments: argparse.Namespace, processes: PartialState) -> bool:
@@ -206,7 +220,7 @@ def _window_source(
         loaded.tokenizer,
         arguments.max_length,
         chat_template=arguments.chat_template,
-        split=source.task_type == TEXT,
+        split=source.language_modelling,
     )
 
     def read_windows(done: Progress) -> Iterator[Window]:
@@ -223,7 +237,7 @@ def _settings(
     return {
         "model_name": loaded.name,
         "model_type": model.config.model_type,
-        "fingerprint": fingerprint_of_model(model),
+        "fingerprint": loaded.fingerprint,
         "dtype": str(model.dtype).removeprefix("torch."),
         "dataset": Path(source.dataset).name if Path(source.dataset).exists() else source.dataset,
         "dataset_config": source.config,
@@ -243,7 +257,7 @@ def _settings(
     }
 
 
-def _report(arguments: argparse.Namespace, neurons: NeuronFile | None, output: Path) -> None:
+def _report(arguments: argparse.Namespace, neurons: NeuronFile, output: Path) -> None:
     data = neurons.metadata
     if arguments.json:
         print(json.dumps({"output": os.fspath(output), **data}))

@@ -10,6 +10,7 @@ import torch
 from profiler.__main__ import COMMANDS, main
 from profiler.analysis import concentration, overlap
 from profiler.commands.random import random_ranking
+from profiler.plots import most_concentrated
 from profiler.ranking import rank
 from transformers_patches.errors import PartInferError
 from transformers_patches.neuron_file import STATISTICS, NeuronFile
@@ -143,6 +144,34 @@ def test_compare_prints_pairs_names_and_chance(files, capsys):
     assert "first / file1" in capsys.readouterr().out
     assert main(["compare", str(files[0])]) == 1
     assert main(["compare", *given, "--top", "30"]) == 1
+
+
+def test_compared_files_may_have_an_equals_sign_in_their_names(tmp_path, capsys):
+    path = tmp_path / "top=0.3.safetensors"
+    neuron_file(0).save(path)
+    assert main(["compare", str(path), f"{path}=again", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == ["top=0.3", "again"]
+
+
+def test_layers_that_stand_out_are_labelled():
+    even = torch.linspace(0.05, 1, 20).repeat(9, 1)
+    even[4] = torch.linspace(0.8, 1, 20)
+    assert most_concentrated(even) == [4]
+    assert most_concentrated(even[:1]) == []
+
+
+def test_outputs_of_another_kind_are_refused(files, tmp_path, capsys):
+    assert main(["show", str(files[0]), "--plot", str(tmp_path / "curves.xyz")]) == 1
+    assert "ends in .png, .pdf, .svg" in capsys.readouterr().err
+    for arguments in (["merge"], ["rank", "--score", "rms"]):
+        assert main([*arguments, str(files[0]), "--output", str(tmp_path / "x.json")]) == 1
+        assert "ends in .safetensors" in capsys.readouterr().err
+
+
+def test_a_file_that_can_not_be_written_is_one_line(files, capsys):
+    assert main(["rank", str(files[0]), "--score", "rms", "--output", f"{files[1]}/x.safetensors"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(files[1]) in line
 
 
 def test_plots_are_pictures(files, tmp_path):

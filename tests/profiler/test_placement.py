@@ -35,6 +35,14 @@ def test_what_fits_nowhere_is_refused_with_the_estimate(device, gpus, cpu):
         choose_placement(NEED, device, gpus, cpu)
 
 
+def test_several_processes_need_their_share_each():
+    assert choose_placement(NEED, CPU, [], 25 * GIB, processes=2) == "cpu"
+    with pytest.raises(PartInferError, match="in each of 2 processes, but 23.0 GiB of memory is free: use fewer"):
+        choose_placement(NEED, CPU, [], 23 * GIB, processes=2)
+    with pytest.raises(PartInferError, match="7.0 GiB on GPU 0 is free: use fewer processes"):
+        choose_placement(NEED, GPU, [7 * GIB, 7 * GIB], 99 * GIB, processes=2)  # one process could spread it
+
+
 def test_estimate_counts_weights_exactly_and_needs_no_memory_for_it():
     config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
     estimate = estimate_memory(config, torch.bfloat16, batch_size=8, tokens=512)

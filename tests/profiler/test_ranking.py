@@ -61,6 +61,17 @@ def test_down_norms_are_those_of_columns(checkpoint):
     torch.testing.assert_close(down_norms(model)[1], weight.detach().norm(dim=0))
 
 
+def test_down_norms_of_offloaded_weights(tiny_checkpoints):
+    from accelerate import cpu_offload
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints["llama"])
+    expected = down_norms(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert ffn_spec(model.config).down_projection(model, 0).weight.is_meta
+    assert torch.equal(down_norms(model), expected)
+
+
 def file_of(tokens: int, seed: int, **metadata: str) -> NeuronFile:
     given = {"fingerprint": "f", "tokens": str(tokens), "texts": "1", "dataset": f"d{seed}", **metadata}
     return rank(statistics_of(activations(tokens, seed), DOWN), "mean_abs", given)

@@ -141,31 +141,40 @@ def test_killed_run_resumes_to_the_same_bytes_and_a_second_run_refuses(model_fol
     assert {p.name for p in tmp_path.iterdir()} == {"many.jsonl", "qa.safetensors", "whole.safetensors"}
 
 
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    """Two processes on the CPU; --multi_gpu is what makes accelerate start several, on CPUs too."""
+    given = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *given.split(), "--main_process_port", "0", "-m"]
+    return subprocess.run([*launcher, *arguments], env=environment(), capture_output=True, text=True)
+
+
 def test_two_processes_give_the_file_of_one(model_folder, questions, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     more = (*SMALL, "--checkpoint_every", "8")
     assert run(model_folder, questions, one, *more) == 0
-    # --multi_gpu is what makes accelerate start several processes, on CPUs too
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-    ]
-    done = subprocess.run(
-        [*launch, *command(model_folder, questions, two, *more)], env=environment(), capture_output=True, text=True
-    )
+    done = launch(*command(model_folder, questions, two, *more))
     assert done.returncode == 0, done.stderr
     first, second = NeuronFile.load(one), NeuronFile.load(two)
     assert second.metadata["processes"] == "2"
     assert (first.tokens, first.metadata["texts"]) == (second.tokens, second.metadata["texts"])
     assert largest_difference(first, second) < 1e-5
+
+    again = launch(*command(model_folder, questions, two, *more, "--resume"))  # nothing left to do, for both of them
+    assert again.returncode == 0, again.stderr
+    assert "21 texts" in again.stdout
+
+
+def test_when_one_process_stops_the_other_does_too_and_one_says_why(model_folder, tmp_path):
+    def poison(model, tokenizer):
+        model.model.embed_tokens.weight[tokenizer("Z")["input_ids"][-1]] = float("nan")
+
+    poisoned_copy(model_folder, tmp_path / "poisoned", poison)
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(f'{{"text": "{"Zebra" if i == 7 else "horse"} number {i}"}}\n' for i in range(12)))
+    stopped = launch(*command(tmp_path / "poisoned", data, tmp_path / "qa.safetensors", *SMALL))
+    assert stopped.returncode == 1
+    assert "layer 0, text 7 (from 0), 'Question: Zebra" in stopped.stderr
+    assert not (tmp_path / "qa.safetensors").exists()
 
 
 def poisoned_copy(model_folder, folder, poison) -> None:
@@ -229,10 +238,15 @@ def test_wrong_input_is_one_line(model_folder, questions, tmp_path, capsys):
         ("nowhere.jsonl", ("--task_type", "QA"), "no data set at nowhere.jsonl"),
         (questions, (), "--task_type is needed"),
         (questions, ("--task_type", "Summarize"), "name one with --text_field"),
-        (questions, ("--task_type", "QA", "--text_field", "query"), "has no field 'query'; it has question"),
+        (
+            questions,
+            ("--task_type", "QA", "--text_field", "query"),
+            "has no field 'query', or nothing in it; it has question",
+        ),
         (questions, ("--task_type", "QA", "--skip", "50"), "there are no texts"),
         (questions, ("--task_type", "QA", "--max_length", "2000"), "positions for 1024"),
         (questions, ("--task_type", "QA", "--chat_template"), "no chat template"),
+        (questions, ("--task_type", "text", "--chat_template"), "--chat_template is for prompts"),
         ("self", ("--task_type", "QA"), "needs --limit"),
     ):
         assert run(model_folder, dataset, output, *more) == 1
@@ -240,3 +254,46 @@ def test_wrong_input_is_one_line(model_folder, questions, tmp_path, capsys):
         assert expected in lines[-1]
     assert run(tmp_path / "nothing", questions, output, "--task_type", "QA") == 1
     assert "config.json is missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        run(model_folder, questions, output, "--task_type", "QA", "--resume", "--overwrite")
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["x.json", "x", "folder.safetensors"])
+def test_outputs_that_can_not_hold_statistics_are_refused_before_the_run(
+    model_folder, questions, tmp_path, name, capsys
+):
+    (tmp_path / "folder.safetensors").mkdir()
+    assert run(model_folder, questions, tmp_path / name, "--task_type", "QA") == 1
+    assert "ends in .safetensors" in capsys.readouterr().err
+
+
+def test_a_folder_that_can_not_be_made_is_one_line(model_folder, questions, capsys):
+    assert run(model_folder, questions, questions / "below.safetensors", "--task_type", "QA") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_out_of_memory_says_what_to_lower(model_folder, questions, tmp_path, monkeypatch, capsys):
+    def observe(self, batch):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("profiler.collect.Collector.observe", observe)
+    assert run(model_folder, questions, tmp_path / "qa.safetensors", *SMALL) == 1
+    assert "a batch of 4 texts of up to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("elsewhere", ["cpu", "disk"])
+def test_a_model_spread_over_devices_gives_the_same_file(model_folder, questions, tmp_path, elsewhere, monkeypatch):
+    """As with device_map="auto" where a model is larger than a GPU: some layers' weights are fetched when needed."""
+    whole, spread = tmp_path / "whole.safetensors", tmp_path / "spread.safetensors"
+    assert run(model_folder, questions, whole, *SMALL) == 0
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": elsewhere,
+        "model.layers.2": elsewhere,
+    }
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    monkeypatch.setattr("profiler.placement.choose_placement", lambda *arguments: places)
+    assert run(model_folder, questions, spread, *SMALL) == 0
+    assert spread.read_bytes() == whole.read_bytes()

@@ -47,7 +47,15 @@ def test_means_are_those_of_all_tokens_however_they_come(sizes):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_activations_are_summed_in_float32(dtype):
     h = torch.full((4096, SIZE), 0.01).to(dtype)  # a sum in float16 or bfloat16 would stop growing long before
-    assert block_sums(h)[0, 0] == pytest.approx(4096 * float(h[0, 0]), rel=1e-5)
+    sums = block_sums(h, torch.empty(4096, SIZE))
+    assert sums[0, 0] == pytest.approx(4096 * float(h[0, 0]), rel=1e-5)
+
+
+def test_activations_that_are_observed_stay_as_they_are():
+    h = activations(300)
+    before = h.clone()
+    filled([h])
+    assert torch.equal(h, before)
 
 
 def test_pending_sums_count_only_when_committed():

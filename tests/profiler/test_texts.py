@@ -67,6 +67,33 @@ def test_damaged_jsonl_names_the_line(tmp_path, content, expected):
         prompts(path, text_field="a", template="{a}")
 
 
+def test_texts_that_are_no_utf8_are_one_line_and_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_bytes("text\nschön\n".encode("latin-1"))
+    with pytest.raises(PartInferError, match="can't be read as UTF-8 csv.*convert it first"):
+        prompts(path, "QA")
+    path.write_bytes("\ufefftext\nschön\n".encode())
+    assert prompts(path, "QA") == ["Question: schön\nAnswer: "]
+
+
+def test_empty_texts_are_left_out_and_missing_ones_are_not(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "  "}\n{"question": "Why?"}\n{"question": null}\n')
+    source = TextSource(str(path), "QA").resolve().prompts()
+    assert next(source).text == "Question: Why?\nAnswer: "
+    with pytest.raises(PartInferError, match="record 3 of .* has none of the usual fields of QA; it has question"):
+        next(source)
+
+
+def test_a_template_of_ones_own_makes_prompts_not_documents(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("one\ntwo\n")
+    source = TextSource(str(path), template="Say {text}!").resolve()
+    assert [prompt.text for prompt in source.prompts()] == ["Say one!", "Say two!"]
+    assert not source.language_modelling
+    assert TextSource(str(path), "text").resolve().language_modelling
+
+
 def test_saved_data_sets_are_read_by_split(tmp_path):
     from datasets import Dataset, DatasetDict
 

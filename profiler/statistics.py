@@ -6,8 +6,9 @@ import torch
 
 from transformers_patches.neuron_file import ACTIVATION_STATISTICS
 
-# Rows of h that are reduced at a time: on a CPU small enough that a block stays in the cache between its passes.
-CPU_ROWS, GPU_ROWS = 128, 8192
+# How much of h is reduced at a time. On a CPU a block stays in the cache between its passes (2 MB of float32), yet is
+# large enough that starting the threads of a pass costs little.
+CPU_ELEMENTS, CPU_ROWS, GPU_ROWS = 2**19, 1024, 8192
 
 
 class NonFiniteActivation(ArithmeticError):
@@ -38,7 +39,7 @@ class ActivationStatistics:
         if self._pending[layer] is None:
             self._pending[layer] = _zeros(self.intermediate_size, h.device)
         pending = self._pending[layer]
-        for rows in h.split(CPU_ROWS if h.device.type == "cpu" else GPU_ROWS):
+        for rows in h.split(block_rows(h)):
             pending += block_sums(rows, self._scratch_for(rows))
 
     def _scratch_for(self, rows: torch.Tensor) -> torch.Tensor:
@@ -92,6 +93,13 @@ class ActivationStatistics:
             raise ValueError("no tokens were counted, so there are no means")
         means = (self.sums() / self.tokens).float()
         return {name: means[:, row].contiguous() for row, name in enumerate(ACTIVATION_STATISTICS)}
+
+
+def block_rows(h: torch.Tensor) -> int:
+    """How many rows of h [T, N] are reduced at a time."""
+    if h.device.type != "cpu":
+        return GPU_ROWS
+    return max(1, min(CPU_ROWS, CPU_ELEMENTS // h.shape[1]))
 
 
 def block_sums(h: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:

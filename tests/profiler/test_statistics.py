@@ -44,6 +44,13 @@ def test_means_are_those_of_all_tokens_however_they_come(sizes):
         torch.testing.assert_close(statistics.means()[name].double(), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_blocks_of_rows_add_up(monkeypatch):
+    h = activations(300)
+    monkeypatch.setattr("profiler.statistics.CPU_ELEMENTS", 7 * SIZE)  # 43 blocks, the last one smaller
+    for name, expected in expected_means(h).items():
+        torch.testing.assert_close(filled([h]).means()[name].double(), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_activations_are_summed_in_float32(dtype):
     h = torch.full((4096, SIZE), 0.01).to(dtype)  # a sum in float16 or bfloat16 would stop growing long before

@@ -66,7 +66,7 @@ class ActivationStatistics:
     def check_pending(self) -> None:
         """Raise NonFiniteActivation if a pending sum is NaN or Inf."""
         for layer, pending in enumerate(self._pending):
-            if pending is not None and not bool(torch.isfinite(pending).all()):
+            if pending is not None and not bool(torch.isfinite(pending.sum())):  # NaN and Inf survive a sum
                 raise NonFiniteActivation(layer)
 
     def discard(self) -> None:

@@ -4,14 +4,14 @@
 #
 # Usage: DATA=path/to/data [MODEL=NAME] [SIZE=full|small] sh docs/make_results.sh [profile] [tasks] [perplexity]
 #
-#   METHODS   configurations, each in a process of its own (the six of the original, and partinfer as it is now)
+#   METHODS   configurations (the six of the original, and partinfer as it is now)
 #   SIZE      of the samples. full: for a small model; small: for one of billions of parameters
 #   PYTHON    the interpreter (python3)
 set -e
 cd "$(dirname "$0")/.."
 : "${DATA:?set DATA to the folder with triviaqa, truthfulqa, squad_v1, piqa, ntrex and wikitext2}"
 : "${MODEL:=SmolLM2-135M-Instruct}"
-: "${METHODS:=dense dense+partial original partinfer coreinfer coreinfer+partial coreinfer_random_loading}"
+: "${METHODS:=dense,dense+partial,original,partinfer,coreinfer,coreinfer+partial,coreinfer_random_loading}"
 : "${SIZE:=full}"
 : "${PYTHON:=python3}"
 : "${OUT:=results}"
@@ -35,16 +35,13 @@ merged() {
     $PYTHON -m profiler merge --output "$NEURONS/$name.safetensors" "$@"
 }
 
-# neuron file, rows, worked examples, tasks
+# neuron file, rows, worked examples, task
 tasks() {
-    dataset=$1 rows=$2 fewshot=$3 names=$4
-    for method in $METHODS; do
-        $PYTHON evaluation/evaluate_task.py --model_name "$MODEL" --task_name "$names" --method "$method" \
-            --limit "$rows" --shuffle --num_fewshot "$fewshot" --batch_size 8 --data_dir "$DATA" \
-            --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
-            --model_neurons_filepath "$NEURONS/model.safetensors" \
-            --prefill_tokens 256 --scored_tokens 128 --output_path "$OUT" --skip_finished
-    done
+    dataset=$1 rows=$2 fewshot=$3 task=$4
+    $PYTHON evaluation/evaluate_task.py --model_name "$MODEL" --task_name "$task" --method "$METHODS" \
+        --limit "$rows" --shuffle --num_fewshot "$fewshot" --batch_size 8 --data_dir "$DATA" \
+        --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
+        --model_neurons_filepath "$NEURONS/model.safetensors" --output_path "$OUT" --skip_finished
 }
 
 # name, neuron file, examples, data set, then arguments of evaluate_perplexity.py
@@ -52,7 +49,7 @@ perplexity() {
     result=$OUT/$MODEL/$1.json dataset=$2 examples=$3 data=$4
     shift 4
     [ -f "$result" ] && return
-    $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method "$(echo "$METHODS" | tr ' ' ,)" \
+    $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method "$METHODS" \
         --dataset "$DATA/$data" --limit "$examples" --batch_size 8 \
         --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
         --model_neurons_filepath "$NEURONS/model.safetensors" --json "$result" "$@"
@@ -70,24 +67,24 @@ all_neurons() {
 }
 
 all_tasks() {
-    tasks qa "$MANY" 0 local_piqa
-    tasks qa "$MANY" 5 local_triviaqa
+    tasks qa "$PAIRS" 0 local_piqa
+    tasks qa "$QUESTIONS" 5 local_triviaqa
     tasks translate "$FEW" 3 local_translation_de_en
     tasks qa "$CHOICES" 0 local_truthfulqa_mc2
     tasks qa "$FEW" 1 local_squad
-    tasks qa "$FEW" 0 local_truthfulqa_mc1
     tasks qa "$FEW" 0 local_truthfulqa_gen
-    tasks wikitext2 "$ARTICLES" 0 local_wikitext
+    tasks qa "$FEW" 0 local_truthfulqa_mc1
+    tasks wikitext2 1 0 local_wikitext
 }
 
 all_perplexities() {
     perplexity wikitext2 wikitext2 "$WINDOWS" wikitext2/test.txt
-    perplexity triviaqa qa "$MANY" triviaqa/triviaqa_sm_sub.jsonl --half second
+    perplexity triviaqa qa "$ANSWERS" triviaqa/triviaqa_sm_sub.jsonl --half second
 }
 
 case $SIZE in
-    full) TEXTS=160 MANY=80 CHOICES=80 FEW=32 ARTICLES=1 WINDOWS=40 ;;
-    small) TEXTS=64 MANY=24 CHOICES=8 FEW=12 ARTICLES=1 WINDOWS=12 ;;
+    full) TEXTS=160 PAIRS=80 QUESTIONS=48 ANSWERS=80 CHOICES=32 FEW=20 WINDOWS=32 ;;
+    small) TEXTS=64 PAIRS=24 QUESTIONS=16 ANSWERS=24 CHOICES=6 FEW=8 WINDOWS=12 ;;
     *) echo "error: SIZE must be full or small, got $SIZE" >&2 && exit 2 ;;
 esac
 [ $# -gt 0 ] || set -- profile tasks perplexity

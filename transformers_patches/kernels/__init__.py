@@ -6,13 +6,13 @@ Native kernels where they can be compiled, plain PyTorch elsewhere: the function
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from transformers_patches.kernels import blockwise, quantization, reference
 from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
-from transformers_patches.kernels import reference
-from transformers_patches.kernels.blockwise import combine, project
-from transformers_patches.kernels.quantization import GROUP, QuantizedTensor, dequantize, quantize
+from transformers_patches.kernels.quantization import GROUP, QuantizedTensor
 
 __all__ = [
     "GROUP",
@@ -164,6 +164,45 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, QuantizedTensor):
         return ops.quant_linear(x, weight.data, weight.scales, weight.bits, bias)
     return ops.linear(x, weight, bias)
+
+
+def project(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] plus bias [out]: [..., out], as F.linear, made for many tokens, on any device.
+
+    Quantised weights become floats of x's type block by block.
+    """
+    return blockwise.project(x, weight, bias, dequantize)
+
+
+def combine(h: Tensor, weight: Weight) -> Tensor:
+    """h [..., n] times weight [n, H]: [..., H], the weighted sums of the rows; else as `project`."""
+    return blockwise.combine(h, weight, dequantize)
+
+
+def quantize(weight: Tensor, bits: int, *, search: bool = False) -> QuantizedTensor:
+    """A float weight [rows, columns] in 8 or 4 bits.
+
+    A group's largest value is exact (in 4 bits as -8, so the scale may be negative); with `search`, scales a little
+    smaller or larger are tried too, and the one with the least square error is taken.
+    Raises PartInferError if columns is no multiple of 32 or bits is neither 8 nor 4.
+    """
+    ops = _LIBRARY.get()
+    if ops is None or not weight.is_cpu or weight.ndim != 2:
+        return quantization.quantize(weight, bits, search=search)
+    packed = QuantizedTensor.empty(*weight.shape, bits)
+    ops.quantize(weight.contiguous(), bits, search, packed.data, packed.scales)
+    return packed
+
+
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """The float weight [rows, columns] that a quantised one stands for, in `out` if given."""
+    ops = _LIBRARY.get()
+    if ops is None or not weight.data.is_cpu:
+        floats = quantization.dequantize(weight, dtype)
+        return floats if out is None else out.copy_(floats)
+    out = torch.empty(weight.shape, dtype=dtype) if out is None else out
+    ops.dequantize(weight.data, weight.scales, weight.bits, out)
+    return out
 
 
 def bandwidth_probe(nbytes: int = 256 << 20, repetitions: int = 8) -> float:

@@ -29,7 +29,7 @@ from transformers_patches.files import write_text_atomic
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "partinfer_kernels"
 FLOAT_SOURCES = ("sparse_ffn", "linear", "read")
-QUANT_SOURCES = ("quant_ffn", "quant_linear")
+QUANT_SOURCES = ("quant_ffn", "quant_linear", "quant_convert")
 DRIVERS = ("bindings", "threads", "by_up", "dispatch", "input", "probe")
 COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 

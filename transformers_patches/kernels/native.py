@@ -91,7 +91,8 @@ def _notice(text: str) -> None:
 def _register_fakes() -> None:
     for name in ("sparse_ffn", "sparse_ffn_plain", "quant_sparse_ffn", "quant_sparse_ffn_plain"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, *_: torch.empty_like(x))
-    torch.library.register_fake("partinfer::sparse_ffn_out")(lambda *_: None)
+    for name in ("sparse_ffn_out", "quantize", "dequantize"):
+        torch.library.register_fake(f"partinfer::{name}")(lambda *_: None)
     for name in ("linear", "quant_linear"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
     for name in ("sparse_ffn_by_up", "quant_sparse_ffn_by_up"):

@@ -11,7 +11,7 @@ from transformers_patches.errors import PartInferError
 
 GROUP = 32
 _VALUES_AT_ONCE = 2**20  # bounds the float32 copies that quantising makes
-_CANDIDATES = torch.linspace(0.8, 1.04, 13)
+_CANDIDATES = [0.8 + 0.02 * step for step in range(13)]  # times the exact scale
 
 
 @dataclass(frozen=True)
@@ -83,26 +83,24 @@ class QuantizedTensor:
         return cls(data, torch.empty(rows, columns // GROUP, dtype=torch.float16, device=device), bits)
 
 
-def quantize(weight: Tensor, bits: int, importance: Tensor | None = None) -> QuantizedTensor:
+def quantize(weight: Tensor, bits: int, *, search: bool = False) -> QuantizedTensor:
     """Quantise a float weight [rows, columns] to 8 or 4 bits.
 
-    Without `importance`, a group's largest value is exact (in 4 bits as -8, so the scale may be negative). With it
-    (float [columns], what an error in a column costs, e.g. the mean square of that input), scales a little smaller or
-    larger are tried, and the one with the least weighted square error is taken.
+    A group's largest value is exact (in 4 bits as -8, so the scale may be negative); with `search`, scales a little
+    smaller or larger are tried too, and the one with the least square error is taken.
     Raises PartInferError if columns is no multiple of 32 or bits is neither 8 nor 4.
     """
     if weight.ndim != 2:
         raise PartInferError(f"a weight to quantise must be [rows, columns], got {list(weight.shape)}")
     rows, columns = weight.shape
     result = QuantizedTensor.empty(rows, columns, bits, weight.device)
-    cost = None if importance is None else importance.float().view(1, -1, GROUP)
     step = max(1, _VALUES_AT_ONCE // columns)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
         groups = weight[piece].float().view(-1, columns // GROUP, GROUP)
         scale = _exact_scale(groups, bits)
-        if cost is not None:
-            scale = _best_scale(groups, scale, cost, bits)
+        if search:
+            scale = _best_scale(groups, scale, bits)
         result.scales[piece] = scale
         result.data[piece] = _pack(_round(groups, scale, bits), bits)
     return result
@@ -129,16 +127,16 @@ def _exact_scale(groups: Tensor, bits: int) -> Tensor:
 
 def _round(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
     scale = scale.float().unsqueeze(-1)
-    values = torch.where(scale == 0, 0.0, groups / scale).round_()
-    return values.clamp_(-127, 127) if bits == 8 else values.clamp_(-8, 7)
+    values = groups * torch.where(scale == 0, 0.0, 1 / scale)
+    return (values.clamp_(-127, 127) if bits == 8 else values.clamp_(-8, 7)).round_()
 
 
-def _best_scale(groups: Tensor, scale: Tensor, cost: Tensor, bits: int) -> Tensor:
-    best, least = scale, torch.full(scale.shape, torch.inf)
+def _best_scale(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    best, least = scale, torch.full_like(scale, torch.inf, dtype=torch.float32)
     for factor in _CANDIDATES:
         candidate = (scale.float() * factor).half()
         restored = _round(groups, candidate, bits) * candidate.float().unsqueeze(-1)
-        error = ((groups - restored).square_() * cost).sum(-1)
+        error = (groups - restored).square_().sum(-1)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best

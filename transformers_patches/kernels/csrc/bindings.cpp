@@ -302,6 +302,32 @@ std::tuple<Tensor, Tensor> quant_sparse_ffn_by_up(const Tensor& x, const Tensor&
   return {out, run_all_by_up(call, scale, rows, keep, threshold)};
 }
 
+ConvertTask convert_task(const Tensor& floats, const Tensor& data, const Tensor& scales, int64_t bits) {
+  const int64_t rows = rows_of(floats, "the floats"), hidden = floats.size(1);
+  const Type type = quant_type(bits);
+  quant_matrix(data, scales, "data", rows, hidden, type);
+  check_matrix(floats, "the floats", rows, hidden);
+  ConvertTask task;
+  task.type = type;
+  task.floats = static_cast<char*>(floats.data_ptr());
+  task.float_type = float_type(floats, "the floats");
+  task.data = static_cast<char*>(data.data_ptr());
+  task.scales = reinterpret_cast<uint16_t*>(scales.data_ptr());
+  task.hidden = hidden;
+  return task;
+}
+
+void quantize(const Tensor& floats, int64_t bits, bool search, const Tensor& data, const Tensor& scales) {
+  ConvertTask task = convert_task(floats, data, scales, bits);
+  task.search = search;
+  run_convert(current().load()->quantise_rows, task, floats.size(0), at::get_num_threads());
+}
+
+void dequantize(const Tensor& data, const Tensor& scales, int64_t bits, const Tensor& out) {
+  const ConvertTask task = convert_task(out, data, scales, bits);
+  run_convert(current().load()->dequantise_rows, task, out.size(0), at::get_num_threads());
+}
+
 std::vector<std::string> variants() {
   const Kernels* usable[MAX_VARIANTS];
   const int count = usable_variants(usable);
@@ -355,6 +381,8 @@ TORCH_LIBRARY(partinfer, m) {
       "quant_sparse_ffn_by_up(Tensor x, Tensor gate, Tensor gate_scales, Tensor up, Tensor up_scales, Tensor down, "
       "Tensor down_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, float threshold, "
       "str activation) -> (Tensor, Tensor)");
+  m.def("quantize(Tensor floats, int bits, bool search, Tensor(a!) data, Tensor(b!) scales) -> ()");
+  m.def("dequantize(Tensor data, Tensor scales, int bits, Tensor(a!) out) -> ()");
   m.def("timed_read(Tensor data) -> float");
   m.def("advise_huge_pages(Tensor data) -> bool");
   m.def("variants() -> str[]", variants);
@@ -372,6 +400,8 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("quant_linear", quant_linear);
   m.impl("sparse_ffn_by_up", sparse_ffn_by_up);
   m.impl("quant_sparse_ffn_by_up", quant_sparse_ffn_by_up);
+  m.impl("quantize", quantize);
+  m.impl("dequantize", dequantize);
   m.impl("timed_read", timed_read_of);
   m.impl("advise_huge_pages", advise_huge_pages_for);
 }

@@ -43,4 +43,17 @@ void run_linear(const Kernels& kernels, const LinearCall& call, int threads) {
   }
 }
 
+void run_convert(void (*convert)(const ConvertTask&), const ConvertTask& task, int64_t rows, int threads) {
+  const int useful = useful_threads(rows * task.hidden, threads);
+  parallel(useful, [&](int worker, int workers) {
+    const int computing = std::min(useful, workers);
+    if (worker >= computing) return;
+    const Range range = share(rows, 1, worker, computing);
+    ConvertTask part = task;
+    part.begin = range.begin;
+    part.end = range.end;
+    convert(part);
+  });
+}
+
 }  // namespace partinfer

@@ -46,6 +46,8 @@ struct ByUpCall {
 
 void run_ffn(const Kernels& kernels, const FfnCall& call, int threads);
 void run_linear(const Kernels& kernels, const LinearCall& call, int threads);
+// convert: one of the kernels' conversions.
+void run_convert(void (*convert)(const ConvertTask&), const ConvertTask& task, int64_t rows, int threads);
 // Returns the number of neurons computed.
 int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads);
 

@@ -88,6 +88,17 @@ struct FinishTask {
   Type out_type = Type::F32;
 };
 
+// Rows [begin, end) of floats [rows, hidden] to a quantised type, or back.
+struct ConvertTask {
+  Type type = Type::Q8;
+  char* floats = nullptr;
+  Type float_type = Type::F32;
+  char* data = nullptr;
+  uint16_t* scales = nullptr;
+  int64_t hidden = 0, begin = 0, end = 0;
+  bool search = false;  // quantising: the scale with the least square error instead of the exact one
+};
+
 constexpr int64_t COLUMN_BLOCK = 128;  // columns are reordered only inside blocks of this many
 
 // One instruction set's kernels. Single-threaded; threads.cpp shares the work out.
@@ -105,6 +116,8 @@ struct Kernels {
   // x [tokens, hidden] -> int8, scales and offsets, in the strides of `layout`.
   void (*prepare_quant)(Type weights, const float* x, int64_t tokens, int64_t hidden, const Input& layout, int8_t* q,
                         float* scales, int32_t* offsets);
+  void (*quantise_rows)(const ConvertTask&);
+  void (*dequantise_rows)(const ConvertTask&);
 };
 
 static inline int64_t element_size(Type type) { return type == Type::F32 ? 4 : 2; }

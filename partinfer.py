@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
     model = parser.add_argument_group("model")
     model.add_argument("--model_name", default=DEMO_MODEL, help=f"short name or hub id ({DEMO_MODEL})")
-    model.add_argument("--checkpoint_path", help="the model's folder (models/<name>, where download.py puts it)")
+    model.add_argument("--checkpoint_path", help="the model's folder or GGUF file (models/<name>, where download.py puts it)")
     model.add_argument("--cpu_only", action="store_true", help="the same as --device cpu")
     model.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice)")
     PartInferConfig.add_arguments(parser)
@@ -93,7 +93,7 @@ def _checkpoint_folder(arguments: argparse.Namespace) -> Path:
     """Where the model is; PartInferError with the command that fetches it if it is not there."""
     if arguments.checkpoint_path:
         folder = Path(arguments.checkpoint_path)
-    elif Path(arguments.model_name).is_dir():
+    elif Path(arguments.model_name).is_dir() or arguments.model_name.endswith(".gguf"):
         folder = Path(arguments.model_name)
     else:
         folder = model_folder(arguments.model_name)
@@ -108,10 +108,12 @@ def _with_neuron_files(settings: PartInferConfig, folder: Path, arguments: argpa
     """Fill in the neuron files that the settings need and do not name."""
     if settings.dataset_neurons_filepath or settings.model_neurons_filepath or not settings.needs_neuron_files:
         return settings
-    found = find_neuron_files(folder.resolve().name, arguments.task_type)
+    from transformers_patches.model_files import model_name
+
+    found = find_neuron_files(model_name(folder), arguments.task_type)
     if not arguments.quiet:
         named = ", ".join(str(path.name) for path in (found.dataset, found.model) if path)
-        print(f"neuron files: {named} for {folder.name}", file=sys.stderr)
+        print(f"neuron files: {named} for {model_name(folder)}", file=sys.stderr)
     return dataclasses.replace(
         settings,
         dataset_neurons_filepath=found.dataset and str(found.dataset),

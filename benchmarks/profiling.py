@@ -27,7 +27,7 @@ from profiler.sequences import Encoder, windows
 from profiler.statistics import ActivationStatistics
 from profiler.templates import TASK_TYPES, TEXT
 from profiler.texts import TextSource
-from transformers_patches.config import DTYPES
+from transformers_patches.config import FLOAT_DTYPES
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=128, help="texts (128)")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a text (512)")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5, help="passes over all batches, after one to warm up (5)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")

@@ -53,13 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     except PartInferError as error:
         parser.error(str(error))
     # heavy imports only now: --help and wrong usage answer at once
-    from transformers import AutoTokenizer
-
     from evaluation.models import find_model
     from transformers_patches.loading import read_config
+    from transformers_patches.model_files import load_tokenizer
 
     folder = find_model(arguments.model_name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     examples = read_examples(source, tokenizer, read_config(folder).max_position_embeddings)
     rows = _measure(grid, folder, examples, arguments)
     result = {

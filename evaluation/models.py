@@ -12,7 +12,9 @@ from evaluation.methods import METHODS, Configuration
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
+from transformers_patches.gguf_files import is_gguf
 from transformers_patches.loading import LoadedModel, load_model, read_config
+from transformers_patches.model_files import model_name
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.neuron_lookup import NEURON_FILES, find_neuron_files
 
@@ -20,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def find_model(name: str) -> Path:
-    """The checkpoint folder of a model: a path, a name in models/, a short name or hub id that download.py knows.
+    """The checkpoint folder or GGUF file of a model: a path, a name in models/, a short name or hub id that download.py knows.
 
     Raises PartInferError if there is none.
     """
     given = Path(name)
+    if is_gguf(given) and given.is_file():
+        return given.resolve()
     places = [given] if given.is_absolute() else [given, ROOT / "models" / name]
     folder = next((place for place in places if (place / "config.json").is_file()), None)
     if folder is None and not given.is_absolute() and not given.is_dir():
@@ -40,14 +44,14 @@ def find_rankings(settings: PartInferConfig, folder: Path, task_type: str | None
     """
     paths = {"dataset_neurons": settings.dataset_neurons_filepath, "model_neurons": settings.model_neurons_filepath}
     if settings.needs_neuron_files and not any(paths.values()):
-        found = find_neuron_files(folder.name, task_type)
+        found = find_neuron_files(model_name(folder), task_type)
         paths = {"dataset_neurons": found.dataset, "model_neurons": found.model}
     return {name: NeuronFile.load(path) for name, path in paths.items() if path}
 
 
 def random_rankings(folder: Path, given: str | None, seed: int) -> dict[str, NeuronFile]:
     """The random ranking for both: a given file, neuron_files/<model>/random.safetensors, or a seeded permutation."""
-    path = Path(given) if given else NEURON_FILES / folder.name / "random.safetensors"
+    path = Path(given) if given else NEURON_FILES / model_name(folder) / "random.safetensors"
     if given or path.is_file():
         ranking = NeuronFile.load(path)
     else:

@@ -31,7 +31,9 @@ from evaluation.weights import weight_counts
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.loading import LoadedModel, load_model, resolve_device
+from transformers_patches.gguf_files import is_gguf
+from transformers_patches.loading import LoadedModel, load_model, read_config, resolve_device
+from transformers_patches.model_files import load_tokenizer
 from transformers_patches.neuron_file import NeuronFile
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,9 @@ class PartInferLM(HFLM):
         if None in self.windows and settings.computes_sparsely:
             self.windows = (prefill_tokens or PREFILL_TOKENS, scored_tokens or SCORED_TOKENS)
         device = str(resolve_device(settings.device))
-        super().__init__(pretrained=str(folder), device=device, dtype=settings.dtype, **others)
+        if is_gguf(folder):
+            others.setdefault("tokenizer", load_tokenizer(folder))
+        super().__init__(pretrained=str(folder), device=device, **others)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> PartInferLM:
@@ -90,7 +94,10 @@ class PartInferLM(HFLM):
         return super().create_from_arg_obj(arg_dict, options)
 
     def _get_config(self, pretrained: str, **_options) -> None:
-        super()._get_config(pretrained)
+        if is_gguf(pretrained):
+            self._config = read_config(pretrained)
+        else:
+            super()._get_config(pretrained)
 
     def _create_model(self, pretrained: str, **options) -> None:
         for name in ("peft", "delta", "autogptq", "gptqmodel", "gguf_file", "parallelize", "tp_plan"):

@@ -8,13 +8,15 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from transformers_patches.checkpoint import Checkpoint
+from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 from transformers_patches.fingerprint import fingerprint
-from transformers_patches.loading import read_config, resolve_device
+from transformers_patches.gguf_files import is_gguf
+from transformers_patches.loading import load_model, read_config, resolve_device
+from transformers_patches.model_files import load_tokenizer, model_name, open_weights
 
 AUTO = "auto"  # spread over all GPUs, and the CPU if those are not enough
 
@@ -110,7 +112,7 @@ class ProfiledModel:
 def load_for_profiling(
     folder: str | Path, device: str, dtype: str, batch_size: int, tokens: int, processes: int = 1
 ) -> ProfiledModel:
-    """Load a checkpoint folder as plain transformers does, after checking that it fits. No network.
+    """Load a checkpoint folder (or GGUF file) as plain transformers does, after checking that it fits. No network.
 
     device: auto, cpu, cuda, cuda:1; dtype: auto or a torch dtype's name; batch_size, tokens: the largest batch;
     processes: how many of this machine do the same.
@@ -124,9 +126,14 @@ def load_for_profiling(
     estimate = estimate_memory(config, torch_dtype, batch_size, tokens)
     placement = choose_placement(estimate, where, gpus, free_memory(), processes)
     _, mark = checkpoint_fingerprint(folder)  # complete, or a clear error
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, device_map=placement, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return ProfiledModel(Path(folder).resolve().name, mark, model.eval(), tokenizer)
+    if is_gguf(folder):
+        settings = PartInferConfig(method="dense", dtype=dtype, device=device, kernels="torch")
+        model = load_model(folder, settings).model
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, device_map=placement, local_files_only=True
+        )
+    return ProfiledModel(model_name(folder), mark, model.eval(), load_tokenizer(folder))
 
 
 def _check_length(config: PretrainedConfig, tokens: int) -> None:
@@ -138,9 +145,9 @@ def _check_length(config: PretrainedConfig, tokens: int) -> None:
 
 
 def checkpoint_fingerprint(folder: str | Path) -> tuple[PretrainedConfig, str]:
-    """Config and fingerprint of a checkpoint folder; reads four small tensors, not the model."""
+    """Config and fingerprint of a checkpoint folder or GGUF file; reads four small tensors, not the model."""
     config = read_config(folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_weights(folder)
     stored = checkpoint.names()
 
     def read(name: str) -> torch.Tensor:

@@ -9,7 +9,8 @@ from transformers_patches.errors import PartInferError
 
 METHODS = ("partinfer", "coreinfer", "dense")
 BASE_NEURONS_TYPES = ("dataset", "model")
-DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+FLOAT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = (*FLOAT_DTYPES, "int8", "int4")
 KERNELS = ("auto", "native", "torch")
 PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass")  # once per prompt; formulas in prompt_evidence.py
 TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selection.py

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -32,14 +34,25 @@ def gguf_config(path: Path) -> PretrainedConfig:
     """The transformers config that the file's metadata stand for. PartInferError if transformers can't read them."""
     if not path.is_file():
         raise PartInferError(f"no model at {path}: fetch one with python download.py")
-    open_reader(path)  # damaged: said in one line
+    reader = open_reader(path)  # damaged: said in one line
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise PartInferError(f"{path} can't be used: {str(error).splitlines()[0]}") from None
     vars(config).pop("_name_or_path", None)
     shortest_floats(config)
+    head_dim = reader.get_field(f"{reader.get_field('general.architecture').contents()}.attention.key_length")
+    if head_dim is not None:  # transformers does not take it from the files of every architecture
+        config.head_dim = head_dim.contents()
+    config.dtype = _float_type(reader)
     return config
+
+
+def _float_type(reader: GGUFReader) -> torch.dtype:
+    """The type that the file's matrices have, bfloat16 where they are quantised."""
+    types = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
+    plain = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
+    return plain.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
+from torch import nn
 
 from transformers_patches.errors import PartInferError
 
@@ -183,6 +184,15 @@ class GGUFCheckpoint:
         self.bytes_read += packed.nbytes
         values = torch.from_numpy(np.ascontiguousarray(dequantize(np.asarray(packed), stored.kind), dtype=np.float32))
         return values + stored.add if stored.add else values
+
+
+def apply_rope_factors(model: nn.Module, weights: GGUFCheckpoint) -> None:
+    """Divide the rotary frequencies by the file's factors: Llama 3's scaling, which the file's metadata don't tell."""
+    factors = weights.rope_factors()
+    if factors is not None:
+        rotary = model.model.rotary_emb
+        for frequencies in (rotary.inv_freq, rotary.original_inv_freq):
+            frequencies.div_(factors.to(frequencies.device))
 
 
 def _places_of_pairs(rows: int, heads: int) -> torch.Tensor:

@@ -13,15 +13,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from transformers_patches import kernels
-from transformers_patches.checkpoint import Checkpoint, WeightSource
+from transformers_patches.checkpoint import WeightSource
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import native_kernels_wanted, replace_linears
 from transformers_patches.ffn_swap import Source, attach_compensation, swap_ffns
 from transformers_patches.fingerprint import fingerprint
+from transformers_patches.gguf_files import gguf_config, is_gguf
+from transformers_patches.gguf_source import GGUFCheckpoint, apply_rope_factors
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load_plan import LoadPlan, build_load_plan
+from transformers_patches.model_files import model_name, open_weights
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.phase import RequestState
 from transformers_patches.quantized import (
@@ -101,8 +104,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """The config of a checkpoint folder, without network; PartInferError if it is not one."""
+    """The config of a checkpoint folder or GGUF file, without network; PartInferError if it is neither."""
     folder = Path(folder)
+    if is_gguf(folder):
+        return gguf_config(folder)
     if not (folder / "config.json").is_file():
         raise PartInferError(f"no model at {folder} (config.json is missing): fetch one with python download.py")
     try:
@@ -118,7 +123,7 @@ def load_model(
     dataset_neurons: NeuronFile | None = None,
     model_neurons: NeuronFile | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint as the settings say: only planned neurons of the sparse layers, all other weights whole.
+    """Load a checkpoint folder or GGUF file as the settings say: only planned neurons of the sparse layers, all other weights whole.
 
     Neuron files that are not given are read from the paths in the settings, if there are any. Raises PartInferError
     for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.
@@ -129,8 +134,10 @@ def load_model(
         dataset_neurons = NeuronFile.load(settings.dataset_neurons_filepath)
     if model_neurons is None and settings.model_neurons_filepath:
         model_neurons = NeuronFile.load(settings.model_neurons_filepath)
-    name = Path(folder).resolve().name
-    loaded = load_from(Checkpoint(folder), config, settings, dataset_neurons, model_neurons, name)
+    weights = open_weights(folder)
+    loaded = load_from(weights, config, settings, dataset_neurons, model_neurons, model_name(folder))
+    if isinstance(weights, GGUFCheckpoint):
+        apply_rope_factors(loaded.model, weights)
     if (Path(folder) / "generation_config.json").is_file():
         loaded.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return loaded

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.generation import Conversation, GenerationOptions, GenerationResult, generate
 from transformers_patches.loading import load_model
+from transformers_patches.model_files import load_tokenizer
 from transformers_patches.prompts import (
     TEMPLATES,
     chat_ids,
@@ -54,10 +54,7 @@ class Runner:
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         torch.manual_seed(arguments.seed)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise PartInferError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+        self.tokenizer = load_tokenizer(folder)
         self.loaded = load_model(folder, settings)
         self.options = self._with_task_stop(options)
         self.results: list[tuple[str, GenerationResult]] = []

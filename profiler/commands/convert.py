@@ -8,6 +8,7 @@ from pathlib import Path
 
 from profiler.placement import checkpoint_fingerprint
 from transformers_patches.errors import PartInferError
+from transformers_patches.model_files import model_name
 from transformers_patches.neuron_file import NeuronFile
 
 HELP = "convert a neuron file between the original's JSON and the project's format, by the names' endings"
@@ -34,7 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
     file = NeuronFile.load(arguments.input)
     if arguments.checkpoint_path:
         config, fingerprint = checkpoint_fingerprint(arguments.checkpoint_path)
-        name = arguments.checkpoint_path.resolve().name
+        name = model_name(arguments.checkpoint_path)
         file.check_fits(config, fingerprint, name)
         model = {"model_name": name, "model_type": config.model_type, "fingerprint": fingerprint}
         file = replace(file, metadata={**file.metadata, **model})

@@ -10,6 +10,7 @@ import torch
 from profiler.commands.run import DEMO_MODEL, NEURON_FILES
 from profiler.placement import checkpoint_fingerprint
 from transformers_patches.families import ffn_spec
+from transformers_patches.model_files import model_name
 from transformers_patches.neuron_file import NeuronFile
 
 HELP = "write a random ranking, the baseline"
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     config, fingerprint = checkpoint_fingerprint(arguments.checkpoint_path)
-    name = arguments.checkpoint_path.resolve().name
+    name = model_name(arguments.checkpoint_path)
     ranking = random_ranking(config.num_hidden_layers, ffn_spec(config).intermediate_size(config), arguments.seed)
     metadata = {
         "model_name": name,

@@ -24,9 +24,10 @@ from profiler.statistics import ActivationStatistics
 from profiler.store import CheckpointFile, Progress, check_output, exclusive, interrupts_deferred
 from profiler.templates import TASK_TYPES
 from profiler.texts import BUILTIN, HUB_DATASETS, SELF, ResolvedSource, TextSource
-from transformers_patches.config import DTYPES
+from transformers_patches.config import FLOAT_DTYPES
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
+from transformers_patches.model_files import model_name
 from transformers_patches.neuron_file import NeuronFile
 
 HELP = "profile a model on texts and write a neuron file"
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
-    model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as the checkpoint says")
+    model.add_argument("--dtype", choices=FLOAT_DTYPES, default="auto", help="of the weights; auto: as the checkpoint says")
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: all GPUs if there are any")
     model.add_argument(
         "--batch_size", type=_positive, default=8, help="texts at a time; no influence on the result (8)"
@@ -124,7 +125,7 @@ def _check(arguments: argparse.Namespace, source: ResolvedSource, output: Path) 
 
 def default_output(checkpoint_path: Path, task_type: str) -> Path:
     """neuron_files/<model>/<task>.safetensors, where the runner looks."""
-    return NEURON_FILES / checkpoint_path.resolve().name / f"{task_type.lower()}.safetensors"
+    return NEURON_FILES / model_name(checkpoint_path) / f"{task_type.lower()}.safetensors"
 
 
 def _already_there(arguments: argparse.Namespace, output: Path) -> bool:

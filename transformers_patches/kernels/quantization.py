@@ -11,7 +11,7 @@ from transformers_patches.errors import PartInferError
 
 GROUP = 32
 _VALUES_AT_ONCE = 2**20  # bounds the float32 copies that quantising makes
-_CANDIDATES = [0.8 + 0.02 * step for step in range(13)]  # times the exact scale
+_CANDIDATES = [0.8 + 0.02 * step for step in range(13)]  # times the scale that makes the largest value exact
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,8 @@ class QuantizedTensor:
         return cls(data, torch.empty(rows, columns // GROUP, dtype=torch.float16, device=device), bits)
 
 
-def quantize(weight: Tensor, bits: int, *, search: bool = False) -> QuantizedTensor:
-    """Quantise a float weight [rows, columns] to 8 or 4 bits.
-
-    A group's largest value is exact (in 4 bits as -8, so the scale may be negative); with `search`, scales a little
-    smaller or larger are tried too, and the one with the least square error is taken.
-    Raises PartInferError if columns is no multiple of 32 or bits is neither 8 nor 4.
-    """
+def quantize(weight: Tensor, bits: int) -> QuantizedTensor:
+    """`kernels.quantize` in PyTorch."""
     if weight.ndim != 2:
         raise PartInferError(f"a weight to quantise must be [rows, columns], got {list(weight.shape)}")
     rows, columns = weight.shape
@@ -99,8 +94,8 @@ def quantize(weight: Tensor, bits: int, *, search: bool = False) -> QuantizedTen
         piece = slice(start, start + step)
         groups = weight[piece].float().view(-1, columns // GROUP, GROUP)
         scale = _exact_scale(groups, bits)
-        if search:
-            scale = _best_scale(groups, scale, bits)
+        if bits == 4:
+            scale = _best_scale(groups, scale)
         result.scales[piece] = scale
         result.data[piece] = _pack(_round(groups, scale, bits), bits)
     return result
@@ -131,12 +126,13 @@ def _round(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (values.clamp_(-127, 127) if bits == 8 else values.clamp_(-8, 7)).round_()
 
 
-def _best_scale(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _best_scale(groups: Tensor, scale: Tensor) -> Tensor:
+    """For 4 bits: large values, of which there are few, count most, in the error and in what a layer computes."""
     best, least = scale, torch.full_like(scale, torch.inf, dtype=torch.float32)
     for factor in _CANDIDATES:
         candidate = (scale.float() * factor).half()
-        restored = _round(groups, candidate, bits) * candidate.float().unsqueeze(-1)
-        error = (groups - restored).square_().sum(-1)
+        restored = _round(groups, candidate, 4) * candidate.float().unsqueeze(-1)
+        error = ((groups - restored).square_() * groups.abs()).sum(-1)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best

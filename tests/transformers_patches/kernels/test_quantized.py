@@ -7,7 +7,7 @@ import torch
 
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
-from transformers_patches.kernels import reference
+from transformers_patches.kernels import blockwise, quantization, reference
 
 from .helpers import double, error, unsorted_index, weights
 
@@ -48,13 +48,40 @@ def test_groups_of_zeros(bits):
     assert error(kernels.dequantize(kernels.quantize(weight, bits)), weight) < 1e-3
 
 
-def test_importance_lowers_the_weighted_error():
-    (weight,), importance = weights(1, 64, 256), torch.rand(256) ** 4
-    cost = [
-        ((kernels.dequantize(packed) - weight).square() * importance).sum()
-        for packed in (kernels.quantize(weight, 4), kernels.quantize(weight, 4, importance))
-    ]
-    assert cost[1] < 0.9 * cost[0]
+def test_the_search_for_scales_lowers_the_weighted_error():
+    """Against scales that make each group's largest value exact."""
+    (weight,) = weights(1, 64, 256)
+    groups = weight.view(-1, 32)
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    exact = ((groups / (largest / -8)).round().clamp(-8, 7) * (largest / -8)).view_as(weight)
+    ours = kernels.dequantize(kernels.quantize(weight, 4))
+    cost = [((values - weight).square() * weight.abs()).sum() for values in (ours, exact)]
+    assert cost[0] < 0.9 * cost[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_converting_is_the_same_everywhere(variant, bits, dtype):
+    weight = weights(1, 21, 160)[0].to(dtype)
+    weight[3, 32:64] = 0
+    ours, expected = kernels.quantize(weight, bits), quantization.quantize(weight, bits)
+    assert torch.equal(ours.scales, expected.scales)
+    assert torch.equal(ours.data, expected.data)
+    out = torch.empty(21, 160, dtype=dtype)
+    assert kernels.dequantize(expected, dtype, out) is out
+    assert torch.equal(out, quantization.dequantize(expected, dtype))
+    assert torch.equal(kernels.dequantize(expected[4:9], dtype), out[4:9])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_of_many_tokens(variant, bits, monkeypatch):
+    """In blocks, the last of them smaller, exactly the products with the dequantised weights."""
+    monkeypatch.setattr(blockwise, "BLOCK_VALUES", 7 * 64)
+    packed, x, bias = kernels.quantize(weights(1, 45, 64)[0], bits), torch.randn(2, 9, 64), torch.randn(45)
+    floats = kernels.dequantize(packed)
+    assert error(kernels.project(x, packed, bias), torch.nn.functional.linear(x, floats, bias)) < 1e-5
+    h = torch.randn(2, 9, 45)
+    assert error(kernels.combine(h, packed), h @ floats) < 1e-5
 
 
 @pytest.mark.parametrize(("columns", "bits", "message"), [(48, 8, "multiple of 32"), (64, 5, "bits must be 4 or 8")])

@@ -317,9 +317,8 @@ ConvertTask convert_task(const Tensor& floats, const Tensor& data, const Tensor&
   return task;
 }
 
-void quantize(const Tensor& floats, int64_t bits, bool search, const Tensor& data, const Tensor& scales) {
-  ConvertTask task = convert_task(floats, data, scales, bits);
-  task.search = search;
+void quantize(const Tensor& floats, int64_t bits, const Tensor& data, const Tensor& scales) {
+  const ConvertTask task = convert_task(floats, data, scales, bits);
   run_convert(current().load()->quantise_rows, task, floats.size(0), at::get_num_threads());
 }
 
@@ -381,7 +380,7 @@ TORCH_LIBRARY(partinfer, m) {
       "quant_sparse_ffn_by_up(Tensor x, Tensor gate, Tensor gate_scales, Tensor up, Tensor up_scales, Tensor down, "
       "Tensor down_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, float threshold, "
       "str activation) -> (Tensor, Tensor)");
-  m.def("quantize(Tensor floats, int bits, bool search, Tensor(a!) data, Tensor(b!) scales) -> ()");
+  m.def("quantize(Tensor floats, int bits, Tensor(a!) data, Tensor(b!) scales) -> ()");
   m.def("dequantize(Tensor data, Tensor scales, int bits, Tensor(a!) out) -> ()");
   m.def("timed_read(Tensor data) -> float");
   m.def("advise_huge_pages(Tensor data) -> bool");

@@ -7,7 +7,7 @@ namespace PARTINFER_ISA {
 namespace {
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to an integer, half to even
-constexpr int CANDIDATES = 13;        // scales that a search tries: 0.80, 0.82, … 1.04 times the exact one
+constexpr int CANDIDATES = 13;        // scales that are tried for int4: 0.80, 0.82, … 1.04 times the exact one
 
 inline float round_to_half(float value) { return to_float(to_f16(value)); }
 
@@ -36,26 +36,25 @@ inline void round_group(const float* x, float scale, float* out) {
   }
 }
 
-template <int BITS>
-inline float square_error(const float* x, float scale) {
+// Square errors of an int4 group, weighted with the size of what is rounded.
+inline float weighted_error(const float* x, float scale) {
   float rounded[GROUP], parts[16] = {};
-  round_group<BITS>(x, scale, rounded);
+  round_group<4>(x, scale, rounded);
   for (int i = 0; i < GROUP; i += 16)
     for (int j = 0; j < 16; ++j) {
       const float error = x[i + j] - rounded[i + j] * scale;
-      parts[j] += error * error;
+      parts[j] += error * error * (x[i + j] < 0 ? -x[i + j] : x[i + j]);
     }
   float total = 0.0f;
   for (int j = 0; j < 16; ++j) total += parts[j];
   return total;
 }
 
-template <int BITS>
 inline float best_scale(const float* x, float exact) {
   float best = exact, least = 3.4e38f;
   for (int c = 0; c < CANDIDATES; ++c) {
     const float candidate = round_to_half(exact * (0.8f + 0.02f * float(c)));
-    const float error = square_error<BITS>(x, candidate);
+    const float error = weighted_error(x, candidate);
     best = error < least ? candidate : best;
     least = error < least ? error : least;
   }
@@ -72,17 +71,15 @@ inline void pack_group(const float* values, char* out) {
   }
 }
 
+// A group's 32 values as int8; int4 goes through `space`.
 template <int BITS>
-inline void unpack_group(const char* bytes, float scale, float* out) {
-  if constexpr (BITS == 8) {
-    for (int i = 0; i < GROUP; ++i) out[i] = scale * float(int8_t(bytes[i]));
-  } else {
-    for (int i = 0; i < GROUP / 2; ++i) {
-      const int32_t byte = int32_t(uint8_t(bytes[i]));
-      out[i] = scale * float((byte & 15) - 8);
-      out[i + GROUP / 2] = scale * float((byte >> 4) - 8);
-    }
+inline const int8_t* unpack_group(const char* bytes, int8_t* space) {
+  if constexpr (BITS == 8) return reinterpret_cast<const int8_t*>(bytes);
+  for (int i = 0; i < GROUP / 2; ++i) {
+    space[i] = int8_t((bytes[i] & 15) - 8);
+    space[i + GROUP / 2] = int8_t((uint8_t(bytes[i]) >> 4) - 8);
   }
+  return space;
 }
 
 inline void load_group(const char* floats, Type type, int64_t at, float* out) {
@@ -96,17 +93,6 @@ inline void load_group(const char* floats, Type type, int64_t at, float* out) {
   }
 }
 
-inline void store_group(char* floats, Type type, int64_t at, const float* values) {
-  for (int i = 0; i < GROUP; i += LANES) {
-    if (type == Type::F32)
-      store(reinterpret_cast<float*>(floats) + at + i, load(values + i));
-    else if (type == Type::BF16)
-      store(reinterpret_cast<bf16_t*>(floats) + at + i, load(values + i));
-    else
-      store(reinterpret_cast<f16_t*>(floats) + at + i, load(values + i));
-  }
-}
-
 template <int BITS>
 void quantise(const ConvertTask& task) {
   constexpr int GROUP_BYTES = BITS == 8 ? 32 : 16;
@@ -115,22 +101,34 @@ void quantise(const ConvertTask& task) {
     alignas(64) float x[GROUP], rounded[GROUP];
     load_group(task.floats, task.float_type, group * GROUP, x);
     float scale = exact_scale<BITS>(x);
-    if (task.search) scale = best_scale<BITS>(x, scale);
+    if constexpr (BITS == 4) scale = best_scale(x, scale);
     task.scales[group] = to_f16(scale).bits;
     round_group<BITS>(x, scale, rounded);
     pack_group<BITS>(rounded, task.data + group * GROUP_BYTES);
   }
 }
 
-template <int BITS>
-void dequantise(const ConvertTask& task) {
+template <int BITS, class T>
+void dequantise_to(const ConvertTask& task) {
   constexpr int GROUP_BYTES = BITS == 8 ? 32 : 16;
   const int64_t groups = task.hidden / GROUP;
   for (int64_t group = task.begin * groups; group < task.end * groups; ++group) {
-    alignas(64) float x[GROUP];
-    unpack_group<BITS>(task.data + group * GROUP_BYTES, to_float(f16_t{task.scales[group]}), x);
-    store_group(task.floats, task.float_type, group * GROUP, x);
+    int8_t space[GROUP];
+    const int8_t* values = unpack_group<BITS>(task.data + group * GROUP_BYTES, space);
+    const F scale = set1(to_float(f16_t{task.scales[group]}));
+    T* out = reinterpret_cast<T*>(task.floats) + group * GROUP;
+    for (int i = 0; i < GROUP; i += LANES) store(out + i, mul(load(values + i), scale));
   }
+}
+
+template <int BITS>
+void dequantise(const ConvertTask& task) {
+  if (task.float_type == Type::F32)
+    dequantise_to<BITS, float>(task);
+  else if (task.float_type == Type::BF16)
+    dequantise_to<BITS, bf16_t>(task);
+  else
+    dequantise_to<BITS, f16_t>(task);
 }
 
 }  // namespace

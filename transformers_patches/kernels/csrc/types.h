@@ -96,7 +96,6 @@ struct ConvertTask {
   char* data = nullptr;
   uint16_t* scales = nullptr;
   int64_t hidden = 0, begin = 0, end = 0;
-  bool search = false;  // quantising: the scale with the least square error instead of the exact one
 };
 
 constexpr int64_t COLUMN_BLOCK = 128;  // columns are reordered only inside blocks of this many

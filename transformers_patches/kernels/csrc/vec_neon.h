@@ -17,6 +17,10 @@ inline F load(const bf16_t* p) {
 inline F load(const f16_t* p) {
   return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
 }
+inline F load(const int8_t* p) {
+  const int32_t lanes[4] = {p[0], p[1], p[2], p[3]};
+  return {vcvtq_f32_s32(vld1q_s32(lanes))};
+}
 inline void store(float* p, F a) { vst1q_f32(p, a.v); }
 inline void store(f16_t* p, F a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v)));

@@ -23,6 +23,7 @@ inline F load(const f16_t* p) {
   VEC_LOOP r.v[i] = to_float(p[i]);
   return r;
 }
+inline F load(const int8_t* p) { return F{{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}; }
 inline void store(float* p, F a) { VEC_LOOP p[i] = a.v[i]; }
 inline void store(f16_t* p, F a) { VEC_LOOP p[i] = to_f16(a.v[i]); }
 inline void store(bf16_t* p, F a) { VEC_LOOP p[i] = to_bf16(a.v[i]); }

@@ -36,7 +36,7 @@ from transformers_patches.quantized import (
 )
 from transformers_patches.resolve import find_fit, resolve_settings
 
-QUANTIZED_AT_ONCE = 2**23  # values that are read and quantised together, in row chunks
+QUANTIZED_AT_ONCE = 2**21  # values that are read and quantised together, in row chunks
 
 
 @dataclass
@@ -313,7 +313,7 @@ def _read_quantized(
     dtype: torch.dtype,
     device: torch.device,
 ) -> QuantizedTensor:
-    """Read and quantise a weight: rows a few megabytes at a time; columns as one tensor, which is gone afterwards."""
+    """Read and quantise a weight: rows a few megabytes at a time; columns as one tensor of dtype, gone afterwards."""
     rows, columns = place.shape
     packed = QuantizedTensor.empty(rows, columns, place.packed.bits, device)
     step = rows if source.how == "columns" else max(1, QUANTIZED_AT_ONCE // columns)
@@ -321,7 +321,7 @@ def _read_quantized(
     chosen = torch.arange(rows) if source.how == "whole" else source.neurons
     for start in range(0, rows, step):
         part = replace(source, how=how, neurons=chosen[start : start + step])
-        values = torch.empty(len(part.neurons), columns, dtype=dtype, device=device)
+        values = torch.empty(len(part.neurons), columns, dtype=torch.float32, device=device)
         _read(weights, stored, values, part)
         packed[start : start + step].copy_(kernels.quantize(values, place.packed.bits))
     return packed

@@ -39,6 +39,24 @@ print(json.dumps({
 """
 
 
+# peak above what was resident before loading, another model having been loaded; prints bytes
+MEASURE_PEAK = """
+import json, sys
+import psutil
+from transformers_patches.config import PartInferConfig
+from transformers_patches.loading import load_model
+
+small, big, settings = sys.argv[1], sys.argv[2], PartInferConfig(device="cpu", method="dense", dtype=sys.argv[3])
+load_model(small, settings)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts anew
+before = psutil.Process().memory_info().rss
+report = load_model(big, settings).report
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"above": peak - before, "weights": report.bytes_resident}))
+"""
+
+
 def measure(folder: Path, **settings) -> dict[str, int]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", MEASURE, str(folder), json.dumps(settings)]
@@ -95,6 +113,19 @@ def test_memory_falls_by_what_is_not_loaded(big_checkpoint, settings):
     fractions = {"loaded_neurons_percent": 0.3, "sparsity": 0.2, "base_neurons_percent": 0.1}
     layers = {"start_num": 1, "end_num": 4}
     check_that_memory_falls(big_checkpoint, big_checkpoint / "neurons.safetensors", **settings, **fractions, **layers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_peak_memory_is_the_quantized_model_and_one_tensor(big_checkpoint, tiny_checkpoints, dtype):
+    command = [sys.executable, "-c", MEASURE_PEAK, str(tiny_checkpoints["llama"]), str(big_checkpoint), dtype]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    one_tensor, reading = 6144 * 512 * 4, 24 * 2**20  # float32 as in the file; pieces of files and of float32 rows
+    assert measured["above"] < measured["weights"] + one_tensor + reading
+    assert measured["weights"] + one_tensor + reading < 0.75 * 118e6  # in bfloat16 the model alone takes 118 MB
 
 
 @pytest.mark.model

@@ -267,7 +267,7 @@ def _stream_weights(
         target = torch.device("cpu") if keep_on_cpu and name in sources and source.how != "whole" else device
         _check_shape(weights, stored, place.shape, source.how, intermediate_size)
         if isinstance(place, QuantizedWeight):
-            values = _read_quantized(weights, stored, place, source, model.dtype, target)
+            values = _read_quantized(weights, stored, place, source, target)
         else:
             values = torch.empty(place.shape, dtype=place.dtype, device=target)
             _read(weights, stored, values, source)
@@ -310,10 +310,9 @@ def _read_quantized(
     stored: str,
     place: QuantizedWeight,
     source: Source,
-    dtype: torch.dtype,
     device: torch.device,
 ) -> QuantizedTensor:
-    """Read and quantise a weight: rows a few megabytes at a time; columns as one tensor of dtype, gone afterwards."""
+    """Read and quantise a weight: rows a few megabytes at a time; columns as one tensor, which is gone afterwards."""
     rows, columns = place.shape
     packed = QuantizedTensor.empty(rows, columns, place.packed.bits, device)
     step = rows if source.how == "columns" else max(1, QUANTIZED_AT_ONCE // columns)

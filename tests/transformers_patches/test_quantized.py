@@ -49,7 +49,8 @@ def dequantized(tiny_checkpoints, tmp_path_factory):
 
     @cache
     def make(family: str, dtype: str) -> MaskedReference:
-        model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints[family], dtype=torch.bfloat16).float()
+        model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints[family], dtype=torch.float32)
+        original = {name: parameter.clone() for name, parameter in model.named_parameters()}
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and module is not head:
@@ -60,6 +61,9 @@ def dequantized(tiny_checkpoints, tmp_path_factory):
                     module.weight.data = restored(weight, BITS[dtype])
         for weight in {embedding.weight, head.weight}:
             weight.data = restored(weight.data, 8)
+        for name, parameter in model.named_parameters():
+            if torch.equal(parameter, original[name]):  # not quantised
+                parameter.data = parameter.data.bfloat16().float()
         folder = tmp_path_factory.mktemp(f"{family}-{dtype}")
         model.save_pretrained(folder)
         return MaskedReference(folder)

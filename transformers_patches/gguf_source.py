@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from torch import nn
 
+from transformers_patches.checkpoint import WeightedSum
 from transformers_patches.errors import PartInferError
 
 VALUES_AT_ONCE = 2**21  # that are unpacked together; they are float32 for a moment
@@ -170,12 +171,19 @@ class GGUFCheckpoint:
         for part in order.split(max(1, VALUES_AT_ONCE // stored.shape[1])):
             out[part.to(out.device)] = self._unpack(stored, places[part]).to(out.device, out.dtype)
 
-    def read_columns_into(self, name: str, out: torch.Tensor, columns: torch.Tensor) -> None:
-        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]: packed rows are whole, all are read."""
+    def read_columns_into(
+        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
+    ) -> None:
+        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]; sum up others as `rest` says.
+
+        Packed rows are whole, so all of the tensor is read.
+        """
         stored = self._tensors[name]
         for part in torch.arange(stored.rows).split(max(1, VALUES_AT_ONCE // stored.shape[1])):
-            values = self._unpack(stored, part).index_select(1, columns)
-            out[:, part[0] : part[-1] + 1] = values.t().to(out.device, out.dtype)
+            values = self._unpack(stored, part)
+            if rest is not None:
+                rest.out[part] = values.index_select(1, rest.columns) @ rest.weights
+            out[:, part[0] : part[-1] + 1] = values.index_select(1, columns).t().to(out.device, out.dtype)
 
     def _unpack(self, stored: _Stored, rows: torch.Tensor) -> torch.Tensor:
         """float32 [len(rows), columns] of a tensor's rows as they lie in the file."""

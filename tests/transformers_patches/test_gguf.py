@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType
 from tests.conftest import random_neuron_file
 from tests.tiny_gguf import tiny_llama, tiny_model, write_gguf, write_tiny_gguf
 from transformers_patches import kernels
+from transformers_patches.checkpoint import WeightedSum
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.gguf_files import gguf_model_name
@@ -63,7 +64,9 @@ def test_rows_and_columns_of_every_type(kind, tmp_path):
     assert torch.equal(some, expected[chosen])
     assert source.bytes_read - before == packed.nbytes // 2  # three rows of six
     places = torch.tensor([511, 3, 32, 256])
-    source.read_columns_into(name, turned, places)
+    others, weights, sums = torch.tensor([5, 70]), torch.tensor([2.0, -1.0]), torch.empty(rows)
+    source.read_columns_into(name, turned, places, WeightedSum(others, weights, sums))
+    assert torch.allclose(sums, expected[:, others] @ weights)
     assert torch.equal(turned, expected[:, places].t())
     assert source.total_bytes() == packed.nbytes
 

@@ -68,8 +68,7 @@ def _load(job: Job) -> LoadedModel:
     if settings.needs_neuron_files:
         seed = job.seed + METHODS[job.configuration.method].random  # its own ranking, though all are random here
         ranking = random_ranking(config, ffn_spec(config).intermediate_size(config), seed)
-    drawn = "bfloat16" if job.dtype.startswith("int") else job.dtype
-    weights = RandomWeights(config, getattr(torch, drawn), job.seed)
+    weights = RandomWeights(config, getattr(torch, job.dtype), job.seed)
     return load_from(weights, config, settings, ranking, ranking, job.shape)
 
 

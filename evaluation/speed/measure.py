@@ -26,7 +26,6 @@ from transformers_patches.model_files import load_tokenizer, open_weights
 from transformers_patches.random_weights import RandomWeights, shape_config
 
 DENSE = "dense"  # the label that the others are compared to
-LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # its types with our bits and groups
 MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of a process: PyTorch, the cache, activations
 
 
@@ -82,7 +81,7 @@ class Measurement:
         """A row per configuration, two for transformers, one for each type of llama.cpp's weights."""
         jobs = [self._job("partinfer", point.label, configuration=point) for point in grid]
         if with_transformers:
-            jobs.append(self._job("transformers", "transformers", self._float_dtype()))
+            jobs.append(self._job("transformers", "transformers"))
         jobs += self._llama_cpp_jobs(compared)
         with _workers(jobs) as workers:
             subjects = [(worker, variant) for worker in workers for variant in worker.variants]
@@ -113,10 +112,6 @@ class Measurement:
         given = self.arguments.dtype or "auto"
         return str(self.config.dtype or torch.float32).removeprefix("torch.") if given == "auto" else given
 
-    def _float_dtype(self) -> str:
-        """The type before quantising, and of engines that don't quantise."""
-        return "bfloat16" if self._dtype() in LLAMA_CPP_TYPES else self._dtype()
-
     def _llama_cpp_jobs(self, compared: list[str | None]) -> list[Job]:
         if not compared:
             return []
@@ -126,7 +121,7 @@ class Measurement:
 
         jobs = []
         for kind in compared:
-            dtype = kind or LLAMA_CPP_TYPES.get(self._dtype(), self._dtype())
+            dtype = kind or self._dtype()
             path = self.scratch / f"{dtype}.gguf"
             weights = open_weights(self.folder) if self.folder else self._random_weights()
             per_token = write_gguf(path, weights, self.config, dtype)
@@ -134,7 +129,7 @@ class Measurement:
         return jobs
 
     def _random_weights(self) -> RandomWeights:
-        return RandomWeights(self.config, getattr(torch, self._float_dtype()), self.arguments.seed)
+        return RandomWeights(self.config, getattr(torch, self._dtype()), self.arguments.seed)
 
     def _measure(self, subjects: list[tuple[Worker, str]]) -> tuple[dict[str, list[Timing]], float]:
         """Timings by label, one for each round, and the median of the rounds' probes in bytes per second."""
@@ -214,9 +209,8 @@ def _check_memory(job: Job, loaded: int) -> None:
 
 
 def _weight_bytes(config: PretrainedConfig, dtype: str) -> int:
-    """An upper limit where weights are quantised: 8 bits each, and the scales."""
-    bytes_each = 1 + 2 / kernels.GROUP if dtype in LLAMA_CPP_TYPES else getattr(torch, dtype).itemsize
-    return round(sum(p.numel() for p in build_on_meta(config, torch.float32).parameters()) * bytes_each)
+    model = build_on_meta(config, getattr(torch, dtype))
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _available_memory() -> int | None:

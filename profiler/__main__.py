@@ -8,7 +8,7 @@ import sys
 
 from transformers_patches.errors import PartInferError
 
-COMMANDS = ("run", "merge", "rank", "random", "convert", "show", "compare")
+COMMANDS = ("run", "fit", "merge", "rank", "random", "convert", "show", "compare")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,25 +25,19 @@ class Collector:
     def __init__(self, model: PreTrainedModel, statistics: ActivationStatistics, max_new_tokens: int) -> None:
         self.model, self.statistics, self.max_new_tokens = model.eval(), statistics, max_new_tokens
         self._spec = ffn_spec(model.config)
-        self._end_ids = end_token_ids(model)
         self._counted: torch.Tensor | None = None
 
     @torch.no_grad()
     def observe(self, batch: list[list[int]]) -> int:
         """Add a batch to the pending statistics; returns how many tokens were counted."""
         if self.max_new_tokens:
-            batch = self._with_continuations(batch)
+            batch = with_continuations(self.model, batch, self.max_new_tokens)
         inputs, mask = pad(batch, self.model.device, left=False)
         self._counted = None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
         with self._watched():
             # The body alone: logits are not needed. No mask: padding is on the right, and attention is causal.
             self.model.base_model(input_ids=inputs, use_cache=False)
         return int(mask.sum())
-
-    def _with_continuations(self, batch: list[list[int]]) -> list[list[int]]:
-        inputs, mask = pad(batch, self.model.device, left=True)
-        output = generate(self.model, inputs, mask, self.max_new_tokens, do_sample=False)
-        return [ids + until_end(new, self._end_ids) for ids, new in zip(batch, output, strict=True)]
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -65,6 +59,14 @@ class Collector:
             self.statistics.observe(layer, h)
 
         return count
+
+
+def with_continuations(model: PreTrainedModel, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Each sequence with its greedy continuation, up to and with the first end token."""
+    inputs, mask = pad(batch, model.device, left=True)
+    output = generate(model, inputs, mask, max_new_tokens, do_sample=False)
+    ends = end_token_ids(model)
+    return [ids + until_end(new, ends) for ids, new in zip(batch, output, strict=True)]
 
 
 def generate(

@@ -68,13 +68,7 @@ class CheckpointFile:
             raise PartInferError(f"{self.path} can't be read: {error}; start again with --overwrite") from None
         if metadata.get("format") != FORMAT:
             raise PartInferError(f"{self.path} is not a checkpoint of the profiler; start again with --overwrite")
-        theirs = json.loads(metadata["settings"])
-        for name in sorted(settings.keys() | theirs.keys()):
-            if settings.get(name) != theirs.get(name):
-                raise PartInferError(
-                    f"the unfinished run had {name} {theirs.get(name)!r}, this one has {settings.get(name)!r}: "
-                    "use the same arguments with --resume, or start again with --overwrite"
-                )
+        check_settings(json.loads(metadata["settings"]), settings)
         return Progress(**json.loads(metadata["progress"])), sums, int(metadata["tokens"])
 
     def remove(self) -> None:
@@ -88,6 +82,16 @@ def check_output(path: Path) -> None:
             f"--output {path}: expected a file whose name ends in .safetensors, which keeps the statistics; "
             "python -m profiler convert makes JSON of it"
         )
+
+
+def check_settings(theirs: dict, ours: dict) -> None:
+    """Raise PartInferError, naming the first difference, unless an unfinished run had the same settings."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise PartInferError(
+                f"the unfinished run had {name} {theirs.get(name)!r}, this one has {ours.get(name)!r}: "
+                "use the same arguments with --resume, or start again with --overwrite"
+            )
 
 
 @contextmanager

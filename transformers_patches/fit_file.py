@@ -94,15 +94,19 @@ class FitFile:
                 f"not from {model_name} (fingerprint {fingerprint}): make one with python -m profiler fit"
             )
 
-    def save(self, path: str | Path) -> None:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All layers' tensors under their names in the file."""
         tensors = {}
         for number, layer in self.layers.items():
             for item in fields(LayerFit):
                 value = getattr(layer, item.name)
                 if value is not None:
                     tensors[f"layers.{number}.{item.name}"] = value.contiguous()
+        return tensors
+
+    def save(self, path: str | Path) -> None:
         metadata = {**self.metadata, "intermediate_size": str(self.intermediate_size)}
-        save_tensors_atomic(Path(path), tensors, {**metadata, "format": FORMAT, "version": VERSION})
+        save_tensors_atomic(Path(path), self.tensors(), {**metadata, "format": FORMAT, "version": VERSION})
 
     @classmethod
     def load(cls, path: str | Path) -> FitFile:

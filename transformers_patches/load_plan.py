@@ -180,10 +180,15 @@ def _with_counts(
     base_count = base_count if settings.method == "partinfer" else 0
     if not settings.selects_per_token:
         return LayerPlan(neurons, base_count, min(neuron_count(max(0.0, sparsity - paid), size), loaded), priority)
-    share = min(1.0, CANDIDATES * sparsity) if settings.candidates is None else settings.candidates
-    candidates = min(neuron_count(share, size), loaded)
+    candidates = candidate_count(sparsity, loaded, size, settings.candidates)
     kept = kept_count(sparsity - paid, candidates, size, matrices)
     return LayerPlan(neurons, min(base_count, candidates), kept, priority, candidates)
+
+
+def candidate_count(sparsity: float, loaded: int, intermediate_size: int, candidates: float | None = None) -> int:
+    """How many of the loaded neurons a token chooses among. candidates: fraction of N, None: in proportion to sparsity."""
+    share = min(1.0, CANDIDATES * sparsity) if candidates is None else candidates
+    return min(neuron_count(share, intermediate_size), loaded)
 
 
 def kept_count(sparsity: float, candidates: int, intermediate_size: int, matrices: int) -> int:

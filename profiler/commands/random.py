@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from profiler.commands.run import DEMO_MODEL, NEURON_FILES
+from profiler.arguments import DEMO_MODEL
+from profiler.commands.run import NEURON_FILES
 from profiler.placement import checkpoint_fingerprint
 from transformers_patches.families import ffn_spec
 from transformers_patches.model_files import model_name

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
+from profiler.arguments import add_model_arguments, add_text_arguments, positive, text_source
 from profiler.collect import Collector
 from profiler.own_texts import OwnTexts
 from profiler.placement import ProfiledModel, load_for_profiling
@@ -22,9 +23,7 @@ from profiler.ranking import SCORES, down_norms, rank
 from profiler.sequences import Encoder, Window, windows
 from profiler.statistics import ActivationStatistics
 from profiler.store import CheckpointFile, Progress, check_output, exclusive, interrupts_deferred
-from profiler.templates import TASK_TYPES
-from profiler.texts import BUILTIN, HUB_DATASETS, SELF, ResolvedSource, TextSource
-from transformers_patches.config import FLOAT_DTYPES
+from profiler.texts import SELF, ResolvedSource
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 from transformers_patches.model_files import model_name
@@ -40,45 +39,16 @@ EXAMPLES = """examples:
   python -m profiler run --dataset self --task_type QA --limit 200
   accelerate launch --num_processes 2 -m profiler run --dataset xsum --limit 1000 --resume
 """
-DEMO_MODEL = Path("models/SmolLM2-135M-Instruct")
 NEURON_FILES = Path("neuron_files")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    texts = parser.add_argument_group("texts")
-    texts.add_argument(
-        "--dataset",
-        default=BUILTIN,
-        help=f"a .jsonl, .csv or .txt file; a folder that download.py saved; a hub data set (mapped already: "
-        f"{', '.join(HUB_DATASETS)}); {BUILTIN}: texts that come with the project; {SELF}: the model writes its own "
-        f"by sampling ({BUILTIN})",
-    )
-    texts.add_argument("--dataset_config", help="configuration of a hub data set")
-    texts.add_argument("--dataset_split", help="split of a hub or saved data set (train, or as the mapping says)")
-    texts.add_argument("--task_type", choices=TASK_TYPES, help="whose template is put around the texts (text: none)")
-    texts.add_argument(
-        "--text_field", help="the field of a record that is the text, such as question or translation.de"
-    )
-    texts.add_argument("--template", help="instead of the task's template; names fields of the record: 'Q: {question}'")
-    texts.add_argument("--chat_template", action="store_true", help="wrap texts in the model's chat template")
-    texts.add_argument("--skip", type=_count, default=0, help="texts left out at the beginning (0)")
-    texts.add_argument("--limit", type=_positive, help="texts to profile (all; needed with --dataset self)")
-    texts.add_argument("--max_length", type=_positive, default=512, help="tokens of a text; the rest is cut off (512)")
-    texts.add_argument("--max_new_tokens", type=_count, default=128, help="greedy tokens after a text; 0: none (128)")
-    texts.add_argument("--seed", type=int, default=0, help="of the sampling of --dataset self (0)")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
-    model.add_argument("--dtype", choices=FLOAT_DTYPES, default="auto", help="of the weights; auto: as the checkpoint says")
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: all GPUs if there are any")
-    model.add_argument(
-        "--batch_size", type=_positive, default=8, help="texts at a time; no influence on the result (8)"
-    )
-
+    add_text_arguments(parser)
+    add_model_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, help="neuron file (neuron_files/<model>/<task>.safetensors)")
     output.add_argument("--score", choices=SCORES, default="mean_abs", help="what the ranking goes by (mean_abs)")
-    output.add_argument("--checkpoint_every", type=_positive, default=256, help="texts between checkpoints (256)")
+    output.add_argument("--checkpoint_every", type=positive, default=256, help="texts between checkpoints (256)")
     again = output.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run, if any")
     again.add_argument("--overwrite", action="store_true", help="replace the output; start again")
@@ -87,16 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    source = TextSource(
-        arguments.dataset,
-        arguments.task_type,
-        arguments.dataset_config,
-        arguments.dataset_split,
-        arguments.text_field,
-        arguments.template,
-    ).resolve()
+    source = text_source(arguments)
     output = arguments.output or default_output(arguments.checkpoint_path, source.task_type)
-    _check(arguments, source, output)
+    check_output(output)
     if arguments.quiet:
         transformers_logging.disable_progress_bar()
     # a state that says it is alone asks nothing of the launcher; more processes come with `accelerate launch`
@@ -109,18 +72,6 @@ def main(arguments: argparse.Namespace) -> None:
             profile(arguments, source, output, processes)
         if main_process:
             _report(arguments, NeuronFile.load(output), output)
-
-
-def _check(arguments: argparse.Namespace, source: ResolvedSource, output: Path) -> None:
-    """Raise PartInferError for what would fail, or be without effect, only after a long run."""
-    own = source.dataset == SELF
-    if own and (arguments.limit is None or arguments.max_new_tokens == 0 or arguments.skip):
-        raise PartInferError("--dataset self needs --limit and --max_new_tokens above 0, and no --skip")
-    if arguments.chat_template and (own or source.language_modelling):
-        raise PartInferError(
-            "--chat_template is for prompts, not for documents or the model's own texts: leave it out, or give a task"
-        )
-    check_output(output)
 
 
 def default_output(checkpoint_path: Path, task_type: str) -> Path:
@@ -163,7 +114,10 @@ def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path,
     config = loaded.model.config
     statistics = ActivationStatistics(config.num_hidden_layers, ffn_spec(config).intermediate_size(config))
     collector = Collector(loaded.model, statistics, 0 if own else arguments.max_new_tokens)
-    settings = _settings(arguments, source, loaded, processes)
+    settings = profiled_settings(arguments, source, loaded) | {
+        "checkpoint_every": arguments.checkpoint_every,
+        "processes": processes.num_processes,
+    }
     run = ProfilingRun(
         collector=collector,
         windows=_window_source(arguments, source, loaded, processes),
@@ -201,15 +155,7 @@ def _window_source(
     """What gives the run its windows; their size is a multiple of the batch size."""
     size = -(-arguments.checkpoint_every // arguments.batch_size) * arguments.batch_size
     if source.dataset == SELF:
-        own = OwnTexts(
-            loaded.model,
-            loaded.tokenizer,
-            prefix=source.template.prefix(),
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-            processes=processes,
-        )
+        own = _own_texts(arguments, source, loaded, processes)
 
         def own_windows(done: Progress) -> Iterator[Window]:
             rest = own.sequences(done.windows * size)
@@ -217,23 +163,41 @@ def _window_source(
 
         return own_windows
 
+    def read_windows(done: Progress) -> Iterator[Window]:
+        return windows(text_sequences(arguments, source, loaded), size, arguments.skip, arguments.limit)
+
+    return read_windows
+
+
+def text_sequences(arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel) -> Iterator[list[int]]:
+    """Token ids of the source's texts, from the first on; without end where the model writes its own."""
+    if source.dataset == SELF:
+        return _own_texts(arguments, source, loaded, PartialState()).sequences()
     encoder = Encoder(
         loaded.tokenizer,
         arguments.max_length,
         chat_template=arguments.chat_template,
         split=source.language_modelling,
     )
-
-    def read_windows(done: Progress) -> Iterator[Window]:
-        return windows(encoder.sequences(source.prompts()), size, arguments.skip, arguments.limit)
-
-    return read_windows
+    return encoder.sequences(source.prompts())
 
 
-def _settings(
+def _own_texts(
     arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel, processes: PartialState
-) -> dict:
-    """All that decides the result: what a resumed run must have in common, and the neuron file's metadata."""
+) -> OwnTexts:
+    return OwnTexts(
+        loaded.model,
+        loaded.tokenizer,
+        prefix=source.template.prefix(),
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        processes=processes,
+    )
+
+
+def profiled_settings(arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel) -> dict:
+    """Model and texts: what a resumed run must have in common, and the metadata of what comes out."""
     model = loaded.model
     return {
         "model_name": loaded.name,
@@ -253,8 +217,6 @@ def _settings(
         "max_new_tokens": arguments.max_new_tokens,
         "seed": arguments.seed if source.dataset == SELF else None,
         "batch_size": arguments.batch_size,
-        "checkpoint_every": arguments.checkpoint_every,
-        "processes": processes.num_processes,
     }
 
 
@@ -267,17 +229,3 @@ def _report(arguments: argparse.Namespace, neurons: NeuronFile, output: Path) ->
         f"{output}: {neurons.num_layers} layers of {neurons.intermediate_size} neurons ranked by {data['score']} "
         f"over {data['tokens']} tokens of {data['texts']} texts ({data['dataset']}, {data['task_type']})"
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text}")
-    return value

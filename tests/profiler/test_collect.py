@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from profiler.collect import Collector, until_end
+from profiler.collect import Collector, until_end, with_continuations
 from profiler.statistics import ActivationStatistics
 from transformers_patches.families import ffn_spec
 
@@ -79,6 +79,6 @@ def test_tokens_after_the_first_end_token_do_not_count():
 def test_generation_settings_of_the_model_are_not_used(tiny_checkpoints):
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints["llama"]).eval()
     prompts = texts(model.config.vocab_size)
-    plain = Collector(model, ActivationStatistics(6, 80), 6)._with_continuations(prompts)
+    plain = with_continuations(model, prompts, 6)
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0, no_repeat_ngram_size=1)
-    assert Collector(model, ActivationStatistics(6, 80), 6)._with_continuations(prompts) == plain
+    assert with_continuations(model, prompts, 6) == plain

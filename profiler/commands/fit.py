@@ -1,0 +1,270 @@
+"""`fit`: neuron file and texts -> fit file, what stands in for the neurons that are left out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from profiler.arguments import add_model_arguments, add_text_arguments, count, fraction, text_source
+from profiler.budget import Share, spread_budget
+from profiler.commands.run import default_output, profiled_settings, text_sequences
+from profiler.fit_run import FitCheckpoint, FitRun, prepare_texts
+from profiler.fitting import FitSettings
+from profiler.layerwise import Batch, LayerwiseModel
+from profiler.placement import load_for_profiling
+from profiler.ranking import SCORES, score_neurons
+from profiler.store import exclusive, interrupts_deferred
+from profiler.texts import SELF, ResolvedSource
+from transformers_patches.config import BUDGETS, TOKEN_SELECTIONS, PartInferConfig, parse_compensation
+from transformers_patches.errors import PartInferError
+from transformers_patches.fit_file import FitFile, fit_path
+from transformers_patches.neuron_file import NeuronFile, ranking_from_scores
+
+HELP = "fit what stands in for the neurons that are left out, by least squares over texts"
+EXAMPLES = """examples:
+  python -m profiler fit --dataset builtin --task_type QA --max_new_tokens 32
+  python -m profiler fit --neurons my_qa.safetensors --dataset questions.jsonl --task_type QA --limit 500
+  python -m profiler fit --neurons book.safetensors --dataset book.txt --task_type text --max_new_tokens 0 --rank 32
+  python -m profiler fit --dataset builtin --task_type QA --loaded_neurons_percent 0.5 --choose std_down
+"""
+FITTED = ("refit", "lowrank")
+BEST, RANKING = "best", "ranking"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_text_arguments(parser)
+    add_model_arguments(parser)
+    fit = parser.add_argument_group("fit")
+    fit.add_argument(
+        "--neurons", type=Path, help="the neuron file it belongs to (neuron_files/<model>/<task>.safetensors)"
+    )
+    fit.add_argument("--loaded_neurons_percent", type=fraction, default=0.7, help="gamma that it is for (0.7)")
+    fit.add_argument("--sparsity", type=fraction, default=0.4, help="phi that it is for, of the FFN bytes (0.4)")
+    fit.add_argument("--start_num", type=count, help="first sparse layer (3)")
+    fit.add_argument("--end_num", type=count, help="last sparse layer (the third from the end)")
+    fit.add_argument(
+        "--compensation", default="refit", help="refit (down rows), lowrank (a map of x), or refit+lowrank (refit)"
+    )
+    fit.add_argument("--rank", type=count, default=32, help="of the low-rank map; its bytes count (32)")
+    fit.add_argument(
+        "--down_rank",
+        type=count,
+        default=0,
+        help="store what the refit adds as a product of this rank: a smaller file (0: whole rows)",
+    )
+    fit.add_argument(
+        "--selection",
+        choices=(*TOKEN_SELECTIONS, "none"),
+        default="up",
+        help="what chooses neurons in decoding; none: all that are loaded are computed (up)",
+    )
+    fit.add_argument(
+        "--choose",
+        choices=(BEST, RANKING, *SCORES),
+        default=BEST,
+        help=f"which neurons are loaded; {BEST}: those whose refitted rows leave the smallest error; {RANKING}: the "
+        f"first of the neuron file's ranking; or by a score of its statistics ({BEST})",
+    )
+    fit.add_argument(
+        "--budget",
+        choices=BUDGETS,
+        default="uniform",
+        help="the same gamma and phi for every sparse layer, or, for the same bytes in all, those of each layer that cost "
+        "least by an estimate, over all layers of the model (uniform)",
+    )
+    fit.add_argument("--ridge", type=float, default=0.03, help="pull towards the original rows (0.03)")
+    fit.add_argument(
+        "--independent", action="store_true", help="fit every layer on the dense model's inputs, not the sparse one's"
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, help="fit file (beside the neuron file, <name>.fit.safetensors)")
+    again = output.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on after the last layer of an interrupted fit")
+    again.add_argument("--overwrite", action="store_true", help="replace the output; start again")
+    output.add_argument("--json", action="store_true", help="print the summary as a JSON object")
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    source = text_source(arguments)
+    path = arguments.neurons or default_output(arguments.checkpoint_path, source.task_type)
+    neurons = NeuronFile.load(path)
+    output = arguments.output or fit_path(path)
+    settings = _fit_settings(arguments)
+    if arguments.quiet:
+        transformers_logging.disable_progress_bar()
+    with exclusive(output):
+        resumes = _resumes(arguments, output)
+        _report(arguments, _fit(arguments, source, neurons, settings, output, resume=resumes), output)
+
+
+def _fit_settings(arguments: argparse.Namespace) -> FitSettings:
+    compensation = parse_compensation(arguments.compensation)
+    if not compensation or compensation - set(FITTED):
+        raise PartInferError(
+            f"--compensation must be refit, lowrank or refit+lowrank, got {arguments.compensation!r} "
+            "(mean needs no fit: it comes from the neuron file)"
+        )
+    if arguments.sparsity > arguments.loaded_neurons_percent:
+        raise PartInferError(
+            f"--sparsity must be at most --loaded_neurons_percent, got {arguments.sparsity:g} > "
+            f"{arguments.loaded_neurons_percent:g}"
+        )
+    if arguments.ridge < 0:
+        raise PartInferError(f"--ridge must not be negative, got {arguments.ridge:g}")
+    rank = arguments.rank if "lowrank" in compensation else 0
+    if "lowrank" in compensation and not rank:
+        raise PartInferError("--rank must be above 0 for compensation lowrank")
+    return FitSettings(
+        loaded=arguments.loaded_neurons_percent,
+        sparsity=arguments.sparsity,
+        compensation=compensation,
+        rank=rank,
+        down_rank=arguments.down_rank,
+        token_selection=None if arguments.selection == "none" else arguments.selection,
+        ridge=arguments.ridge,
+        sequential=not arguments.independent,
+    )
+
+
+def _resumes(arguments: argparse.Namespace, output: Path) -> bool:
+    """Whether to go on from a checkpoint; PartInferError where something would be lost without being asked."""
+    checkpoint = FitCheckpoint(output)
+    if arguments.overwrite:
+        checkpoint.remove()
+        return False
+    if checkpoint.exists():
+        if arguments.resume:
+            return True
+        raise PartInferError(
+            f"{checkpoint.path} is left of an interrupted fit: go on with --resume, or start again with --overwrite"
+        )
+    if output.exists():
+        raise PartInferError(f"{output} is there already: replace it with --overwrite, or give another --output")
+    return False
+
+
+def _fit(
+    arguments: argparse.Namespace,
+    source: ResolvedSource,
+    neurons: NeuronFile,
+    fit_settings: FitSettings,
+    output: Path,
+    *,
+    resume: bool,
+) -> FitFile:
+    loaded = load_for_profiling(
+        arguments.checkpoint_path,
+        arguments.device,
+        arguments.dtype,
+        arguments.batch_size,
+        arguments.max_length + arguments.max_new_tokens,
+    )
+    model = loaded.model
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PartInferError("the model does not fit on the GPUs: use --device cpu")
+    identity = profiled_settings(arguments, source, loaded)
+    neurons.check_fits(model.config, identity["fingerprint"], loaded.name)
+    layers = PartInferConfig(start_num=arguments.start_num, end_num=arguments.end_num).resolve_layers(
+        model.config.num_hidden_layers
+    )
+    texts = prepare_texts(
+        model,
+        text_sequences(arguments, source, loaded),
+        skip=arguments.skip,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        new_tokens=0 if source.dataset == SELF else arguments.max_new_tokens,
+        quiet=arguments.quiet,
+    )
+    shares = dict.fromkeys(layers)
+    if arguments.budget == "per_layer":
+        shares = _spread(model, texts.batches, layers, fit_settings)
+    settings = {
+        **identity,
+        **_named(fit_settings),
+        "choose": arguments.choose,
+        "start_num": layers[0],
+        "end_num": layers[-1],
+        "budget": arguments.budget,
+        "texts_sha256": texts.digest,
+    }
+    run = FitRun(
+        model=model,
+        texts=texts,
+        layers=shares,
+        fit_settings=fit_settings,
+        ranking=_ranking(arguments.choose, neurons),
+        checkpoint=FitCheckpoint(output),
+        settings=settings,
+        quiet=arguments.quiet,
+    )
+    fit = run.run(resume=resume)
+    fit.metadata = {name: str(value) for name, value in settings.items() if value is not None} | {
+        "texts": str(texts.texts),
+        "tokens": str(texts.tokens),
+        "error_before": f"{_mean(run.errors, 0):.4f}",
+        "error_after": f"{_mean(run.errors, 1):.4f}",
+    }
+    if arguments.budget == "per_layer":
+        fit.metadata["layer_sparsity"] = json.dumps({layer: share.sparsity for layer, share in shares.items()})
+    with interrupts_deferred():
+        fit.save(output)
+        run.checkpoint.remove()
+    return fit
+
+
+def _spread(
+    model: PreTrainedModel, batches: list[Batch], layers: range, settings: FitSettings
+) -> dict[int, Share | None]:
+    """A share for every layer of the model, for the bytes that the uniform share on `layers` would take."""
+    count = model.config.num_hidden_layers
+    whole = count - len(layers)
+    return spread_budget(
+        LayerwiseModel(model),
+        batches,
+        whole + len(layers) * settings.loaded,
+        whole + len(layers) * settings.sparsity,
+        settings.share,
+    )
+
+
+def _named(settings: FitSettings) -> dict:
+    """The settings under the names of the fit file's metadata."""
+    values = asdict(settings)
+    values["loaded_neurons_percent"] = values.pop("loaded")
+    values["compensation"] = "+".join(sorted(settings.compensation))
+    values["selection"] = values.pop("token_selection") or "none"
+    return values
+
+
+def _ranking(choose: str, neurons: NeuronFile) -> torch.Tensor | None:
+    if choose == BEST:
+        return None
+    if choose == RANKING:
+        return neurons.ranking
+    return ranking_from_scores(score_neurons(neurons.statistics, choose, neurons.source))
+
+
+def _mean(errors: dict[int, tuple[float, float]], place: int) -> float:
+    return sum(pair[place] for pair in errors.values()) / len(errors)
+
+
+def _report(arguments: argparse.Namespace, fit: FitFile, output: Path) -> None:
+    data = fit.metadata
+    if arguments.json:
+        print(json.dumps({"output": os.fspath(output), "bytes": output.stat().st_size, **data}))
+        return
+    print(
+        f"{output}: {len(fit.layers)} layers fitted ({data['compensation']}) over {data['tokens']} tokens of "
+        f"{data['texts']} texts, {output.stat().st_size / 2**20:.1f} MiB; mean squared output error "
+        f"{data['error_before']} of the output's, now {data['error_after']}"
+    )

@@ -1,0 +1,170 @@
+"""A run of the fit: texts -> batches -> a fit per layer -> FitFile, with a checkpoint after every fitted layer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from profiler.budget import Share
+from profiler.collect import with_continuations
+from profiler.fitting import FitSettings, FittedLayer, Fitter
+from profiler.layerwise import Batch, LayerwiseModel, make_batches
+from profiler.store import check_settings, interrupts_deferred
+from transformers_patches.errors import PartInferError
+from transformers_patches.families import ffn_spec
+from transformers_patches.files import save_tensors_atomic
+from transformers_patches.fit_file import FitFile, LayerFit
+
+FORMAT = "partinfer-fit-checkpoint"
+PROMPT_SHARE = 2 / 3  # of a text without a continuation, what counts as prefilled; the rest counts as decoded
+
+
+@dataclass(frozen=True)
+class FitTexts:
+    """The batches to fit on, how many tokens they hold, and a digest of them."""
+
+    batches: list[Batch]
+    texts: int
+    tokens: int
+    digest: str
+
+
+def prepare_texts(
+    model: PreTrainedModel,
+    sequences: Iterable[list[int]],
+    *,
+    skip: int,
+    limit: int | None,
+    batch_size: int,
+    new_tokens: int,
+    quiet: bool = False,
+) -> FitTexts:
+    """Batches of the sequences number `skip` to `skip + limit`, each with a greedy continuation of up to `new_tokens`.
+
+    The continuation is what counts as decoded; of texts without one, the last third is. Raises PartInferError if
+    there are no texts.
+    """
+    chosen = list(islice((ids for ids in sequences if ids), skip, None if limit is None else skip + limit))
+    if not chosen:
+        raise PartInferError("there are no texts: check --dataset, --skip and --limit")
+    prompts = [len(ids) if new_tokens else max(1, round(PROMPT_SHARE * len(ids))) for ids in chosen]
+    if new_tokens:
+        order = sorted(range(len(chosen)), key=lambda i: (-len(chosen[i]), i))
+        with torch.no_grad():
+            for first in tqdm(range(0, len(order), batch_size), desc="continuing texts", leave=False, disable=quiet):
+                places = order[first : first + batch_size]
+                longer = with_continuations(model, [chosen[i] for i in places], new_tokens)
+                for place, ids in zip(places, longer, strict=True):
+                    chosen[place] = ids
+    state = hashlib.sha256()
+    for ids, prompt in zip(chosen, prompts, strict=True):
+        state.update(array("q", [len(ids), prompt, *ids]).tobytes())
+    batches = make_batches(chosen, prompts, batch_size)
+    return FitTexts(batches, len(chosen), sum(len(ids) for ids in chosen), state.hexdigest())
+
+
+class FitCheckpoint:
+    """The state of an unfinished fit, beside its output: the fits of the layers that are done, and hidden states."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output.with_name(f"{output.name}.checkpoint")
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def save(self, hidden: list[torch.Tensor], fits: FitFile, errors: dict, next_layer: int, settings: dict) -> None:
+        """Replace the checkpoint. next_layer: the first layer that is not done; hidden: what enters it."""
+        tensors = {f"hidden.{i}": values.contiguous() for i, values in enumerate(hidden)} | fits.tensors()
+        metadata = {
+            "format": FORMAT,
+            "next_layer": str(next_layer),
+            "errors": json.dumps(errors),
+            "settings": json.dumps(settings),
+        }
+        save_tensors_atomic(self.path, tensors, metadata)
+
+    def load(self, settings: dict) -> tuple[list[torch.Tensor], dict[int, LayerFit], dict, int]:
+        """Hidden states, fits, errors and the next layer; PartInferError if damaged or from other settings."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise PartInferError(f"{self.path} can't be read: {error}; start again with --overwrite") from None
+        if metadata.get("format") != FORMAT:
+            raise PartInferError(f"{self.path} is not a checkpoint of a fit; start again with --overwrite")
+        check_settings(json.loads(metadata["settings"]), settings)
+        count = sum(name.startswith("hidden.") for name in tensors)
+        hidden = [tensors.pop(f"hidden.{i}") for i in range(count)]
+        values: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            _, number, name = key.split(".")
+            values.setdefault(int(number), {})[name] = value
+        fits = {number: LayerFit(**named) for number, named in sorted(values.items())}
+        errors = {int(layer): pair for layer, pair in json.loads(metadata["errors"]).items()}
+        return hidden, fits, errors, int(metadata["next_layer"])
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class FitRun:
+    """Fits layer after layer, going on from a checkpoint if asked to.
+
+    layers: those that are sparse, with the share of each (None: that of the settings); ranking: int [layers, N], or None to choose the neurons here; settings: all that
+    decides the result, kept in the checkpoint. errors: layer -> (relative squared output error before, after).
+    """
+
+    model: PreTrainedModel
+    texts: FitTexts
+    layers: dict[int, Share | None]
+    fit_settings: FitSettings
+    ranking: torch.Tensor | None
+    checkpoint: FitCheckpoint
+    settings: dict
+    quiet: bool = False
+    errors: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    def run(self, *, resume: bool) -> FitFile:
+        """The fit file, with the settings as its metadata. A Ctrl-C loses at most the layer that was being fitted."""
+        size = ffn_spec(self.model.config).intermediate_size(self.model.config)
+        fits, first, last = FitFile({}, size), 0, max(self.layers)
+        fitter = Fitter(LayerwiseModel(self.model), self.texts.batches, self.fit_settings)
+        if resume:
+            fitter.hidden, fits.layers, self.errors, first = self.checkpoint.load(self.settings)
+        todo = range(first, last + 1)
+        with tqdm(
+            todo, initial=first, total=len(todo) + first, unit=" layers", desc="fitting", disable=self.quiet
+        ) as bar:
+            for layer in bar:
+                if layer not in self.layers:
+                    fitter.pass_through(layer)
+                    continue
+                fitted = fitter.fit(
+                    layer, None if self.ranking is None else self.ranking[layer].long(), self.layers[layer]
+                )
+                _check_finite(fitted, layer)
+                bar.set_postfix_str(f"error {fitted.before:.3f} -> {fitted.after:.3f}")
+                with interrupts_deferred():
+                    fits.layers[layer] = fitted.fit
+                    self.errors[layer] = (fitted.before, fitted.after)
+                    if layer < last:
+                        self.checkpoint.save(fitter.hidden, fits, self.errors, layer + 1, self.settings)
+        return fits
+
+
+def _check_finite(fitted: FittedLayer, layer: int) -> None:
+    values = [value for value in vars(fitted.fit).values() if value is not None]
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise PartInferError(f"NaN or Inf in the fit of layer {layer}: use --dtype float32 or more --ridge")

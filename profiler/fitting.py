@@ -1,0 +1,225 @@
+"""The fit of a set of loaded neurons: layer by layer, what stands in for those that are not loaded or not computed.
+
+For one layer, with x what enters its FFN, h~ [L] the activations of the loaded neurons (those that decoding does not
+compute are 0 for decoded tokens, as the selection per token leaves them), D [L, H] their down rows and
+e = FFN(x) - D^T h~, least squares finds M, U, V and biases for which
+
+    E |e - M^T h~ - V^T U x - b|^2 + ridge |M|^2
+
+is smallest. D + M are the refitted rows, U and V the low-rank map, b one bias for prefilled and one for decoded tokens.
+Inputs x are those that the already fitted layers below give (`sequential`), so a layer also learns to answer their errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from profiler.budget import Share
+from profiler.layerwise import Batch, FFNWeights, LayerwiseModel
+from profiler.least_squares import NormalEquations, best_to_keep, product_of, refit_and_low_rank
+from profiler.simulation import Counts, SimulatedSelection
+from transformers_patches.config import DEFAULT_BASE, neuron_count
+from transformers_patches.fit_file import LayerFit
+from transformers_patches.load_plan import candidate_count, kept_count
+
+PREFILL, DECODE = 0, 1  # groups of tokens, each with its bias
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is fitted, and for what use.
+
+    loaded, sparsity: fractions of a layer's bytes that are loaded and that a decoded token reads, low-rank map
+    included; compensation: "refit", "lowrank" or both; rank: of the low-rank map; down_rank: store what is added
+    to the rows as a product of that rank, a smaller file (0: whole rows); token_selection: "up", "gate", or
+    None where decoding computes every loaded neuron; ridge: pull towards the original rows, as a share of the mean
+    E[h_i^2]; sequential: inputs come from the fitted layers below, else from the dense model.
+    """
+
+    loaded: float
+    sparsity: float
+    compensation: frozenset[str]
+    rank: int = 0
+    down_rank: int = 0
+    token_selection: str | None = "up"
+    ridge: float = 0.03
+    sequential: bool = True
+
+    @property
+    def share(self) -> Share:
+        """Of every layer, unless the budget is spread by layers."""
+        return Share(self.loaded, self.sparsity)
+
+    def counts(self, weights: FFNWeights, share: Share) -> Counts:
+        """How many neurons of a layer are loaded and computed, as build_load_plan counts them."""
+        size, matrices = len(weights.down), 2 if weights.gate is None else 3
+        map_ = 2 * self.rank / (matrices * size)  # the low-rank map's share of the FFN's bytes: 2 r H of matrices N H
+        loaded = min(neuron_count(share.loaded - map_, size), size)
+        if self.token_selection is None:
+            return Counts(loaded, loaded, loaded, loaded)
+        candidates = candidate_count(share.sparsity, loaded, size)
+        kept = kept_count(share.sparsity - map_, candidates, size, matrices)
+        base = min(neuron_count(DEFAULT_BASE, size), neuron_count(share.sparsity, size), candidates)
+        return Counts(loaded, candidates, kept, base)
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """A layer's fit, and its mean squared output error relative to the mean squared output.
+
+    before: with the original rows and the best biases; after: with what was fitted.
+    """
+
+    fit: LayerFit
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """Of all neurons of a layer: mean_abs [N], mean |h|; gate_size [N], root of the mean act(gate)^2, None if plain;
+    covariance [N, N] of h, or None; float32, covariance float64."""
+
+    mean_abs: torch.Tensor
+    gate_size: torch.Tensor | None
+    covariance: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, weights: FFNWeights, batches: list[Batch], inputs: list[torch.Tensor], *, with_covariance: bool
+    ) -> _Survey:
+        size, device = len(weights.down), weights.down.device
+        absolute, squares, tokens = torch.zeros(size, device=device), torch.zeros(size, device=device), 0
+        equations = NormalEquations(size, 0, 1, device) if with_covariance else None
+        for batch, x in zip(batches, inputs, strict=True):
+            h, _, gate = weights.activations(x[batch.real.flatten()].to(device))
+            tokens += len(h)
+            absolute += h.float().abs().sum(0)
+            if gate is not None:
+                squares += gate.float().square().sum(0)
+            if equations is not None:
+                equations.add(h, h.new_zeros(len(h), 0), 0)
+        return cls(
+            absolute / tokens,
+            None if weights.gate is None else (squares / tokens).sqrt(),
+            None if equations is None else equations.centered()[0],
+        )
+
+
+class Fitter:
+    """Fits layers from the first to the last, over hidden states that it keeps.
+
+    hidden: per batch [B, T, H], what enters the next layer.
+    """
+
+    def __init__(self, model: LayerwiseModel, batches: list[Batch], settings: FitSettings) -> None:
+        self.model, self.batches, self.settings = model, batches, settings
+        self.hidden = [model.inputs(batch) for batch in batches]
+
+    @torch.no_grad()
+    def pass_through(self, layer: int) -> None:
+        """Run a layer that stays whole."""
+        self.hidden = [self.model.run(layer, hidden) for hidden in self.hidden]
+
+    @torch.no_grad()
+    def fit(self, layer: int, ranking: torch.Tensor | None, share: Share | None = None) -> FittedLayer:
+        """Fit a layer and run it.
+
+        ranking: int64 [N], the neurons best first; None: chosen here, the best to refit. share: the layer's part of a
+        budget that is not the same for all.
+        """
+        weights = FFNWeights.of(self.model.model, layer)
+        counts = self.settings.counts(weights, share or self.settings.share)
+        inputs = [self.model.ffn_input(layer, hidden) for hidden in self.hidden]
+        survey = _Survey.of(weights, self.batches, inputs, with_covariance=ranking is None)
+        if ranking is None:
+            neurons = best_to_keep(survey.covariance, weights.down, counts.loaded, self.settings.ridge)
+        else:
+            neurons = ranking[: counts.loaded].to(weights.down.device)
+        part = weights.of_neurons(neurons)
+        gate_size = None if survey.gate_size is None else survey.gate_size[neurons]
+        selection = SimulatedSelection(
+            self.settings.token_selection, counts, part.down, gate_size, survey.mean_abs[neurons]
+        )
+        del survey
+        fitted = self._solve(weights, part, neurons, selection, inputs)
+        if not self.settings.sequential:
+            self.pass_through(layer)
+            return fitted
+        self._run_fitted(layer, part, selection, fitted.fit)
+        return fitted
+
+    def _solve(
+        self,
+        weights: FFNWeights,
+        part: FFNWeights,
+        neurons: torch.Tensor,
+        selection: SimulatedSelection,
+        inputs: list[torch.Tensor],
+    ) -> FittedLayer:
+        loaded, hidden = part.down.shape
+        device = part.down.device
+        refits, rank = "refit" in self.settings.compensation, self.settings.rank
+        equations = NormalEquations(loaded + (hidden if rank else 0), hidden, 2, device)
+        output = 0.0
+        for batch, x in zip(self.batches, inputs, strict=True):
+            x = x.to(device)
+            every = weights.activations(x)
+            y = weights.output(every[0]).float()
+            loaded_ones = [None if values is None else values.index_select(-1, neurons) for values in every]
+            h = selection.apply(batch, *loaded_ones)
+            error = y - part.output(h).float()
+            features = torch.cat([h, x], dim=-1) if rank else h
+            for group, mask in ((PREFILL, batch.prompt), (DECODE, batch.decoded)):
+                mask = mask.flatten().to(device)
+                equations.add(features[mask], error[mask], group)
+            output += float(y[batch.real.flatten().to(device)].square().sum(dtype=torch.float64))
+        solution, inner, outer = refit_and_low_rank(equations, loaded, self.settings.ridge, rank, refits=refits)
+        left = right = None
+        if refits and 0 < self.settings.down_rank < min(loaded, hidden):
+            left, right = product_of(
+                solution[:loaded], equations.centered()[0][:loaded, :loaded], self.settings.down_rank
+            )
+            solution[:loaded] = left @ right
+        biases = equations.biases(solution)
+
+        def stored(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.to(part.down.dtype).cpu()
+
+        fit = LayerFit(
+            neurons=neurons.to("cpu", torch.int32),
+            bias_prefill=biases[PREFILL].cpu(),
+            bias_decode=biases[DECODE if equations.tokens[DECODE] else PREFILL].cpu(),
+            gate_size=None if selection.gate_size is None else selection.gate_size.cpu(),
+            down=stored(part.down.float() + solution[:loaded]) if refits and left is None else None,
+            down_left=stored(left),
+            down_right=stored(right),
+            lowrank_in=stored(inner),
+            lowrank_out=stored(outer),
+        )
+        mean_output = max(output / sum(equations.tokens), 1e-30)
+        before = equations.error(None) / mean_output
+        return FittedLayer(fit, before, equations.error(solution) / mean_output)
+
+    def _run_fitted(self, layer: int, part: FFNWeights, selection: SimulatedSelection, fit: LayerFit) -> None:
+        """Run the layer over the hidden states as decoding and prefill will compute it."""
+        device, dtype = part.down.device, part.down.dtype
+        down = fit.refitted(part.down).to(device)
+        selection = selection.with_rows(down)  # online, too, the refitted rows count
+        bias = torch.stack([fit.bias_prefill, fit.bias_decode]).to(device, dtype)
+        inner = None if fit.lowrank_in is None else fit.lowrank_in.to(device, dtype)
+        outer = None if fit.lowrank_out is None else fit.lowrank_out.to(device, dtype)
+        for place, (batch, hidden) in enumerate(zip(self.batches, self.hidden, strict=True)):
+            decoded = batch.decoded.flatten().to(device).long()
+
+            def compute(x: torch.Tensor, batch=batch, decoded=decoded) -> torch.Tensor:
+                h = selection.apply(batch, *part.activations(x))
+                y = h @ down + bias[decoded]
+                if inner is not None:
+                    y = y + (x @ inner.t()) @ outer
+                return y if part.output_bias is None else y + part.output_bias
+
+            with self.model.ffn_replaced(layer, compute):
+                self.hidden[place] = self.model.run(layer, hidden)

@@ -1,0 +1,211 @@
+"""A model run layer by layer over all the texts, so that what is done to a layer is seen by the layers above it.
+
+Memory holds the hidden states of every token between two layers, and one batch of activations; the model's body is
+gone through once, however many passes one layer needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from profiler.collect import pad
+from transformers_patches.families import FFNSpec, ffn_spec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids [B, T], padded on the right, and what each token is.
+
+    prompt: bool [B, T], tokens that are prefilled; decoded: bool [B, T], tokens that come after them. Padding is
+    neither.
+    """
+
+    ids: torch.Tensor
+    prompt: torch.Tensor
+    decoded: torch.Tensor
+
+    @property
+    def real(self) -> torch.Tensor:
+        return self.prompt | self.decoded
+
+
+def make_batches(sequences: list[list[int]], prompts: list[int], batch_size: int) -> list[Batch]:
+    """Batches of similar lengths. prompts: how many tokens of each sequence are its prompt."""
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
+    batches = []
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        ids, mask = pad([sequences[i] for i in chosen], torch.device("cpu"), left=False)
+        place = torch.arange(ids.shape[1])
+        prompt = place < torch.tensor([prompts[i] for i in chosen])[:, None]
+        batches.append(Batch(ids, prompt, mask.bool() & ~prompt))
+    return batches
+
+
+class LayerwiseModel:
+    """The decoder layers of a transformers model, one at a time.
+
+    A layer is called with the arguments that the model itself gives it for texts of the same length. There is no
+    padding mask: padding is on the right, and attention is causal.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.spec = model.eval(), ffn_spec(model.config)
+        self.layers = self.spec.decoder_layers(model)
+        self._arguments: dict[int, list[dict]] = {}  # by length: the keyword arguments of every layer
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch) -> torch.Tensor:
+        """[B, T, H]: what enters the first layer, on the CPU."""
+        length = batch.ids.shape[1]
+        if length not in self._arguments:
+            self._arguments[length] = [kwargs for _, kwargs in self._calls(batch.ids[:1])]
+        return self._calls(batch.ids)[0][0].cpu()
+
+    @torch.no_grad()
+    def run(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, T, H] -> [B, T, H], both on the CPU, through one layer."""
+        module = self.layers[layer]
+        device = next(module.parameters()).device
+        return module(hidden.to(device), **self._arguments[hidden.shape[1]][layer]).cpu()
+
+    def ffn_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """[B*T, H], on the CPU: what enters the layer's FFN."""
+        seen = []
+
+        def look(x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.cpu())
+            return torch.zeros_like(x)
+
+        with self.ffn_replaced(layer, look):
+            self.run(layer, hidden)
+        return seen[0]
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [decoded tokens, V]: what the model predicts after them, given what leaves its last layer."""
+        with _forward_is(self.layers, lambda *_, **__: hidden.to(self.model.device)):
+            logits = self.model(input_ids=batch.ids.to(self.model.device), use_cache=False).logits
+        return torch.log_softmax(logits[batch.decoded.to(logits.device)].float(), dim=-1)
+
+    @contextmanager
+    def ffn_replaced(self, layer: int, compute: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Within the block, the layer's FFN is `compute`: [B*T, H] -> [B*T, H]; the output bias is its business."""
+        module = self.spec.ffn_module(self.model, layer)
+        if self.spec.ffn:
+            stands_in = {self.spec.ffn: _Compute(compute)}
+            module = self.layers[layer]
+        else:  # the projections are the layer's own: the first becomes the FFN, what follows it does nothing
+            stands_in = {
+                self.spec.up: _Compute(compute),
+                self.spec.activation_module: nn.Identity(),
+                self.spec.down: nn.Identity(),
+            }
+        originals = {name: getattr(module, name) for name in stands_in}
+        try:
+            for name, stand_in in stands_in.items():
+                setattr(module, name, stand_in)
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(module, name, original)
+
+    def _calls(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, dict]]:
+        """Hidden states and keyword arguments with which the model calls each of its layers, which do nothing."""
+        calls = []
+
+        def record(hidden: torch.Tensor, **kwargs) -> torch.Tensor:
+            calls.append((hidden, kwargs))
+            return hidden
+
+        with _forward_is(self.layers, record):
+            self.model.base_model(input_ids=ids.to(self.model.device), use_cache=False)
+        return calls
+
+
+class _Compute(nn.Module):
+    def __init__(self, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+@contextmanager
+def _forward_is(modules: nn.ModuleList, function: Callable) -> Iterator[None]:
+    own = [module.__dict__.get("forward") for module in modules]  # accelerate sets one where it moves inputs
+    try:
+        for module in modules:
+            module.forward = function
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """The FFN of one layer, neuron-major, where the layer is: gate (None if plain), up, down [N, H]; biases or None."""
+
+    gate: torch.Tensor | None
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None
+    up_bias: torch.Tensor | None
+    output_bias: torch.Tensor | None
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, layer: int) -> FFNWeights:
+        spec: FFNSpec = ffn_spec(model.config)
+        module = spec.ffn_module(model, layer)
+        up, down = getattr(module, spec.up), getattr(module, spec.down)
+        gate = getattr(module, spec.gate) if spec.gated else None
+        activation = getattr(module, spec.activation_module or "act_fn")
+        return cls(
+            None if gate is None else gate.weight,
+            up.weight,
+            down.weight.t().contiguous(),
+            None if gate is None else gate.bias,
+            up.bias,
+            down.bias,
+            activation,
+        )
+
+    def of_neurons(self, neurons: torch.Tensor) -> FFNWeights:
+        """The same of some neurons. neurons: int64 [L]."""
+
+        def rows(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else value.index_select(0, neurons.to(value.device))
+
+        return FFNWeights(
+            rows(self.gate),
+            rows(self.up),
+            rows(self.down),
+            rows(self.gate_bias),
+            rows(self.up_bias),
+            self.output_bias,
+            self.activation,
+        )
+
+    def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """h [.., N], and what it was made of: the projection up·x, and act(gate·x) or None if the FFN is plain."""
+        up = nn.functional.linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            return self.activation(up), up, None
+        gate = self.activation(nn.functional.linear(x, self.gate, self.gate_bias))
+        return gate * up, up, gate
+
+    def output(self, h: torch.Tensor) -> torch.Tensor:
+        """[.., H], without the output bias, which every FFN adds whatever is left out."""
+        return h @ self.down

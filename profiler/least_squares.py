@@ -1,0 +1,177 @@
+"""The linear algebra of the fit: normal equations with intercepts, low-rank maps, and which neurons to keep.
+
+h [T, L] are activations of the neurons that are there, y [T, H] what they should write, D [L, H] their down rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from transformers_patches.errors import PartInferError
+
+BLOCK_ROWS = 4096  # tokens that are multiplied at a time
+MIN_RIDGE = 1e-6  # keeps the covariance of dependent activations invertible
+DOUBLE_SIZE = 2048  # up to here choosing neurons is done in float64; above, time and memory would be too much
+ELIMINATION_STEPS = 64  # in how many blocks `best_to_keep` leaves out neurons
+
+
+class NormalEquations:
+    """E[f f^T] and E[f e^T] of features f and errors e, about their means in each of several groups of tokens.
+
+    Means that differ between groups (prefilled and decoded tokens) are what the groups' biases are for, so they do not
+    count as something to explain. Sums are float32, in blocks, the small ones float64.
+    """
+
+    def __init__(self, features: int, outputs: int, groups: int, device: torch.device) -> None:
+        self.gram = torch.zeros(features, features, device=device)
+        self.cross = torch.zeros(features, outputs, device=device)
+        self.squares = 0.0
+        self.feature_sums = torch.zeros(groups, features, device=device)
+        self.error_sums = torch.zeros(groups, outputs, device=device)
+        self.tokens = [0] * groups
+
+    def add(self, features: torch.Tensor, errors: torch.Tensor, group: int) -> None:
+        """features: [T, F], errors: [T, H], of tokens of one group."""
+        for f, e in zip(features.split(BLOCK_ROWS), errors.split(BLOCK_ROWS), strict=True):
+            f, e = f.float(), e.float()
+            self.gram.addmm_(f.t(), f)
+            self.cross.addmm_(f.t(), e)
+            self.feature_sums[group] += f.sum(0)
+            self.error_sums[group] += e.sum(0)
+            self.squares += float(e.square().sum(dtype=torch.float64))
+            self.tokens[group] += len(f)
+
+    def centered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 [F, F] and [F, H], per token."""
+        gram, cross = self.gram.double(), self.cross.double()
+        for sums, errors, tokens in zip(self.feature_sums, self.error_sums, self.tokens, strict=True):
+            if tokens:
+                gram -= torch.outer(sums.double(), sums.double()) / tokens
+                cross -= torch.outer(sums.double(), errors.double()) / tokens
+        total = max(sum(self.tokens), 1)
+        return gram / total, cross / total
+
+    def biases(self, solution: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """float32 [H] per group: what is left of the mean error; zeros for a group without tokens."""
+        biases = []
+        for sums, errors, tokens in zip(self.feature_sums, self.error_sums, self.tokens, strict=True):
+            explained = 0 if solution is None else sums @ solution
+            biases.append((errors - explained) / max(tokens, 1))
+        return biases
+
+    def error(self, solution: torch.Tensor | None) -> float:
+        """Mean squared length per token of the error that the solution and its biases leave."""
+        total = max(sum(self.tokens), 1)
+        left = self.squares / total
+        if solution is not None:
+            gram, cross = self.gram.double() / total, self.cross.double() / total
+            map_ = solution.double()
+            left += float((map_ * (gram @ map_)).sum()) - 2 * float((map_ * cross).sum())
+        for bias, tokens in zip(self.biases(solution), self.tokens, strict=True):
+            left -= tokens / total * float(bias.double().square().sum())
+        return max(left, 0.0)
+
+
+def solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """matrix^-1 right for a symmetric matrix that should be positive definite (see `cholesky`)."""
+    return torch.cholesky_solve(right, cholesky(matrix))
+
+
+def cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """The lower Cholesky factor; `matrix` is raised on its diagonal, in place, until it has one."""
+    raised = 0.0
+    scale = float(matrix.diagonal().mean())
+    for attempt in range(8):
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) == 0:
+            return factor
+        more = scale * 10.0 ** (attempt - 10)
+        matrix.diagonal().add_(more - raised)
+        raised = more
+    raise PartInferError("the activations can't be fitted (their covariance is not positive): use --dtype float32")
+
+
+def refit_and_low_rank(
+    equations: NormalEquations, rows: int, ridge: float, rank: int, *, refits: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The refit and the low-rank map that together explain the error best: (solution, inner, outer).
+
+    equations: its features are first the `rows` activations, then, if rank > 0, x [H]. solution: float32 [F, H], the
+    refit (0 unless `refits`) over inner^T outer; inner, outer: float32 [r, H], the map x -> outer^T inner x, or None.
+    ridge: the pull towards 0, as a share of the features' mean variance, for activations and for x alike.
+
+    The map is reduced-rank regression (Izenman 1975) on what the activations leave of x; the refit then answers to the
+    map that was kept. Raises PartInferError for NaN or Inf.
+    """
+    gram, cross = equations.centered()
+    if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+        raise PartInferError("NaN or Inf among the activations: use --dtype float32, or leave the text out")
+    for block in (slice(0, rows), slice(rows, None)):
+        diagonal = gram.diagonal()[block]
+        if len(diagonal):
+            diagonal.add_(max(ridge, MIN_RIDGE) * float(diagonal.mean()) or 1.0)
+    h, x = slice(0, rows), slice(rows, None)
+    if not rank:
+        return (solve_symmetric(gram, cross) if refits else torch.zeros_like(cross)).float(), None, None
+    if refits:
+        both = solve_symmetric(gram[h, h], torch.cat([gram[h, x], cross[h]], dim=1))
+        from_x, from_error = both[:, : gram.shape[0] - rows], both[:, gram.shape[0] - rows :]
+        gram_x, cross_x = gram[x, x] - gram[x, h] @ from_x, cross[x] - gram[x, h] @ from_error
+    else:
+        gram_x, cross_x = gram[x, x].clone(), cross[x]
+    full = solve_symmetric(gram_x.clone(), cross_x)  # [H, H]
+    _, directions = torch.linalg.eigh(full.t() @ gram_x @ full)
+    outer = directions[:, -rank:].flip(1).t().contiguous()  # [r, H], where it predicts most
+    inner = outer @ full.t()
+    map_ = inner.t() @ outer
+    refit = from_error - from_x @ map_ if refits else cross.new_zeros(rows, cross.shape[1])
+    return torch.cat([refit, map_]).float(), inner.float().contiguous(), outer.float()
+
+
+def product_of(solution: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(left, right), float32 [L, r] and [r, H]: the product that stays nearest to what `solution` [L, H] writes.
+
+    gram: [L, L], covariance of the activations. The best approximation of h -> solution^T h of that rank.
+    """
+    full = solution.double()
+    _, directions = torch.linalg.eigh(full.t() @ gram.double() @ full)
+    right = directions[:, -rank:].flip(1).t()
+    return (full @ right.t()).float().contiguous(), right.float().contiguous()
+
+
+def best_to_keep(gram: torch.Tensor, down: torch.Tensor, keep: int, ridge: float) -> torch.Tensor:
+    """int64 [keep], best first: the neurons whose refitted rows reproduce the output of all best.
+
+    gram: float [N, N], covariance of all activations; down: [N, H]. Neurons are left out in blocks, each time those
+    with the smallest |d_i|^2 / [G^-1]_ii, the error that leaving out neuron i alone would cause after the others'
+    rows are refitted, d being the rows refitted so far: the Optimal Brain Surgeon (Hassibi and Stork 1993), for rows
+    as in ZipLM (Kurtic et al. 2023, arXiv 2302.04089).
+    """
+    size = len(gram)
+    scale = float(gram.diagonal().mean())
+    damped = gram.to(torch.float64 if size <= DOUBLE_SIZE else torch.float32, copy=True)
+    damped.diagonal().add_(max(ridge, MIN_RIDGE) * scale or 1.0)
+    inverse = torch.cholesky_inverse(cholesky(damped)).float()
+    del damped
+    rows = down.float().clone()
+    alive = torch.ones(size, dtype=torch.bool, device=gram.device)
+    block = max(1, math.ceil((size - keep) / ELIMINATION_STEPS))
+    left = size
+    while left > keep:
+        scores = _leaving_out(rows, inverse).masked_fill(~alive, math.inf)
+        out = scores.topk(min(block, left - keep), largest=False).indices
+        among = torch.linalg.inv(inverse[out][:, out].double()).float()
+        columns = inverse[:, out].clone()
+        step = columns @ among
+        rows -= step @ rows[out]
+        inverse -= step @ columns.t()
+        alive[out] = False
+        left -= len(out)
+    scores = _leaving_out(rows, inverse).masked_fill(~alive, -math.inf)
+    return scores.topk(keep).indices
+
+
+def _leaving_out(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    return rows.square().sum(1) / inverse.diagonal().clamp(min=torch.finfo(torch.float32).tiny)

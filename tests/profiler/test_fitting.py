@@ -1,0 +1,116 @@
+"""The fit of a layer on tiny models of every family, against a regression on a plain transformers model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from profiler.fitting import FitSettings, Fitter
+from profiler.layerwise import FFNWeights, LayerwiseModel, make_batches
+from tests.conftest import INTERMEDIATE, VOCABULARY
+from tests.transformers_patches.masked_reference import MaskedReference
+
+REFIT, LOWRANK, BOTH = frozenset({"refit"}), frozenset({"lowrank"}), frozenset({"refit", "lowrank"})
+RANKING = torch.randperm(INTERMEDIATE, generator=torch.Generator().manual_seed(5))
+
+
+def sequences(count: int = 12, length: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
+
+
+def make_fitter(checkpoint, settings: FitSettings, prompt: int = 25) -> Fitter:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return Fitter(LayerwiseModel(model), make_batches(sequences(), [prompt] * 12, 5), settings)
+
+
+@pytest.mark.parametrize("compensation", [REFIT, LOWRANK, BOTH])
+def test_fit_leaves_less_error_than_the_mean(checkpoint, compensation):
+    rank = 4 if "lowrank" in compensation else 0
+    fitter = make_fitter(checkpoint, FitSettings(0.7, 0.4, compensation, rank))
+    for layer in (0, 1):
+        fitted = fitter.fit(layer, RANKING)
+        assert fitted.after < 0.95 * fitted.before
+        fit = fitted.fit
+        assert (fit.down is not None) == ("refit" in compensation)
+        assert fit.rank == rank
+        gated = FFNWeights.of(fitter.model.model, layer).gate is not None
+        assert (fit.gate_size is not None) == gated
+        map_ = 2 * rank / (3 if gated else 2)
+        assert len(fit.neurons) == round(0.7 * INTERMEDIATE - map_)
+
+
+def test_choosing_the_best_leaves_less_error_than_a_random_choice(checkpoint):
+    settings = FitSettings(0.5, 0.5, REFIT, token_selection=None)
+    best = make_fitter(checkpoint, settings).fit(0, None)
+    assert best.after < make_fitter(checkpoint, settings).fit(0, RANKING).after
+    assert len(best.fit.neurons.unique()) == INTERMEDIATE // 2
+
+
+def test_everything_loaded_and_computed_changes_nothing(checkpoint):
+    fitter = make_fitter(checkpoint, FitSettings(1.0, 1.0, REFIT, ridge=0.0))
+    expected = [fitter.model.run(0, hidden) for hidden in fitter.hidden]
+    fitted = fitter.fit(0, RANKING)
+    down = FFNWeights.of(fitter.model.model, 0).down
+    assert (fitted.fit.down - down[RANKING]).abs().max() < 1e-4
+    assert fitted.fit.bias_prefill.abs().max() < 1e-4
+    assert fitted.before < 1e-9
+    for ours, dense in zip(fitter.hidden, expected, strict=True):
+        assert (ours - dense).abs().max() < 1e-3
+
+
+def test_refit_is_the_ridge_regression_of_what_is_missing(checkpoint):
+    """Prompt and decoded tokens alike, no selection: one regression with an intercept, written out with plain means."""
+    ridge = 0.1
+    fitted = make_fitter(checkpoint, FitSettings(0.6, 0.6, REFIT, token_selection=None, ridge=ridge), prompt=40)
+    fit = fitted.fit(0, RANKING).fit
+    reference = MaskedReference(checkpoint)
+    reference(torch.tensor(sequences()))
+    h = reference.seen[0][0].reshape(-1, INTERMEDIATE).double()
+    down = FFNWeights.of(fitted.model.model, 0).down.double()
+    loaded, rest = RANKING[:48], RANKING[48:]
+    missing = h[:, rest] @ down[rest]
+    centered = h[:, loaded] - h[:, loaded].mean(0)
+    covariance = centered.t() @ centered / len(h)
+    damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(48)
+    added = torch.linalg.solve(damped, centered.t() @ (missing - missing.mean(0)) / len(h))
+    assert (fit.down.double() - down[loaded] - added).abs().max() < 1e-4
+    bias = missing.mean(0) - h[:, loaded].mean(0) @ added
+    assert (fit.bias_prefill.double() - bias).abs().max() < 1e-4
+    assert torch.equal(fit.bias_prefill, fit.bias_decode)
+
+
+def test_layers_above_get_what_the_fitted_layers_below_give(checkpoint):
+    settings = FitSettings(0.6, 0.3, REFIT)
+    sequential, independent = (
+        make_fitter(checkpoint, FitSettings(0.6, 0.3, REFIT, sequential=choice)) for choice in (True, False)
+    )
+    assert torch.equal(sequential.fit(0, RANKING).fit.down, independent.fit(0, RANKING).fit.down)
+    assert not torch.equal(sequential.hidden[0], independent.hidden[0])
+    dense = make_fitter(checkpoint, settings)
+    dense.pass_through(0)
+    assert torch.equal(independent.hidden[0], dense.hidden[0])
+    assert not torch.equal(sequential.fit(1, RANKING).fit.down, independent.fit(1, RANKING).fit.down)
+
+
+def test_decoded_tokens_compute_the_kept_neurons_and_prompts_all(tiny_checkpoints, monkeypatch):
+    from profiler.simulation import SimulatedSelection
+
+    seen = []
+    apply = SimulatedSelection.apply
+
+    def spy(self, batch, h, up, gate):
+        result = apply(self, batch, h, up, gate)
+        seen.append((batch, h, result, self.counts.kept))
+        return result
+
+    monkeypatch.setattr(SimulatedSelection, "apply", spy)
+    make_fitter(tiny_checkpoints["llama"], FitSettings(0.7, 0.4, REFIT)).fit(0, RANKING)
+    for batch, h, result, kept in seen:
+        assert kept == 20  # (3 · 0.4 · 80 - 56) / 2
+        prompt, decoded = batch.prompt.flatten(), batch.decoded.flatten()
+        assert torch.equal(result[prompt], h[prompt])
+        assert ((result[decoded] != 0).sum(1) == kept).all()
+        same = result[decoded] != 0
+        assert torch.equal(result[decoded][same], h[decoded][same])

@@ -1,0 +1,115 @@
+"""The fit's linear algebra, against formulas written out."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from profiler.least_squares import NormalEquations, best_to_keep, refit_and_low_rank
+from transformers_patches.errors import PartInferError
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def equations_of(*groups: tuple[torch.Tensor, torch.Tensor]) -> NormalEquations:
+    features, errors = groups[0]
+    equations = NormalEquations(features.shape[1], errors.shape[1], len(groups), CPU)
+    for number, (f, e) in enumerate(groups):
+        for part_f, part_e in zip(f.split(7), e.split(7), strict=True):
+            equations.add(part_f, part_e, number)
+    return equations
+
+
+def test_solution_and_biases_are_those_of_a_regression_with_an_intercept_per_group():
+    first, second = random(60, 5) + 2, random(40, 5, seed=1) - 1
+    y1, y2 = random(60, 3, seed=2), random(40, 3, seed=3)
+    equations = equations_of((first, y1), (second, y2))
+    solution, inner, outer = refit_and_low_rank(equations, 5, 0.0, 0, refits=True)
+    assert inner is outer is None
+    group = torch.zeros(100, 2)
+    group[:60, 0], group[60:, 1] = 1, 1
+    expected = torch.linalg.lstsq(
+        torch.cat([torch.cat([first, second]), group], dim=1).double(), torch.cat([y1, y2]).double()
+    ).solution
+    assert torch.allclose(solution.double(), expected[:5], atol=1e-4)
+    assert torch.allclose(torch.stack(equations.biases(solution)).double(), expected[5:], atol=1e-4)
+    left = torch.cat([y1, y2]).double() - torch.cat([torch.cat([first, second]), group], dim=1).double() @ expected
+    assert equations.error(solution) == pytest.approx(float(left.square().sum() / 100), rel=1e-4)
+
+
+def test_dependent_activations_have_a_finite_solution_that_is_as_good_as_any():
+    h = random(50, 4)
+    h = torch.cat([h, h[:, :2], torch.zeros(50, 1)], dim=1)  # rank 4 of 7
+    y = h @ random(7, 3, seed=1)
+    equations = equations_of((h, y))
+    solution, _, _ = refit_and_low_rank(equations, 7, 0.0, 0, refits=True)
+    assert torch.isfinite(solution).all()
+    assert equations.error(solution) < 1e-4 * equations.error(None)
+
+
+def test_fewer_tokens_than_neurons_and_no_activation_at_all():
+    few = equations_of((random(3, 20), random(3, 2, seed=1)))
+    assert torch.isfinite(refit_and_low_rank(few, 20, 0.01, 0, refits=True)[0]).all()
+    silent = equations_of((torch.zeros(9, 4), random(9, 2)))
+    assert torch.equal(refit_and_low_rank(silent, 4, 0.0, 0, refits=True)[0], torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("refits", [True, False])
+def test_low_rank_map_finds_what_was_planted(refits):
+    h, x = random(200, 6), random(200, 8, seed=1)
+    inner, outer, rows = random(2, 8, seed=2), random(2, 4, seed=3), random(6, 4, seed=4)
+    y = (x @ inner.t()) @ outer + (h @ rows if refits else 0)
+    features = torch.cat([h, x], dim=1)
+    equations = equations_of((features, y))
+    solution, got_in, got_out = refit_and_low_rank(equations, 6, 0.0, 2, refits=refits)
+    assert got_in.shape == (2, 8)
+    assert got_out.shape == (2, 4)
+    assert torch.allclose(solution[6:], got_in.t() @ got_out, atol=1e-5)
+    assert torch.allclose(solution[6:], inner.t() @ outer, atol=1e-3)
+    assert torch.allclose(solution[:6], rows if refits else torch.zeros(6, 4), atol=1e-3)
+
+
+def test_a_higher_rank_explains_more_and_the_refit_answers_to_the_map():
+    h, x = random(300, 6), random(300, 8, seed=1)
+    y = torch.tanh(h @ random(6, 5, seed=2) + x @ random(8, 5, seed=3))
+    equations = equations_of((torch.cat([h, x], dim=1), y))
+    errors = [equations.error(refit_and_low_rank(equations, 6, 0.0, rank, refits=True)[0]) for rank in (1, 2, 4)]
+    alone = equations_of((h, y))
+    errors.insert(0, alone.error(refit_and_low_rank(alone, 6, 0.0, 0, refits=True)[0]))
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_nan_is_refused():
+    h = random(9, 4)
+    h[3, 2] = float("nan")
+    with pytest.raises(PartInferError, match="NaN or Inf among the activations"):
+        refit_and_low_rank(equations_of((h, random(9, 2))), 4, 0.0, 0, refits=True)
+
+
+def test_kept_neurons_are_near_the_best_subset():
+    h, down = random(400, 8) @ random(8, 8, seed=1), random(8, 5, seed=2)
+    gram = torch.cov(h.t(), correction=0)
+
+    def error(kept: list[int]) -> float:
+        left = [i for i in range(8) if i not in kept]
+        missing = h[:, left] @ down[left]
+        equations = equations_of((h[:, kept], missing))
+        return equations.error(refit_and_low_rank(equations, len(kept), 0.0, 0, refits=True)[0])
+
+    ranked = sorted(error(list(kept)) for kept in combinations(range(8), 5))
+    assert error(sorted(best_to_keep(gram, down, 5, 0.0).tolist())) <= ranked[2]  # of 56
+
+
+def test_a_neuron_that_others_can_stand_in_for_is_left_out():
+    h = random(300, 6)
+    h[:, 5] = h[:, 0] + h[:, 1]  # large, but redundant
+    down = random(6, 4, seed=1)
+    down[5] *= 3
+    kept = best_to_keep(torch.cov(h.t(), correction=0), down, 5, 1e-6)
+    assert len({0, 1, 5} & set(kept.tolist())) == 2

@@ -122,8 +122,9 @@ class FitCheckpoint:
 class FitRun:
     """Fits layer after layer, going on from a checkpoint if asked to.
 
-    layers: those that are sparse, with the share of each (None: that of the settings); ranking: int [layers, N], or None to choose the neurons here; settings: all that
-    decides the result, kept in the checkpoint. errors: layer -> (relative squared output error before, after).
+    layers: those that are sparse, with the share of each (None: that of the settings); ranking: int [layers, N], or
+    None to choose the neurons here; settings: all that decides the result, kept in the checkpoint; errors: layer ->
+    (relative squared output error before, after).
     """
 
     model: PreTrainedModel

@@ -188,6 +188,8 @@ def _fit(
     shares = dict.fromkeys(layers)
     if arguments.budget == "per_layer":
         shares = _spread(model, texts.batches, layers, fit_settings)
+        if not shares:
+            raise PartInferError("nothing would be left out: lower --loaded_neurons_percent or --sparsity")
     settings = {
         **identity,
         **_named(fit_settings),

@@ -297,7 +297,10 @@ def _stream_weights(
 
 
 def _read(weights: WeightSource, stored: str, out: torch.Tensor, source: Source) -> None:
-    if source.how == "columns":
+    if source.fit is not None and source.fit.down is not None:
+        out.copy_(source.fit.down)
+        source.fit.down = None  # whole rows: layer by layer, memory moves from the fit to the model
+    elif source.how == "columns":
         weights.read_columns_into(stored, out, source.neurons, source.left_out)
         if source.fit is not None:
             out.copy_(source.fit.refitted(out))

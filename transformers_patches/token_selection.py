@@ -142,7 +142,8 @@ class TokenSelection:
         """[1, H] for x [1, H]."""
         ffn = self.ffn
         read_for_all = "gate" if self.by == "gate" else "up"
-        values = kernels.project(x, rows[read_for_all], rows.get(f"{read_for_all}_bias"))
+        product = kernels.linear if ffn.kernel_activation else kernels.project
+        values = product(x, rows[read_for_all], rows.get(f"{read_for_all}_bias"))
         if self.by != "up":
             values = ffn.act_fn(values)
         best = (values.float().abs() * scale)[0].topk(ffn.plan.computed_count, sorted=False).indices

@@ -43,6 +43,11 @@ class LayerFit:
         """Of the low-rank map from x to the output; 0 without one."""
         return 0 if self.lowrank_in is None else len(self.lowrank_in)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.nbytes for item in fields(self) if (value := getattr(self, item.name)) is not None)
+
     def refitted(self, down: torch.Tensor) -> torch.Tensor:
         """The rows [L, H] that take the place of `down`, the checkpoint's own in the order of `neurons`; its type."""
         if self.down is not None:

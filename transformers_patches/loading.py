@@ -20,6 +20,7 @@ from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import native_kernels_wanted, replace_linears
 from transformers_patches.ffn_swap import Source, attach_compensation, swap_ffns
 from transformers_patches.fingerprint import fingerprint
+from transformers_patches.fit_file import FitFile
 from transformers_patches.gguf_files import gguf_config, is_gguf
 from transformers_patches.gguf_source import GGUFCheckpoint, apply_rope_factors
 from transformers_patches.kernels import QuantizedTensor
@@ -41,7 +42,7 @@ QUANTIZED_AT_ONCE = 2**21  # values that are read and quantised together, in row
 
 @dataclass
 class LoadReport:
-    """What loading cost. Bytes are of weights; dense is what the whole checkpoint holds."""
+    """What loading cost. Bytes are of weights, those of a fit file included; dense is what the whole checkpoint holds."""
 
     seconds: float
     bytes_read: int
@@ -155,19 +156,16 @@ def load_from(
     started = time.perf_counter()
     spec = ffn_spec(config)
     names = _names_in_model(weights)
-    _check_neuron_files(config, weights, names, name, dataset_neurons, model_neurons)
+    fit = find_fit(settings, dataset_neurons, model_neurons)
+    _check_files(config, weights, names, name, (dataset_neurons, model_neurons), fit)
     base = (
         (model_neurons or dataset_neurons)
         if settings.base_neurons_type == "model"
         else dataset_neurons or model_neurons
     )
-    fit = find_fit(settings, dataset_neurons, model_neurons)
-    if fit is not None:
-        fit.check_fits(
-            config.num_hidden_layers, spec.intermediate_size(config), _fingerprint(config, weights, names), name
-        )
     settings, fit = resolve_settings(settings, base, fit, config.num_hidden_layers)
     plan = build_load_plan(settings, config, dataset_neurons, model_neurons, fit)
+    fit_bytes = 0 if fit is None else sum(layer.nbytes for layer in fit.layers.values())
     device, (dtype, bits) = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
     if settings.memory_limit and device.type == "cpu":
         raise PartInferError("memory_limit moves active neurons to a GPU, but there is none: leave it out")
@@ -193,7 +191,7 @@ def load_from(
         replace_linears(model)
     report = LoadReport(
         seconds=time.perf_counter() - started,
-        bytes_read=weights.bytes_read,
+        bytes_read=weights.bytes_read + fit_bytes,
         bytes_dense=weights.total_bytes(),
         bytes_resident=weight_bytes(model),
     )
@@ -207,22 +205,30 @@ def _resolve_dtype(name: str, config: PretrainedConfig) -> tuple[torch.dtype, in
     return ((config.dtype or torch.float32) if name == "auto" else getattr(torch, name)), None
 
 
-def _fingerprint(config: PretrainedConfig, weights: WeightSource, names: dict[str, str]) -> str:
+def _check_files(
+    config: PretrainedConfig,
+    weights: WeightSource,
+    names: dict[str, str],
+    model_name: str,
+    neuron_files: tuple[NeuronFile | None, ...],
+    fit: FitFile | None,
+) -> None:
+    """Raise PartInferError unless the files that are given belong to the model."""
+
     def read(name: str) -> torch.Tensor:
         stored = names[name]
         values = torch.empty(weights.shape(stored))
         weights.read_into(stored, values)
         return values
 
-    return fingerprint(config, read)
-
-
-def _check_neuron_files(config, weights: WeightSource, names: dict[str, str], model_name: str, *files) -> None:
-    given = [file for file in files if file is not None]
-    if given:
-        ours = _fingerprint(config, weights, names)
-        for file in given:
-            file.check_fits(config, ours, model_name)
+    given = [file for file in neuron_files if file is not None]
+    if not given and fit is None:
+        return
+    ours = fingerprint(config, read)
+    for file in given:
+        file.check_fits(config, ours, model_name)
+    if fit is not None:
+        fit.check_fits(config.num_hidden_layers, ffn_spec(config).intermediate_size(config), ours, model_name)
 
 
 def _names_in_model(weights: WeightSource) -> dict[str, str]:

@@ -144,6 +144,19 @@ def test_compensation_is_counted_as_weights(tiny_checkpoints, tmp_path):
     assert ours.report.bytes_resident == plain.report.bytes_resident + added
 
 
+def test_refitted_rows_are_read_instead_of_the_checkpoints(tiny_checkpoints, tmp_path):
+    fit, path = save_pair(tmp_path, "refit")
+    read = {
+        compensation: load_model(
+            tiny_checkpoints["llama"],
+            PartInferConfig(dataset_neurons_filepath=path, compensation=compensation, **SETTINGS),
+        ).report.bytes_read
+        for compensation in ("refit", "none")
+    }
+    down = 4 * INTERMEDIATE * HIDDEN * 4  # 4 layers, float32: columns are read as whole tensors
+    assert read["refit"] == read["none"] - down + sum(layer.nbytes for layer in fit.layers.values())
+
+
 def test_every_layer_can_have_its_own_budget(tiny_checkpoints, tmp_path):
     fit, path = save_pair(tmp_path, "refit", layers=range(LAYERS), layer_sparsity='{"0": 0.6, "1": 0.5, "2": 0.4, '
                           '"3": 0.4, "4": 0.3, "5": 0.3}')  # fmt: skip

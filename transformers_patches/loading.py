@@ -124,7 +124,7 @@ def load_model(
     dataset_neurons: NeuronFile | None = None,
     model_neurons: NeuronFile | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint folder or GGUF file as the settings say: only planned neurons of the sparse layers, all other weights whole.
+    """Load a checkpoint folder or GGUF file as the settings say: of sparse layers only planned neurons, all else whole.
 
     Neuron files that are not given are read from the paths in the settings, if there are any. Raises PartInferError
     for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.

@@ -125,7 +125,7 @@ def test_native_kernels_give_the_logits_of_the_torch_path(native, family, dtype,
     assert any(module.native for module in fast.model.modules() if isinstance(module, QuantizedLinear))
     for number, (a, b) in enumerate(zip(run(fast.model, all_passes), run(plain.model, all_passes), strict=True)):
         real = all_passes[0][1]["attention_mask"].bool() if number == 0 else slice(None)
-        assert (a - b).float()[real].norm() < 0.06 * b.float()[real].norm()
+        assert (a - b).float()[real].norm() < 0.12 * b.float()[real].norm()
 
 
 @pytest.mark.parametrize("dtype", BITS)

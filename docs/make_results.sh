@@ -83,8 +83,8 @@ all_perplexities() {
 }
 
 case $SIZE in
-    full) TEXTS=160 PAIRS=80 QUESTIONS=48 ANSWERS=80 CHOICES=32 FEW=20 WINDOWS=32 ;;
-    small) TEXTS=64 PAIRS=24 QUESTIONS=16 ANSWERS=24 CHOICES=6 FEW=8 WINDOWS=12 ;;
+    full) TEXTS=160 PAIRS=80 QUESTIONS=48 ANSWERS=80 CHOICES=32 FEW=20 WINDOWS=24 ;;
+    small) TEXTS=64 PAIRS=24 QUESTIONS=16 ANSWERS=24 CHOICES=6 FEW=8 WINDOWS=6 ;;
     *) echo "error: SIZE must be full or small, got $SIZE" >&2 && exit 2 ;;
 esac
 [ $# -gt 0 ] || set -- profile tasks perplexity

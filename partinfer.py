@@ -16,6 +16,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.neuron_lookup import TASK_TYPES, find_neuron_files
 
 DEMO_MODEL = "smollm2-135m"
+FUNCTIONS = ("normal", "chat", "predefined_prompts", "pack")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     PartInferConfig.add_arguments(parser)
     add("--mask_filepath", metavar="FILE", help="write the load plan that was used, as JSON")
     task = parser.add_argument_group("what to do")
-    task.add_argument("--function", choices=("normal", "chat", "predefined_prompts"), default="normal")
+    task.add_argument("--function", choices=FUNCTIONS, default="normal", help="pack writes --output")
+    task.add_argument("--output", metavar="FOLDER", help="of --function pack: the planned neurons, to load them faster")
     task.add_argument("--task_type", choices=TASK_TYPES, default="QA")
     task.add_argument("--prompt", help="the text; - reads standard input (a predefined prompt)")
     task.add_argument("--num_fewshot", type=int, help="worked examples before the prompt (0; 3 for base models)")
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = cli.parse_with_config(parser, argv)
     try:
         settings = _settings(arguments)
+        _check_output(arguments)
     except PartInferError as error:
         parser.error(str(error))
     # heavy imports only now: --help and wrong usage answer at once
@@ -70,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     folder = _checkpoint_folder(arguments)
     settings = _with_neuron_files(settings, folder, arguments)
+    if arguments.function == "pack":
+        return _pack(settings, folder, arguments)
     runner = Runner(folder, settings, options, arguments)
     if arguments.mask_filepath:
         runner.loaded.plan.save(arguments.mask_filepath)
@@ -89,6 +94,26 @@ def _settings(arguments: argparse.Namespace) -> PartInferConfig:
     return PartInferConfig.from_arguments(arguments)
 
 
+def _check_output(arguments: argparse.Namespace) -> None:
+    if arguments.function == "pack" and not arguments.output:
+        raise PartInferError("--function pack writes a folder: name it with --output FOLDER")
+    if arguments.output and arguments.function != "pack":
+        raise PartInferError(f"--output belongs to --function pack, got --function {arguments.function}")
+
+
+def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> int:
+    """Write the planned neurons to a folder of their own, and say how big it is."""
+    from transformers_patches.packing import write_pack
+
+    made = write_pack(folder, arguments.output, settings)
+    if arguments.json:
+        sizes = {name: made[name] for name in ("settings", "dtype", "bytes", "bytes_dense")}
+        print(json.dumps({"output": arguments.output, **sizes}))
+    elif not arguments.quiet:
+        print(f"{arguments.output}: {made['bytes'] / 1e6:.0f} of {made['bytes_dense'] / 1e6:.0f} MB", file=sys.stderr)
+    return cli.DONE
+
+
 def _checkpoint_folder(arguments: argparse.Namespace) -> Path:
     """Where the model is; PartInferError with the command that fetches it if it is not there."""
     if arguments.checkpoint_path:
@@ -105,7 +130,12 @@ def _checkpoint_folder(arguments: argparse.Namespace) -> Path:
 
 
 def _with_neuron_files(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
-    """Fill in the neuron files that the settings need and do not name."""
+    """Fill in the neuron files that the settings need and do not name; a pack has its own, and what it was made with."""
+    from transformers_patches.packing import is_pack, pack_settings
+
+    if is_pack(folder):
+        made = {name: value for name, value in pack_settings(folder).items() if getattr(arguments, name) is None}
+        return PartInferConfig.from_arguments(argparse.Namespace(**(vars(arguments) | made)))
     if settings.dataset_neurons_filepath or settings.model_neurons_filepath or not settings.needs_neuron_files:
         return settings
     from transformers_patches.model_files import model_name

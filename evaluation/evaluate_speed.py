@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint_path", metavar="FOLDER", help="the model's folder, instead of --model_name")
     add("--random_weights", metavar="NAME", help="random weights instead of a model: a known shape, or a config.json")
+    add("--dtypes", metavar="LIST", help="several types of weights in one run, such as bfloat16,int8,int4, for --dtype")
     add(
         "--compare", default="", help="llama.cpp, or with its own weights llama.cpp:q8_0, llama.cpp:q4_0; may be a list"
     )
@@ -84,7 +86,20 @@ def _methods(arguments: argparse.Namespace) -> tuple[bool, list[Configuration]]:
     names = [name.strip() for name in arguments.method.split(",")]
     ours = [name for name in names if name != TRANSFORMERS]
     arguments.method = ",".join(ours)
-    return TRANSFORMERS in names, build_grid(arguments) if ours else []
+    return TRANSFORMERS in names, _grid(arguments) if ours else []
+
+
+def _grid(arguments: argparse.Namespace) -> list[Configuration]:
+    """The configurations, once for each of --dtypes."""
+    if arguments.dtypes is None:
+        return build_grid(arguments)
+    if arguments.dtype is not None:
+        raise PartInferError("give --dtype or --dtypes")
+    grid = []
+    for dtype in arguments.dtypes.split(","):
+        points = build_grid(argparse.Namespace(**{**vars(arguments), "dtype": dtype.strip()}))
+        grid += [dataclasses.replace(point, label=f"{point.label} {dtype.strip()}") for point in points]
+    return grid
 
 
 def _compared(arguments: argparse.Namespace) -> list[str | None]:

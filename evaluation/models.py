@@ -17,6 +17,7 @@ from transformers_patches.loading import LoadedModel, load_model, read_config
 from transformers_patches.model_files import model_name
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.neuron_lookup import NEURON_FILES, find_neuron_files
+from transformers_patches.packing import is_pack
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +44,8 @@ def find_rankings(settings: PartInferConfig, folder: Path, task_type: str | None
     those of the model and task in neuron_files/. Raises PartInferError if one is needed and there is none.
     """
     paths = {"dataset_neurons": settings.dataset_neurons_filepath, "model_neurons": settings.model_neurons_filepath}
+    if is_pack(folder) and not any(paths.values()):
+        return {}  # it has its own
     if settings.needs_neuron_files and not any(paths.values()):
         found = find_neuron_files(model_name(folder), task_type)
         paths = {"dataset_neurons": found.dataset, "model_neurons": found.model}

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from transformers_patches.errors import PartInferError
 
-CHUNK_BYTES = 32 * 2**20  # what one read maps at most, so that peak memory stays near the tensors that are kept
+CHUNK_BYTES = 8 * 2**20  # what one read maps at most, so that peak memory stays near the tensors that are kept
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Checkpoint:
         self.bytes_read = 0
         self._files = self._find_files()
         self._headers: dict[str, tuple[tuple[int, ...], int]] = {}
+        self._places: dict[Path, tuple[int, dict]] = {}
 
     def _find_files(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -130,6 +131,8 @@ class Checkpoint:
 
         out: the tensor's shape, or [len(rows), …]; rows: int64 indices into dimension 0, checked by the caller.
         """
+        if rows is None and self._read_directly(name, out):
+            return
         if out.ndim == 0 or (rows is None and self.nbytes(name) <= CHUNK_BYTES):
             with self._open(self._files[name]) as file:
                 out.copy_(file.get_tensor(name))
@@ -151,6 +154,43 @@ class Checkpoint:
             out[places.to(out.device)] = part.to(out.device, out.dtype)
         self.bytes_read += row_bytes * len(rows)
 
+    def _read_directly(self, name: str, out: torch.Tensor) -> bool:
+        """Read a whole tensor from the file into `out` without mapping it; False if it has to be converted."""
+        place = self._place(name)
+        if (
+            place is None
+            or out.dtype != place[0]
+            or out.device.type != "cpu"
+            or not out.is_contiguous()
+            or not out.numel()
+        ):
+            return False
+        _, start, size = place
+        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        with open(self._files[name], "rb", buffering=0) as file:
+            file.seek(start)
+            done = 0
+            while done < size:
+                read = file.readinto(view[done : done + CHUNK_BYTES])
+                if not read:
+                    raise PartInferError(f"{self._files[name]} can't be read (truncated?); fetch the model again")
+                done += read
+        self.bytes_read += size
+        return True
+
+    def _place(self, name: str) -> tuple[torch.dtype, int, int] | None:
+        """(type, first byte in the file, bytes) of a tensor; None for a type that PyTorch has not."""
+        path = self._files[name]
+        if path not in self._places:
+            with self._open(path), open(path, "rb") as file:  # safetensors checks the header first
+                size = int.from_bytes(file.read(8), "little")
+                self._places[path] = (8 + size, json.loads(file.read(size)))
+        data, header = self._places[path]
+        if name not in header or header[name]["dtype"] not in _DTYPES:
+            return None
+        first, last = header[name]["data_offsets"]
+        return _DTYPES[header[name]["dtype"]], data + first, last - first
+
     def read_columns_into(
         self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
     ) -> None:
@@ -170,6 +210,18 @@ class Checkpoint:
                 del block  # it keeps the file mapped
             out[:, start : start + step] = part.t().to(out.device, out.dtype)
         self.bytes_read += self.nbytes(name)
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def _element_size(dtype: str) -> int:

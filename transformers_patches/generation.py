@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import LoadedModel
+from transformers_patches.one_token import new_cache
 
 Sink = Callable[[str], None]
 
@@ -83,7 +84,7 @@ class Conversation:
     cache: Cache | None = None
     token_ids: list[int] = field(default_factory=list)
 
-    def prepare(self, prompt: list[int]) -> Cache:
+    def prepare(self, prompt: list[int], model: PreTrainedModel) -> Cache:
         """A cache that holds a true prefix of the prompt, at least one token less than it."""
         common = 0
         for ours, theirs in zip(self.token_ids, prompt[:-1], strict=False):
@@ -96,7 +97,7 @@ class Conversation:
             else:
                 self.cache.crop(common - len(self.token_ids))
         if self.cache is None or not common:
-            self.cache = DynamicCache()
+            self.cache = new_cache(model)
         self.token_ids = prompt[:common]
         return self.cache
 
@@ -121,7 +122,7 @@ def generate(
     """
     _check_length(loaded, prompt_ids)
     conversation = conversation or Conversation()
-    cache = conversation.prepare(prompt_ids)
+    cache = conversation.prepare(prompt_ids, loaded.model)
     cached = len(conversation.token_ids)
     config = options.generation_config(loaded.model.generation_config)
     if config.pad_token_id is None:
@@ -168,7 +169,7 @@ def generate_ids(
         return loaded.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=DynamicCache() if cache is None else cache,
+            past_key_values=new_cache(loaded.model) if cache is None else cache,
             generation_config=config,
             streamer=streamer,
             **options,

@@ -27,6 +27,8 @@ from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load_plan import LoadPlan, build_load_plan
 from transformers_patches.model_files import model_name, open_weights
 from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.one_token import speed_up_one_token
+from transformers_patches.packing import Pack
 from transformers_patches.phase import RequestState
 from transformers_patches.quantized import (
     QuantizedEmbedding,
@@ -36,6 +38,7 @@ from transformers_patches.quantized import (
     weight_places,
 )
 from transformers_patches.resolve import find_fit, resolve_settings
+from transformers_patches.weight_memory import WeightMemory, give_back_freed
 
 QUANTIZED_AT_ONCE = 2**21  # values that are read and quantised together, in row chunks
 
@@ -124,7 +127,7 @@ def load_model(
     dataset_neurons: NeuronFile | None = None,
     model_neurons: NeuronFile | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint folder or GGUF file as the settings say: of sparse layers only planned neurons, all else whole.
+    """Load a checkpoint folder, pack or GGUF file as the settings say: of sparse layers planned neurons, all else whole.
 
     Neuron files that are not given are read from the paths in the settings, if there are any. Raises PartInferError
     for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.
@@ -136,6 +139,9 @@ def load_model(
     if model_neurons is None and settings.model_neurons_filepath:
         model_neurons = NeuronFile.load(settings.model_neurons_filepath)
     weights = open_weights(folder)
+    if isinstance(weights, Pack) and dataset_neurons is None and model_neurons is None:
+        files = weights.neuron_files()
+        dataset_neurons, model_neurons = files.get("dataset_neurons"), files.get("model_neurons")
     loaded = load_from(weights, config, settings, dataset_neurons, model_neurons, model_name(folder))
     if isinstance(weights, GGUFCheckpoint):
         apply_rope_factors(loaded.model, weights)
@@ -184,11 +190,14 @@ def load_from(
         device,
         intermediate_size=plan.intermediate_size,
         keep_on_cpu=settings.memory_limit,
+        memory=WeightMemory(huge_pages=native),
     )
+    give_back_freed()
     attach_compensation(state.layers, plan, settings, sources, fit, device, dtype)
     state.attach(model)
     if native:
         replace_linears(model)
+        speed_up_one_token(model)
     report = LoadReport(
         seconds=time.perf_counter() - started,
         bytes_read=weights.bytes_read + fit_bytes,
@@ -256,6 +265,7 @@ def _stream_weights(
     *,
     intermediate_size: int,
     keep_on_cpu: bool,
+    memory: WeightMemory,
 ) -> None:
     """Give every parameter memory on its device, and read it. Nothing may be left over on either side."""
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
@@ -275,7 +285,7 @@ def _stream_weights(
         if isinstance(place, QuantizedWeight):
             values = _read_quantized(weights, stored, place, source, target)
         else:
-            values = torch.empty(place.shape, dtype=place.dtype, device=target)
+            values = memory.empty(place.shape, place.dtype, target)
             _read(weights, stored, values, source)
         if target.type == "cpu" and device.type == "cuda":
             values = values.pin_memory()

@@ -10,6 +10,7 @@ from transformers_patches.checkpoint import Checkpoint, WeightSource
 from transformers_patches.errors import PartInferError
 from transformers_patches.gguf_files import gguf_model_name, gguf_tokenizer, is_gguf
 from transformers_patches.gguf_source import GGUFCheckpoint
+from transformers_patches.packing import Pack, is_pack
 
 
 def model_name(path: str | Path) -> str:
@@ -29,5 +30,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def open_weights(path: str | Path) -> WeightSource:
-    """The tensors of a checkpoint folder or GGUF file; PartInferError if they are not there or damaged."""
-    return GGUFCheckpoint(path) if is_gguf(path) else Checkpoint(path)
+    """The tensors of a checkpoint folder, pack or GGUF file; PartInferError if they are not there or damaged."""
+    if is_gguf(path):
+        return GGUFCheckpoint(path)
+    return Pack(path) if is_pack(path) else Checkpoint(path)

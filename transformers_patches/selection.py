@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from transformers_patches import kernels
 from transformers_patches.load_plan import LayerPlan
 
 
@@ -21,8 +22,7 @@ def core_neuron_counts(h: torch.Tensor, token_sparsity: float) -> torch.Tensor:
     k = min(int(token_sparsity * positives / tokens), loaded)
     if k == 0:
         return counts
-    values, marked = h.topk(k, dim=1, sorted=False)
-    return counts.scatter_add_(0, marked.flatten(), (values > 0).flatten().long())
+    return kernels.core_counts(h, k)
 
 
 def select_active(counts: torch.Tensor, plan: LayerPlan) -> torch.Tensor:

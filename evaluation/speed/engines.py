@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -35,10 +37,14 @@ class PartInferEngine:
         self.variants = [job.label]
         self.loaded = _load(job)
         self.load_s = self.loaded.report.seconds
+        self._selection = _SelectionClock(self.loaded)
+        self._selection_seconds: list[float] = []  # of each run since the facts were asked for
 
     def run(self, variant: str, prompts: list[list[int]], new_tokens: int) -> Timing:
         watch = Stopwatch()
+        self._selection.seconds = 0.0
         generate_ids(self.loaded, torch.tensor(prompts, device=self.loaded.device), greedy(new_tokens), watch)
+        self._selection_seconds.append(self._selection.seconds)
         return watch.timing()
 
     def facts(self, variant: str) -> dict:
@@ -46,7 +52,9 @@ class PartInferEngine:
         settings = self.loaded.settings
         steps = counts["decoded_tokens"] * max(1, len(self.loaded.state.layers))
         self.loaded.reset_counters()
+        selection, self._selection_seconds = statistics.median(self._selection_seconds or [0.0]), []
         return {
+            "selection_s": selection,
             "sparsity": settings.sparsity if settings.computes_sparsely else None,
             "loaded_neurons_percent": plan.loaded_fraction,
             "computed_neurons_percent": counts["ffn_bytes_fraction"],
@@ -55,6 +63,23 @@ class PartInferEngine:
             "weight_bytes_resident": counts["weight_bytes_resident"],
             "weight_bytes_per_token": counts["bytes_per_token"],
         }
+
+
+class _SelectionClock:
+    """Counts the seconds in which layers take evidence of a prompt and choose neurons by it."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.seconds = 0.0
+        for layer in loaded.state.layers:
+            layer.observe = self._timed(layer.observe)
+
+    def _timed(self, observe: Callable) -> Callable:
+        def timed(*arguments) -> None:
+            started = time.perf_counter()
+            observe(*arguments)
+            self.seconds += time.perf_counter() - started
+
+        return timed
 
 
 def _load(job: Job) -> LoadedModel:
@@ -68,7 +93,7 @@ def _load(job: Job) -> LoadedModel:
     if settings.needs_neuron_files:
         seed = job.seed + METHODS[job.configuration.method].random  # its own ranking, though all are random here
         ranking = random_ranking(config, ffn_spec(config).intermediate_size(config), seed)
-    weights = RandomWeights(config, getattr(torch, job.dtype), job.seed)
+    weights = RandomWeights(config, getattr(torch, job.float_dtype), job.seed)
     return load_from(weights, config, settings, ranking, ranking, job.shape)
 
 
@@ -83,7 +108,7 @@ class TransformersEngine:
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
         started = time.perf_counter()
-        device, dtype = resolve_device(job.device), getattr(torch, job.dtype)
+        device, dtype = resolve_device(job.device), getattr(torch, job.float_dtype)
         if job.folder is not None:
             model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype, local_files_only=True)
         else:

@@ -14,14 +14,15 @@ from evaluation.methods import Configuration
 class Job:
     """One model in one process.
 
-    engine: partinfer | transformers | llama.cpp; label: of its row; dtype: of the weights, by PyTorch's name (of a GGUF:
-    by its own name); folder: the checkpoint, or shape: random weights of this shape; configuration: what partinfer is
+    engine: partinfer | transformers | llama.cpp; label: of its row; dtype: of the weights, as --dtype names it (of a GGUF:
+    by its own name); float_dtype: the type of random weights, and of those that transformers loads; folder: the checkpoint, or shape: random weights of this shape; configuration: what partinfer is
     loaded with; gguf: the file that llama.cpp reads, and what one token reads of it.
     """
 
     engine: str
     label: str
     dtype: str
+    float_dtype: str
     folder: Path | None
     shape: str | None
     threads: int

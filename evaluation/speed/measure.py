@@ -25,7 +25,7 @@ from transformers_patches.loading import build_on_meta, read_config, resolve_dev
 from transformers_patches.model_files import load_tokenizer, open_weights
 from transformers_patches.random_weights import RandomWeights, shape_config
 
-DENSE = "dense"  # the label that the others are compared to
+LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # that hold the same bits as ours
 MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of a process: PyTorch, the cache, activations
 
 
@@ -79,9 +79,9 @@ class Measurement:
 
     def rows(self, grid: list[Configuration], with_transformers: bool, compared: list[str | None]) -> list[dict]:
         """A row per configuration, two for transformers, one for each type of llama.cpp's weights."""
-        jobs = [self._job("partinfer", point.label, configuration=point) for point in grid]
+        jobs = [self._job("partinfer", p.label, self._dtype(p.settings.dtype), configuration=p) for p in grid]
         if with_transformers:
-            jobs.append(self._job("transformers", "transformers"))
+            jobs.append(self._job("transformers", "transformers", self._float_dtype()))
         jobs += self._llama_cpp_jobs(compared)
         with _workers(jobs) as workers:
             subjects = [(worker, variant) for worker in workers for variant in worker.variants]
@@ -92,12 +92,13 @@ class Measurement:
                 for (worker, variant), mine in zip(subjects, timings.values(), strict=True)
             ]
 
-    def _job(self, engine: str, label: str, dtype: str | None = None, **options) -> Job:
+    def _job(self, engine: str, label: str, dtype: str, **options) -> Job:
         arguments = self.arguments
         return Job(
             engine,
             label,
-            dtype or self._dtype(),
+            dtype,
+            self._float_dtype(),
             self.folder,
             arguments.random_weights,
             self.conditions["threads"],
@@ -108,9 +109,13 @@ class Measurement:
             **options,
         )
 
-    def _dtype(self) -> str:
-        given = self.arguments.dtype or "auto"
+    def _dtype(self, given: str) -> str:
         return str(self.config.dtype or torch.float32).removeprefix("torch.") if given == "auto" else given
+
+    def _float_dtype(self) -> str:
+        """The type of what is not quantised."""
+        given = self.arguments.dtype or "auto"
+        return self._dtype("auto" if given.startswith("int") else given)
 
     def _llama_cpp_jobs(self, compared: list[str | None]) -> list[Job]:
         if not compared:
@@ -121,7 +126,8 @@ class Measurement:
 
         jobs = []
         for kind in compared:
-            dtype = kind or self._dtype()
+            own = self._dtype(self.arguments.dtype or "auto")
+            dtype = kind or LLAMA_CPP_TYPES.get(own, own)
             path = self.scratch / f"{dtype}.gguf"
             weights = open_weights(self.folder) if self.folder else self._random_weights()
             per_token = write_gguf(path, weights, self.config, dtype)
@@ -129,7 +135,7 @@ class Measurement:
         return jobs
 
     def _random_weights(self) -> RandomWeights:
-        return RandomWeights(self.config, getattr(torch, self._dtype()), self.arguments.seed)
+        return RandomWeights(self.config, getattr(torch, self._float_dtype()), self.arguments.seed)
 
     def _measure(self, subjects: list[tuple[Worker, str]]) -> tuple[dict[str, list[Timing]], float]:
         """Timings by label, one for each round, and the median of the rounds' probes in bytes per second."""
@@ -162,6 +168,10 @@ class Measurement:
             seconds.append(start.elapsed_time(end) / 1e3)
         return buffer.nbytes / min(seconds)
 
+    def _dense(self, timings: dict[str, list[Timing]]) -> list[Timing] | None:
+        """Of the first dense model of this project: what the others are compared to."""
+        return next((mine for label, mine in timings.items() if label.partition(" ")[0] == "dense"), None)
+
     def _row(
         self, worker: Worker, variant: str, mine: list[Timing], timings: dict[str, list[Timing]], probe: float
     ) -> dict:
@@ -173,7 +183,7 @@ class Measurement:
             "method": configuration.method if configuration else job.engine,
             "dtype": job.dtype,
             **measured_row(mine, worker.facts(variant), probe, len(self.prompts), conditions["prompt_length"]),
-            "speedup_over_dense": speedup(mine, timings.get(DENSE)),
+            "speedup_over_dense": speedup(mine, self._dense(timings)),
             **{name: conditions[name] for name in names},
         }
 
@@ -199,7 +209,7 @@ def _check_memory(job: Job, loaded: int) -> None:
     if job.gguf is not None:
         needed = os.path.getsize(job.gguf)
     else:
-        needed = _weight_bytes(read_config(job.folder) if job.folder else shape_config(job.shape), job.dtype)
+        needed = _weight_bytes(read_config(job.folder) if job.folder else shape_config(job.shape), job.float_dtype)
     free = _available_memory()
     if free is not None and needed + MEMORY_BESIDE_WEIGHTS > free:
         raise PartInferError(

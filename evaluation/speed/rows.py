@@ -11,6 +11,7 @@ COLUMNS = (
     *("label", "method", "model", "dtype", "sparsity", "loaded_neurons_percent", "computed_neurons_percent"),
     *("neurons_per_layer_and_token", "sparse_layers", "decode_tokens_per_second", "decode_tokens_per_second_min"),
     *("decode_tokens_per_second_max", "prefill_tokens_per_second", "time_to_first_token_s", "load_s"),
+    *("selection_s", "selection_share_of_prefill"),
     *("weight_bytes_resident", "weight_bytes_per_token", "gigabytes_per_second", "probe_gigabytes_per_second"),
     *("share_of_probe", "peak_memory_bytes", "speedup_over_dense", "batch_size", "prompt_length", "new_tokens"),
     *("repetitions", "threads", "settings"),
@@ -24,6 +25,7 @@ _TABLE = {  # heading: how a row says it
     "GB/token": lambda r: f"{r['weight_bytes_per_token'] / 1e9:.3f}",
     "load s": lambda r: f"{r['load_s']:.2f}",
     "first token s": lambda r: f"{r['time_to_first_token_s']:.3f}",
+    "choosing": lambda r: _optional(r["selection_share_of_prefill"], ".1%"),
     "prefill tok/s": lambda r: f"{r['prefill_tokens_per_second']:.0f}",
     "decode tok/s (min to max)": lambda r: (
         f"**{r['decode_tokens_per_second']:.2f}** ({r['decode_tokens_per_second_min']:.2f} to "
@@ -49,6 +51,7 @@ def measured_row(timings: Sequence[Timing], facts: dict, probe: float, batch: in
     decode = [timing.decode_steps_per_second * batch for timing in timings]
     first = statistics.median(timing.first_token_s for timing in timings)
     speed = statistics.median(decode)
+    selection = facts.get("selection_s")
     reached = speed * facts["weight_bytes_per_token"] if batch == 1 else None
     return {
         "decode_tokens_per_second": speed,
@@ -56,6 +59,7 @@ def measured_row(timings: Sequence[Timing], facts: dict, probe: float, batch: in
         "decode_tokens_per_second_max": max(decode),
         "prefill_tokens_per_second": batch * prompt_length / first,
         "time_to_first_token_s": first,
+        "selection_share_of_prefill": None if selection is None else selection / first,
         "gigabytes_per_second": None if reached is None else reached / 1e9,
         "probe_gigabytes_per_second": probe / 1e9,
         "share_of_probe": None if reached is None else reached / probe,

@@ -36,7 +36,15 @@ PROMPT = [list(range(3, 11))]
 
 
 def job(engine: str, folder: Path | None = None, **options) -> Job:
-    values = {"label": "it", "dtype": "float32", "shape": None, "threads": 1, "device": "cpu", "seed": 0}
+    values = {
+        "label": "it",
+        "dtype": "float32",
+        "float_dtype": "float32",
+        "shape": None,
+        "threads": 1,
+        "device": "cpu",
+        "seed": 0,
+    }
     return Job(engine=engine, folder=folder, **(values | options))
 
 
@@ -58,6 +66,7 @@ def test_methods_and_settings_in_one_run(model_folder, ranking_paths, tmp_path):
             row["weight_bytes_per_token"] * row["decode_tokens_per_second"]
         )
     assert rows["dense"]["speedup_over_dense"] == 1
+    assert rows["dense"]["selection_s"] == 0 < rows["partinfer sparsity=0.5"]["selection_share_of_prefill"] < 1
     assert rows["dense"]["computed_neurons_percent"] == 1
     assert rows["partinfer sparsity=0.5"]["computed_neurons_percent"] == pytest.approx(0.5)
     assert rows["partinfer sparsity=0.35"]["neurons_per_layer_and_token"] == round(0.35 * 80)
@@ -85,6 +94,17 @@ def test_random_weights_count_what_is_computed(tmp_path):
         assert plain.facts(DEFAULT)[name] == own.facts("it")[name] > facts[name]
     ours, theirs = own.loaded.model, plain.model
     assert all(map(torch.equal, ours.parameters(), theirs.parameters())), "the same random weights for each engine"
+
+
+def test_types_of_weights_are_measured_together(tmp_path):
+    AutoConfig.for_model("llama", **FAMILY_CONFIGS["llama"][1]).save_pretrained(tmp_path)
+    run = [f"--random_weights={tmp_path / 'config.json'}", "--dtypes=bfloat16,int8", "--method=dense", "--cpu_only"]
+    run += ["--prompt_length=4", "--num_tokens_to_generate=3", "--repetitions=1", f"--json={tmp_path / 'it.json'}"]
+    assert main(run) == 0
+    rows = json.loads((tmp_path / "it.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["label"], row["dtype"]) for row in rows] == [("dense bfloat16", "bfloat16"), ("dense int8", "int8")]
+    assert rows[0]["weight_bytes_per_token"] > 1.5 * rows[1]["weight_bytes_per_token"]
+    assert rows[0]["speedup_over_dense"] == 1
 
 
 def test_transformers_has_two_rows(model_folder):

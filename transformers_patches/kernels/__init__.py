@@ -10,18 +10,25 @@ import torch
 from torch import Tensor
 
 from transformers_patches.kernels import blockwise, quantization, reference
+from transformers_patches.kernels import layer as _layer
 from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
+from transformers_patches.kernels.layer import Projections
 from transformers_patches.kernels.quantization import GROUP, QuantizedTensor
 
 __all__ = [
     "GROUP",
+    "Projections",
     "QuantizedTensor",
-    "advise_huge_pages",
     "Weight",
+    "add_norm",
+    "advise_huge_pages",
+    "attention_step",
     "available",
     "bandwidth_probe",
     "combine",
+    "core_counts",
+    "dense_ffn",
     "dequantize",
     "linear",
     "project",
@@ -203,6 +210,64 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32, out:
     out = torch.empty(weight.shape, dtype=dtype) if out is None else out
     ops.dequantize(weight.data, weight.scales, weight.bits, out)
     return out
+
+
+def attention_step(
+    x: Tensor,
+    delta: Tensor | None,
+    norm: Tensor,
+    next_norm: Tensor,
+    projections: Projections,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """A decoder layer up to its FFN, for one token: (y, its norm) with y = x + delta + attention(norm(x + delta)).
+
+    x, delta [1, 1, H], delta may be None; norm, next_norm [H], q_norm, k_norm [D] or None: RMSNorm weights;
+    projections: q, k, v and o; cosine, sine [1, 1, D]: the position's rotary embedding; keys, values [1, heads,
+    capacity, D], contiguous, filled up to `length`: the token's are written there; window: how many positions are
+    seen, 0 for all. Everything has x's type, quantised projections excepted. Raises ValueError for what doesn't fit.
+    """
+    ops = _LIBRARY.get()
+    rest = (q_norm, k_norm, eps, cosine, sine, keys, values, length, window, scale)
+    if ops is None or not x.is_cpu:
+        return _layer.attention_step(x, delta, norm, next_norm, projections, *rest)
+    weights = (projections.weights, projections.scales, projections.biases, projections.bits)
+    return ops.attention_step(x, delta, norm, next_norm, *weights, *rest)
+
+
+def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
+    """The gated FFN of a layer that is computed whole, for one token x [1, 1, H]; projections: gate, up and down."""
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu:
+        return _layer.dense_ffn(x, projections, activation)
+    return ops.dense_ffn(x, projections.weights, projections.scales, projections.biases, projections.bits, activation)
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x + delta, both [1, 1, H], with weight [H]."""
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu:
+        return _layer.rms_norm(x + delta, weight, eps)
+    return ops.add_norm(x, delta, weight, eps)
+
+
+def core_counts(h: Tensor, k: int) -> Tensor:
+    """How many tokens have each neuron among their k largest activations above 0: int64 [L] from h [T, L].
+
+    Native only if something else has loaded the kernels already; equal values may then be marked otherwise than by PyTorch.
+    """
+    if _LIBRARY.ops is None or not h.is_cpu or k < 1:
+        return reference.core_counts(h, k)
+    return _LIBRARY.ops.core_counts(h, k)
 
 
 def bandwidth_probe(nbytes: int = 256 << 20, repetitions: int = 8) -> float:

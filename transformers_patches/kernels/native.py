@@ -95,6 +95,10 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"partinfer::{name}")(lambda *_: None)
     for name in ("linear", "quant_linear"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
+    torch.library.register_fake("partinfer::core_counts")(lambda h, _: h.new_empty(h.shape[1], dtype=torch.int64))
+    for name in ("dense_ffn", "add_norm"):
+        torch.library.register_fake(f"partinfer::{name}")(lambda x, *_: torch.empty_like(x))
+    torch.library.register_fake("partinfer::attention_step")(lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
     for name in ("sparse_ffn_by_up", "quant_sparse_ffn_by_up"):
         torch.library.register_fake(f"partinfer::{name}")(
             lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.int64))

@@ -98,3 +98,10 @@ def sparse_ffn_by_up(
         place.copy_(h @ rows_of(down, rows, dtype))
         computed.append(rows.numel())
     return out, torch.tensor(computed)
+
+
+def core_counts(h: Tensor, k: int) -> Tensor:
+    """See transformers_patches.kernels.core_counts."""
+    values, marked = h.topk(min(k, h.shape[1]), dim=1, sorted=False)
+    counts = torch.zeros(h.shape[1], dtype=torch.int64, device=h.device)
+    return counts.scatter_add_(0, marked.flatten(), (values > 0).flatten().long())

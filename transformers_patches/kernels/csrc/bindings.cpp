@@ -6,7 +6,9 @@
 
 #include <atomic>
 
+#include "core_counts.h"
 #include "dispatch.h"
+#include "layer.h"
 #include "probe.h"
 #include "threads.h"
 
@@ -327,6 +329,136 @@ void dequantize(const Tensor& data, const Tensor& scales, int64_t bits, const Te
   run_convert(current().load()->dequantise_rows, task, out.size(0), at::get_num_threads());
 }
 
+// weight [rows, columns], quantised if there are scales.
+LayerWeight layer_weight(const Tensor& weight, const Tensor* scales, const optional<Tensor>& bias, int64_t bits,
+                         int64_t columns, const char* name) {
+  LayerWeight layer;
+  layer.rows = rows_of(weight, name);
+  layer.columns = columns;
+  if (scales != nullptr) {
+    layer.type = quant_type(bits);
+    layer.matrix = quant_matrix(weight, *scales, name, layer.rows, columns, layer.type);
+  } else {
+    check_matrix(weight, name, layer.rows, columns);
+    layer.type = float_type(weight, name);
+    layer.matrix = float_matrix(weight);
+  }
+  layer.bias = vector_of(bias, name, layer.rows);
+  return layer;
+}
+
+// A vector of x's type, or null.
+const char* vector_like(const optional<Tensor>& tensor, const Tensor& x, int64_t size, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(tensor->numel() == size && tensor->is_contiguous() && tensor->scalar_type() == x.scalar_type(),
+                    name, " must be contiguous, [", size, "] and ", x.scalar_type(), " like x, got ", tensor->sizes(),
+                    " ", tensor->scalar_type());
+  return pointer(*tensor);
+}
+
+void check_lists(at::TensorList weights, at::TensorList scales, const c10::List<optional<Tensor>>& biases,
+                 size_t count) {
+  TORCH_CHECK_VALUE(weights.size() == count && biases.size() == count && (scales.empty() || scales.size() == count),
+                    "expected ", count, " weights and biases and as many scales or none, got ", weights.size(), ", ",
+                    biases.size(), " and ", scales.size());
+}
+
+std::tuple<Tensor, Tensor> attention_step(const Tensor& x, const optional<Tensor>& delta, const Tensor& norm,
+                                          const Tensor& next_norm, at::TensorList weights, at::TensorList scales,
+                                          const c10::List<optional<Tensor>>& biases, int64_t bits,
+                                          const optional<Tensor>& q_norm, const optional<Tensor>& k_norm, double eps,
+                                          const Tensor& cosine, const Tensor& sine, const Tensor& keys,
+                                          const Tensor& values, int64_t length, int64_t window, double scale) {
+  check_lists(weights, scales, biases, 4);
+  const int64_t hidden = x.numel();
+  TORCH_CHECK_VALUE(x.is_contiguous() && x.size(-1) == hidden, "x must be one token, got ", x.sizes());
+  TORCH_CHECK_VALUE(keys.dim() == 4 && keys.size(0) == 1 && keys.is_contiguous() && values.is_contiguous() &&
+                        keys.sizes() == values.sizes() && keys.scalar_type() == x.scalar_type() &&
+                        values.scalar_type() == x.scalar_type(),
+                    "keys and values must be contiguous [1, heads, capacity, head size] like x, got ", keys.sizes(),
+                    " and ", values.sizes());
+  AttentionCall call;
+  call.type = float_type(x, "x");
+  call.hidden = hidden;
+  call.kv_heads = keys.size(1);
+  call.capacity = keys.size(2);
+  call.head_dim = keys.size(3);
+  const auto weight = [&](int i, int64_t columns, const char* name) {
+    return layer_weight(weights[i], scales.empty() ? nullptr : &scales[i], biases.get(i), bits, columns, name);
+  };
+  call.q = weight(0, hidden, "q");
+  call.k = weight(1, hidden, "k");
+  call.v = weight(2, hidden, "v");
+  call.o = weight(3, call.q.rows, "o");
+  call.heads = call.q.rows / call.head_dim;
+  TORCH_CHECK_VALUE(call.heads > 0 && call.heads % call.kv_heads == 0 && call.heads * call.head_dim == call.q.rows &&
+                        call.k.rows == call.kv_heads * call.head_dim && call.v.rows == call.k.rows &&
+                        call.o.rows == hidden && call.head_dim % 2 == 0,
+                    "the projections don't fit a cache of ", keys.sizes());
+  TORCH_CHECK_VALUE(length >= 0 && length < call.capacity, "length must be in [0, ", call.capacity, "), got ", length);
+  call.norm = vector_like(norm, x, hidden, "norm");
+  call.next_norm = vector_like(next_norm, x, hidden, "next_norm");
+  call.q_norm = vector_like(q_norm, x, call.head_dim, "q_norm");
+  call.k_norm = vector_like(k_norm, x, call.head_dim, "k_norm");
+  call.cosine = vector_like(cosine, x, call.head_dim, "cosine");
+  call.sine = vector_like(sine, x, call.head_dim, "sine");
+  call.delta = vector_like(delta, x, hidden, "delta");
+  call.eps = float(eps);
+  call.x = pointer(x);
+  call.keys = static_cast<char*>(keys.data_ptr());
+  call.values = static_cast<char*>(values.data_ptr());
+  call.length = length;
+  call.window = window;
+  call.scale = float(scale);
+  Tensor sum = at::empty(x.sizes(), x.options()), next = at::empty(x.sizes(), x.options());
+  call.sum = static_cast<char*>(sum.data_ptr());
+  call.next = static_cast<char*>(next.data_ptr());
+  run_attention(*current().load(), call, at::get_num_threads());
+  return {sum, next};
+}
+
+Tensor dense_ffn(const Tensor& x, at::TensorList weights, at::TensorList scales,
+                 const c10::List<optional<Tensor>>& biases, int64_t bits, c10::string_view activation) {
+  check_lists(weights, scales, biases, 3);
+  const int64_t hidden = x.numel();
+  TORCH_CHECK_VALUE(x.is_contiguous() && x.size(-1) == hidden, "x must be one token, got ", x.sizes());
+  DenseFfnCall call;
+  const auto weight = [&](int i, int64_t columns, const char* name) {
+    return layer_weight(weights[i], scales.empty() ? nullptr : &scales[i], biases.get(i), bits, columns, name);
+  };
+  call.gate = weight(0, hidden, "gate");
+  call.up = weight(1, hidden, "up");
+  call.down = weight(2, call.gate.rows, "down");
+  TORCH_CHECK_VALUE(call.up.rows == call.gate.rows && call.down.rows == hidden, "gate, up and down don't fit: ",
+                    weights[0].sizes(), ", ", weights[1].sizes(), ", ", weights[2].sizes());
+  call.activation = activation_of(activation);
+  call.type = float_type(x, "x");
+  call.x = pointer(x);
+  Tensor out = at::empty(x.sizes(), x.options());
+  call.out = static_cast<char*>(out.data_ptr());
+  run_dense_ffn(*current().load(), call, at::get_num_threads());
+  return out;
+}
+
+Tensor add_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, double eps) {
+  const int64_t hidden = x.numel();
+  TORCH_CHECK_VALUE(x.is_contiguous() && x.size(-1) == hidden, "x must be one token, got ", x.sizes());
+  Tensor sum = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
+  current().load()->norm({float_type(x, "x"), pointer(x), vector_like(delta, x, hidden, "delta"),
+                          static_cast<char*>(sum.data_ptr()), vector_like(weight, x, hidden, "weight"), float(eps),
+                          hidden, static_cast<char*>(out.data_ptr())});
+  return out;
+}
+
+Tensor core_counts(const Tensor& h, int64_t k) {
+  TORCH_CHECK_VALUE(h.dim() == 2 && k >= 1, "h must be [tokens, neurons] and k at least 1, got ", h.sizes(), " and ", k);
+  const Tensor values = h.contiguous();
+  Tensor counts = at::empty({h.size(1)}, h.options().dtype(at::kLong));
+  count_core_neurons(float_type(values, "h"), pointer(values), h.size(0), h.size(1), k,
+                     counts.mutable_data_ptr<int64_t>(), at::get_num_threads());
+  return counts;
+}
+
 std::vector<std::string> variants() {
   const Kernels* usable[MAX_VARIANTS];
   const int count = usable_variants(usable);
@@ -382,6 +514,14 @@ TORCH_LIBRARY(partinfer, m) {
       "str activation) -> (Tensor, Tensor)");
   m.def("quantize(Tensor floats, int bits, Tensor(a!) data, Tensor(b!) scales) -> ()");
   m.def("dequantize(Tensor data, Tensor scales, int bits, Tensor(a!) out) -> ()");
+  m.def(
+      "attention_step(Tensor x, Tensor? delta, Tensor norm, Tensor next_norm, Tensor[] weights, Tensor[] scales, "
+      "Tensor?[] biases, int bits, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cosine, Tensor sine, "
+      "Tensor(a!) keys, Tensor(b!) values, int length, int window, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "dense_ffn(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int bits, str activation) -> Tensor");
+  m.def("add_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> Tensor");
+  m.def("core_counts(Tensor h, int k) -> Tensor");
   m.def("timed_read(Tensor data) -> float");
   m.def("advise_huge_pages(Tensor data) -> bool");
   m.def("variants() -> str[]", variants);
@@ -401,6 +541,10 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("quant_sparse_ffn_by_up", quant_sparse_ffn_by_up);
   m.impl("quantize", quantize);
   m.impl("dequantize", dequantize);
+  m.impl("attention_step", attention_step);
+  m.impl("dense_ffn", dense_ffn);
+  m.impl("add_norm", add_norm);
+  m.impl("core_counts", core_counts);
   m.impl("timed_read", timed_read_of);
   m.impl("advise_huge_pages", advise_huge_pages_for);
 }

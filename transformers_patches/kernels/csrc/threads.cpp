@@ -18,27 +18,39 @@ void run_ffn(const Kernels& kernels, const FfnCall& call, int threads) {
   }
 }
 
+namespace {
+
+LinearTask linear_task(const LinearCall& call, const Input& x, int64_t first) {
+  LinearTask task;
+  task.type = call.type;
+  task.weight = call.weight;
+  task.bias = call.bias;
+  task.x = x;
+  task.out = call.out + first * call.rows * element_size(call.x_type);
+  task.out_type = call.x_type;
+  task.out_stride = call.rows;
+  return task;
+}
+
+void compute_linear(const Kernels& kernels, LinearTask task, int64_t rows, int worker, int workers) {
+  const Range range = share(rows, ROW_BLOCK, worker, workers);
+  task.rows = {rows, nullptr, range.begin, range.end};
+  (quantised(task.type) ? kernels.linear_quant : kernels.linear_float)(task);
+}
+
+}  // namespace
+
 void run_linear(const Kernels& kernels, const LinearCall& call, int threads) {
   static thread_local Scratch scratch;
   const int useful = useful_threads(call.rows * call.weight.row_bytes, threads);
   for (int64_t first = 0; first < call.tokens; first += MAX_TOKENS) {
     const int64_t tokens = std::min(MAX_TOKENS, call.tokens - first);
     scratch.reserve(input_bytes(tokens, call.hidden));
-    LinearTask shared;
-    shared.type = call.type;
-    shared.weight = call.weight;
-    shared.bias = call.bias;
-    shared.x = prepare(kernels, call.type, call.x, call.x_type, first, tokens, call.hidden, scratch);
-    shared.out = call.out + first * call.rows * element_size(call.x_type);
-    shared.out_type = call.x_type;
-    shared.out_stride = call.rows;
+    const Input x = prepare(kernels, call.type, call.x, call.x_type, first, tokens, call.hidden, scratch);
+    const LinearTask task = linear_task(call, x, first);
     parallel(useful, [&](int worker, int workers) {
       const int computing = std::min(useful, workers);
-      if (worker >= computing) return;
-      LinearTask task = shared;
-      const Range range = share(call.rows, ROW_BLOCK, worker, computing);
-      task.rows = {call.rows, nullptr, range.begin, range.end};
-      (quantised(task.type) ? kernels.linear_quant : kernels.linear_float)(task);
+      if (worker < computing) compute_linear(kernels, task, call.rows, worker, computing);
     });
   }
 }
@@ -53,6 +65,20 @@ void run_convert(void (*convert)(const ConvertTask&), const ConvertTask& task, i
     part.begin = range.begin;
     part.end = range.end;
     convert(part);
+  });
+}
+
+void run_linears(const Kernels& kernels, const LinearCall* calls, int count, int threads) {
+  static thread_local Scratch scratch;
+  int64_t bytes = 0;
+  for (int i = 0; i < count; ++i) bytes += calls[i].rows * calls[i].weight.row_bytes;
+  const int useful = useful_threads(bytes, threads);
+  scratch.reserve(input_bytes(1, calls[0].hidden));
+  const Input x = prepare(kernels, calls[0].type, calls[0].x, calls[0].x_type, 0, 1, calls[0].hidden, scratch);
+  parallel(useful, [&](int worker, int workers) {
+    const int computing = std::min(useful, workers);
+    for (int i = 0; i < count && worker < computing; ++i)
+      compute_linear(kernels, linear_task(calls[i], x, 0), calls[i].rows, worker, computing);
   });
 }
 

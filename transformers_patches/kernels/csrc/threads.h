@@ -48,6 +48,8 @@ void run_ffn(const Kernels& kernels, const FfnCall& call, int threads);
 void run_linear(const Kernels& kernels, const LinearCall& call, int threads);
 // convert: one of the kernels' conversions.
 void run_convert(void (*convert)(const ConvertTask&), const ConvertTask& task, int64_t rows, int threads);
+// Products of one token's x, the same for all calls and at most 3, that wait for each other only once.
+void run_linears(const Kernels& kernels, const LinearCall* calls, int count, int threads);
 // Returns the number of neurons computed.
 int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads);
 

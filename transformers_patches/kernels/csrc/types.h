@@ -98,6 +98,31 @@ struct ConvertTask {
   int64_t hidden = 0, begin = 0, end = 0;
 };
 
+// sum = x + delta (rounded to the type; delta may be null, and sum too then), out = sum / rms(sum) * weight
+struct NormTask {
+  Type type;
+  const char *x, *delta;
+  char* sum;
+  const char* weight;
+  float eps;
+  int64_t count;
+  char* out;
+};
+
+// out[t] = sum over the positions of softmax(scale * keys·q[t]) * values, for the query heads of one key-value head.
+struct AttendTask {
+  Type type = Type::F32;  // of keys and values [positions, head_dim]
+  const char *keys = nullptr, *values = nullptr;
+  int64_t begin = 0, end = 0, head_dim = 0;
+  Input q;  // a query head is a token
+  float scale = 1.0f;
+  float* scores = nullptr;  // [tokens, score_stride], to work in
+  int64_t score_stride = 0;
+  float* y = nullptr;  // [tokens, y_stride], to work in: whole vectors are written, past head_dim too
+  int64_t y_stride = 0;
+  float* out = nullptr;  // [tokens, head_dim]
+};
+
 constexpr int64_t COLUMN_BLOCK = 128;  // columns are reordered only inside blocks of this many
 
 // One instruction set's kernels. Single-threaded; threads.cpp shares the work out.
@@ -108,6 +133,10 @@ struct Kernels {
   void (*finish_float)(const FinishTask&);
   void (*widen)(Type from, const char* values, int64_t count, float* out);
   uint64_t (*read_all)(const char* data, int64_t bytes);  // the sum, for the bandwidth probe
+  void (*norm)(const NormTask&);
+  void (*rotate)(Type type, char* head, const float* cosine, const float* sine, int64_t head_dim);
+  void (*attend)(const AttendTask&);
+  void (*gate_values)(Activation, float* gate, const float* up, int64_t count);  // gate = activation(gate) * up
   const bool* bf16_input;  // whether bfloat16 weights are multiplied with a raw bfloat16 input
   void (*ffn_quant)(const FfnTask&);
   void (*linear_quant)(const LinearTask&);

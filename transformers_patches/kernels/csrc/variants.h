@@ -11,6 +11,10 @@
   void finish_float(const FinishTask&);    \
   void widen(Type, const char*, int64_t, float*); \
   uint64_t read_all(const char*, int64_t);        \
+  void norm(const NormTask&);              \
+  void rotate(Type, char*, const float*, const float*, int64_t);  \
+  void attend(const AttendTask&);          \
+  void gate_values(Activation, float*, const float*, int64_t);    \
   extern const bool bf16_input;            \
   }                                        \
   }

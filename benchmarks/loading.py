@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Measure loading, whole, in part and from a pack: seconds with the files out of and in the page cache, and peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from evaluation.models import find_model  # noqa: E402
+from transformers_patches.config import PartInferConfig  # noqa: E402
+from transformers_patches.families import ffn_spec  # noqa: E402
+from transformers_patches.loading import read_config  # noqa: E402
+from transformers_patches.packing import write_pack  # noqa: E402
+from transformers_patches.random_weights import RandomWeights, random_ranking, shape_config  # noqa: E402
+
+# one load in a fresh process: prints seconds, and bytes
+LOAD = """
+import json, sys
+import psutil
+from transformers_patches import kernels
+from transformers_patches.config import PartInferConfig
+from transformers_patches.loading import load_model
+from transformers_patches.running import peak_memory_bytes
+
+kernels.available()
+before = psutil.Process().memory_info().rss
+loaded = load_model(sys.argv[1], PartInferConfig(**json.loads(sys.argv[2])))
+report = loaded.report
+print(json.dumps({
+    "seconds": report.seconds, "read": report.bytes_read, "weights": report.bytes_resident,
+    "peak": peak_memory_bytes() - before,
+}))
+"""
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_random_checkpoint(shape: str, folder: Path) -> Path:
+    """A checkpoint folder of a known shape."""
+    config = shape_config(shape)
+    weights = RandomWeights(config, config.dtype)
+    tensors = {}
+    for name in sorted(weights.names()):
+        tensors[name] = torch.empty(weights.shape(name), dtype=config.dtype)
+        weights.read_into(name, tensors[name])
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def evict(folder: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    for path in folder.iterdir():
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load(folder: Path, settings: dict) -> dict:
+    command = [sys.executable, "-c", LOAD, str(folder), json.dumps(settings)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(paths: dict[str, tuple[Path, dict]], repetitions: int) -> list[dict]:
+    """Each path in turn, cold and then warm, round after round."""
+    runs: dict[str, list[tuple[dict, dict]]] = {name: [] for name in paths}
+    for _ in range(repetitions):
+        for name, (folder, settings) in paths.items():
+            evict(folder)
+            runs[name].append((load(folder, settings), load(folder, settings)))
+    rows = []
+    for name, pairs in runs.items():
+        weights = pairs[0][0]["weights"]
+        peak = max(run["peak"] for pair in pairs for run in pair)
+        rows.append(
+            {
+                "path": name,
+                "cold_s": statistics.median(cold["seconds"] for cold, _ in pairs),
+                "warm_s": statistics.median(warm["seconds"] for _, warm in pairs),
+                "bytes_read": pairs[0][0]["read"],
+                "weight_bytes": weights,
+                "peak_bytes": peak,
+                "peak_over_weights": peak / weights,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| load | cold s | warm s | MB read | MB of weights | peak MB | peak / weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['path']} | {row['cold_s']:.2f} | {row['warm_s']:.2f} | {row['bytes_read'] / 1e6:.0f} "
+            f"| {row['weight_bytes'] / 1e6:.0f} | {row['peak_bytes'] / 1e6:.0f} | {row['peak_over_weights']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model_name", help="a checkpoint folder, short name or hub id")
+    source.add_argument("--random_weights", metavar="NAME", help="a known shape, written to disk first")
+    parser.add_argument("--loaded_neurons_percent", type=float, default=0.7, help="of the partial loads (0.7)")
+    parser.add_argument("--repetitions", type=int, default=3, help="rounds (3)")
+    parser.add_argument("--scratch", help="folder for the pack and random weights (the system's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="partinfer-loading-") as scratch:
+        folder = Path(scratch) / "model"
+        if options.random_weights:
+            folder.mkdir()
+            write_random_checkpoint(options.random_weights, folder)
+        else:
+            folder = find_model(options.model_name)
+        config = read_config(folder)
+        neurons = Path(scratch) / "neurons.safetensors"
+        random_ranking(config, ffn_spec(config).intermediate_size(config)).save(neurons)
+        partial = {"loaded_neurons_percent": options.loaded_neurons_percent, "device": "cpu"}
+        with_file = {**partial, "dataset_neurons_filepath": str(neurons)}
+        write_pack(folder, Path(scratch) / "pack", PartInferConfig(**with_file))
+        paths = {
+            "dense": (folder, {"method": "dense", "device": "cpu"}),
+            "partial": (folder, with_file),
+            "partial, from a pack": (Path(scratch) / "pack", partial),
+        }
+        rows = measure(paths, options.repetitions)
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+// What a decoder layer does for one token beside its matrix products: norms, rotations, attention over the cache.
+#include "activation.h"
+#include "float_rows.h"
+#include "linear_loop.h"
+#include "variants.h"
+
+namespace partinfer {
+namespace PARTINFER_ISA {
+
+template <class T>
+inline F load_part(const T* p, int64_t count) {
+  return count < LANES ? load_tail(p, count) : load(p);
+}
+template <class T>
+inline void store_part(T* p, F a, int64_t count) {
+  count < LANES ? store_tail(p, a, count) : store(p, a);
+}
+
+template <class T>
+inline void norm_of(const NormTask& task) {
+  const T* x = reinterpret_cast<const T*>(task.x);
+  const T* delta = reinterpret_cast<const T*>(task.delta);
+  const T* weight = reinterpret_cast<const T*>(task.weight);
+  T* added = reinterpret_cast<T*>(task.sum);
+  T* out = reinterpret_cast<T*>(task.out);
+  const T* values = x;
+  if (delta != nullptr) {
+    for (int64_t i = 0; i < task.count; i += LANES) {
+      const int64_t count = smaller(LANES, task.count - i);
+      store_part(added + i, add(load_part(x + i, count), load_part(delta + i, count)), count);
+    }
+    values = added;  // as they were rounded
+  } else if (added != x && added != nullptr) {
+    __builtin_memcpy(added, x, size_t(task.count) * sizeof(T));
+  }
+  F squares = zero();
+  for (int64_t i = 0; i < task.count; i += LANES) {
+    const F value = load_part(values + i, smaller(LANES, task.count - i));
+    squares = fma(value, value, squares);
+  }
+  const F factor = set1(1.0f / __builtin_sqrtf(sum(squares) / float(task.count) + task.eps));
+  for (int64_t i = 0; i < task.count; i += LANES) {
+    const int64_t count = smaller(LANES, task.count - i);
+    store_part(out + i, mul(mul(load_part(values + i, count), factor), load_part(weight + i, count)), count);
+  }
+}
+
+void norm(const NormTask& task) {
+  switch (task.type) {
+    case Type::BF16:
+      return norm_of<bf16_t>(task);
+    case Type::F16:
+      return norm_of<f16_t>(task);
+    default:
+      return norm_of<float>(task);
+  }
+}
+
+template <class T>
+inline void rotate_of(T* head, const float* cosine, const float* sine, int64_t head_dim) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; i += LANES) {
+    const int64_t count = smaller(LANES, half - i);
+    const F a = load_part(head + i, count), b = load_part(head + half + i, count);
+    const F minus_b = mul(b, set1(-1.0f));
+    store_part(head + i, fma(minus_b, load_part(sine + i, count), mul(a, load_part(cosine + i, count))), count);
+    store_part(head + half + i,
+               fma(a, load_part(sine + half + i, count), mul(b, load_part(cosine + half + i, count))), count);
+  }
+}
+
+void rotate(Type type, char* head, const float* cosine, const float* sine, int64_t head_dim) {
+  switch (type) {
+    case Type::BF16:
+      return rotate_of(reinterpret_cast<bf16_t*>(head), cosine, sine, head_dim);
+    case Type::F16:
+      return rotate_of(reinterpret_cast<f16_t*>(head), cosine, sine, head_dim);
+    default:
+      return rotate_of(reinterpret_cast<float*>(head), cosine, sine, head_dim);
+  }
+}
+
+template <class T>
+struct AddValues {
+  const AttendTask& task;
+  const RowRef *rows, *next;
+  int64_t position;
+  template <int TOKENS>
+  void operator()(int64_t first) const {
+    float factors[ADD_ROWS][TOKENS];
+    for (int64_t r = 0; r < ADD_ROWS; ++r)
+      for (int t = 0; t < TOKENS; ++t) {
+        const int64_t place = position + r - task.begin;
+        factors[r][t] = position + r < task.end ? task.scores[(first + t) * task.score_stride + place] : 0.0f;
+      }
+    FloatRows<T, float>::template add_rows<TOKENS>(rows, next, factors, task.y + first * task.y_stride, task.y_stride,
+                                                   task.head_dim);
+  }
+};
+
+// Scores become probabilities, still to be divided by the sum that is returned.
+inline float exponentials(float* scores, int64_t count, float scale) {
+  float highest = scores[0];
+  for (int64_t i = 1; i < count; ++i) highest = scores[i] > highest ? scores[i] : highest;
+  for (int64_t i = 0; i < count; ++i) scores[i] = fast_exp((scores[i] - highest) * scale);
+  float total = 0.0f;
+  for (int64_t i = 0; i < count; ++i) total += scores[i];
+  return total;
+}
+
+template <class T>
+inline void attend_of(const AttendTask& task) {
+  const int64_t row_bytes = task.head_dim * int64_t(sizeof(T)), count = task.end - task.begin;
+  LinearTask products;
+  products.type = task.type;
+  products.weight = {task.keys + task.begin * row_bytes, nullptr, row_bytes, 0};
+  products.rows = {count, nullptr, 0, count};
+  products.x = task.q;
+  products.out = reinterpret_cast<char*>(task.scores);
+  products.out_stride = task.score_stride;
+  linear_float(products);
+  float totals[MAX_TOKENS];
+  for (int64_t t = 0; t < task.q.tokens; ++t)
+    totals[t] = exponentials(task.scores + t * task.score_stride, count, task.scale);
+  __builtin_memset(task.y, 0, size_t(task.q.tokens * task.y_stride) * sizeof(float));
+  const Matrix values{task.values, nullptr, row_bytes, 0};
+  RowRef rows[ADD_ROWS], next[ADD_ROWS];
+  for (int64_t position = task.begin; position < task.end; position += ADD_ROWS) {
+    for (int64_t r = 0; r < ADD_ROWS; ++r) {
+      rows[r] = row_at(values, smaller(position + r, task.end - 1));
+      next[r] = row_at(values, smaller(position + ADD_ROWS + r, task.end - 1));
+    }
+    token_blocks(task.q.tokens, AddValues<T>{task, rows, next, position});
+  }
+  for (int64_t t = 0; t < task.q.tokens; ++t) {
+    const float factor = 1.0f / totals[t];
+    for (int64_t j = 0; j < task.head_dim; ++j) task.out[t * task.head_dim + j] = task.y[t * task.y_stride + j] * factor;
+  }
+}
+
+void attend(const AttendTask& task) {
+  switch (task.type) {
+    case Type::BF16:
+      return attend_of<bf16_t>(task);
+    case Type::F16:
+      return attend_of<f16_t>(task);
+    default:
+      return attend_of<float>(task);
+  }
+}
+
+void gate_values(Activation activation, float* gate, const float* up, int64_t count) {
+  activate(activation, gate, count);
+  for (int64_t i = 0; i < count; ++i) gate[i] *= up[i];
+}
+
+}  // namespace PARTINFER_ISA
+}  // namespace partinfer

@@ -1,0 +1,147 @@
+#include "layer.h"
+
+#include "shared_ffn.h"
+
+namespace partinfer {
+namespace {
+
+LinearCall linear_call(const LayerWeight& weight, Type type, const char* x, char* out) {
+  LinearCall call;
+  call.type = weight.type;
+  call.weight = weight.matrix;
+  call.bias = weight.bias;
+  call.rows = weight.rows;
+  call.x = x;
+  call.x_type = type;
+  call.tokens = 1;
+  call.hidden = weight.columns;
+  call.out = out;
+  return call;
+}
+
+// float32 to any type.
+void narrow(const Kernels& kernels, const float* values, int64_t count, Type type, char* out) {
+  FinishTask task;
+  task.y = values;
+  task.tokens = 1;
+  task.hidden = task.end = count;
+  task.out = out;
+  task.out_type = type;
+  kernels.finish_float(task);
+}
+
+// Attention of every head over the cache, which holds the new token already: q [heads, head_dim] -> out.
+void attend_all(const Kernels& kernels, const AttentionCall& call, const char* q, float* out, int threads) {
+  static thread_local Scratch scratch;
+  const int64_t size = element_size(call.type), group = call.heads / call.kv_heads, end = call.length + 1;
+  const int64_t begin = call.window > 0 ? std::max<int64_t>(0, end - call.window) : 0;
+  const int64_t cache_stride = call.capacity * call.head_dim * size;
+  const bool raw = call.type == Type::BF16 && *kernels.bf16_input;
+  const int useful = useful_threads(2 * call.kv_heads * (end - begin) * call.head_dim * size, threads);
+  const int64_t score_stride = end - begin, y_stride = y_stride_of(call.head_dim), q_count = call.heads * call.head_dim;
+  scratch.reserve(Scratch::padded(size_t(q_count) * sizeof(float)) +
+                  Scratch::padded(size_t(useful * MAX_TOKENS * score_stride) * sizeof(float)) +
+                  Scratch::padded(size_t(useful * MAX_TOKENS * y_stride) * sizeof(float)));
+  float* wide = scratch.take<float>(q_count);
+  float* scores = scratch.take<float>(useful * MAX_TOKENS * score_stride);
+  float* y = scratch.take<float>(useful * MAX_TOKENS * y_stride);
+  if (!raw) kernels.widen(call.type, q, q_count, wide);
+  parallel(useful, [&](int worker, int workers) {
+    const int computing = std::min(useful, workers);
+    if (worker >= computing) return;
+    for (int64_t head = worker; head < call.kv_heads; head += computing)
+      for (int64_t first = 0; first < group; first += MAX_TOKENS) {
+        const int64_t place = (head * group + first) * call.head_dim;
+        AttendTask task;
+        task.type = call.type;
+        task.keys = call.keys + head * cache_stride;
+        task.values = call.values + head * cache_stride;
+        task.begin = begin;
+        task.end = end;
+        task.head_dim = call.head_dim;
+        task.q.tokens = std::min(MAX_TOKENS, group - first);
+        task.q.hidden = call.head_dim;
+        if (raw)
+          task.q.bf16 = reinterpret_cast<const bf16_t*>(q) + place;
+        else
+          task.q.f32 = wide + place;
+        task.scale = call.scale;
+        task.scores = scores + worker * MAX_TOKENS * score_stride;
+        task.score_stride = score_stride;
+        task.y = y + worker * MAX_TOKENS * y_stride;
+        task.y_stride = y_stride;
+        task.out = out + place;
+        kernels.attend(task);
+      }
+  });
+}
+
+}  // namespace
+
+void run_attention(const Kernels& kernels, const AttentionCall& call, int threads) {
+  static thread_local Scratch scratch;
+  const int64_t size = element_size(call.type), head_bytes = call.head_dim * size;
+  const int64_t q_count = call.heads * call.head_dim, kv_count = call.kv_heads * call.head_dim;
+  scratch.reserve(3 * Scratch::padded(size_t(q_count * 4)) + 2 * Scratch::padded(size_t(kv_count * 4)) +
+                  2 * Scratch::padded(size_t(call.hidden * 4)) + 2 * Scratch::padded(size_t(call.head_dim * 4)));
+  char* normed = scratch.take<char>(call.hidden * size);
+  char* attended = scratch.take<char>(call.hidden * size);
+  char* q = scratch.take<char>(q_count * size);
+  char* k = scratch.take<char>(kv_count * size);
+  char* v = scratch.take<char>(kv_count * size);
+  float* mixed = scratch.take<float>(q_count);
+  char* mixed_narrow = scratch.take<char>(q_count * size);
+  float* cosine = scratch.take<float>(call.head_dim);
+  float* sine = scratch.take<float>(call.head_dim);
+
+  kernels.norm({call.type, call.x, call.delta, call.sum, call.norm, call.eps, call.hidden, normed});
+  const LinearCall qkv[] = {linear_call(call.q, call.type, normed, q), linear_call(call.k, call.type, normed, k),
+                            linear_call(call.v, call.type, normed, v)};
+  run_linears(kernels, qkv, 3, threads);
+
+  kernels.widen(call.type, call.cosine, call.head_dim, cosine);
+  kernels.widen(call.type, call.sine, call.head_dim, sine);
+  for (int64_t head = 0; head < call.heads; ++head) {
+    char* place = q + head * head_bytes;
+    if (call.q_norm != nullptr)
+      kernels.norm({call.type, place, nullptr, nullptr, call.q_norm, call.eps, call.head_dim, place});
+    kernels.rotate(call.type, place, cosine, sine, call.head_dim);
+  }
+  for (int64_t head = 0; head < call.kv_heads; ++head) {
+    char* place = k + head * head_bytes;
+    if (call.k_norm != nullptr)
+      kernels.norm({call.type, place, nullptr, nullptr, call.k_norm, call.eps, call.head_dim, place});
+    kernels.rotate(call.type, place, cosine, sine, call.head_dim);
+    const int64_t row = (head * call.capacity + call.length) * head_bytes;
+    std::memcpy(call.keys + row, place, size_t(head_bytes));
+    std::memcpy(call.values + row, v + head * head_bytes, size_t(head_bytes));
+  }
+
+  attend_all(kernels, call, q, mixed, threads);
+  narrow(kernels, mixed, q_count, call.type, mixed_narrow);
+  const LinearCall o = linear_call(call.o, call.type, mixed_narrow, attended);
+  run_linears(kernels, &o, 1, threads);
+  kernels.norm({call.type, call.sum, attended, call.sum, call.next_norm, call.eps, call.hidden, call.next});
+}
+
+void run_dense_ffn(const Kernels& kernels, const DenseFfnCall& call, int threads) {
+  static thread_local Scratch scratch;
+  const int64_t count = call.gate.rows;
+  scratch.reserve(5 * Scratch::padded(size_t(count * 4)));
+  char* gate = scratch.take<char>(count * element_size(call.type));
+  char* up = scratch.take<char>(count * element_size(call.type));
+  float* wide_gate = scratch.take<float>(count);
+  float* wide_up = scratch.take<float>(count);
+  char* h = scratch.take<char>(count * element_size(call.type));
+  const LinearCall inputs[] = {linear_call(call.gate, call.type, call.x, gate),
+                               linear_call(call.up, call.type, call.x, up)};
+  run_linears(kernels, inputs, 2, threads);
+  kernels.widen(call.type, gate, count, wide_gate);
+  kernels.widen(call.type, up, count, wide_up);
+  kernels.gate_values(call.activation, wide_gate, wide_up, count);
+  narrow(kernels, wide_gate, count, call.type, h);
+  const LinearCall down = linear_call(call.down, call.type, h, call.out);
+  run_linears(kernels, &down, 1, threads);
+}
+
+}  // namespace partinfer

@@ -1,0 +1,44 @@
+// The parts of a decoder layer for one token: attention with its norms and residuals, the FFN that is not sparse.
+#pragma once
+
+#include "threads.h"
+
+namespace partinfer {
+
+// A linear layer: weight [rows, columns] and bias [rows].
+struct LayerWeight {
+  Type type = Type::F32;
+  Matrix matrix;
+  Vector bias;
+  int64_t rows = 0, columns = 0;
+};
+
+// All of one token. x, delta [hidden]; keys, values [kv_heads, capacity, head_dim], of which `length` are filled.
+struct AttentionCall {
+  LayerWeight q, k, v, o;
+  const char *norm = nullptr, *next_norm = nullptr;  // [hidden]
+  const char *q_norm = nullptr, *k_norm = nullptr;   // [head_dim] or null
+  float eps = 0.0f;
+  Type type = Type::F32;  // of every vector here
+  const char *x = nullptr, *delta = nullptr;
+  const char *cosine = nullptr, *sine = nullptr;  // [head_dim]
+  char *keys = nullptr, *values = nullptr;
+  int64_t capacity = 0, length = 0, window = 0;  // window 0: none
+  int64_t hidden = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  float scale = 1.0f;
+  char* sum = nullptr;   // [hidden]: x + delta + attention
+  char* next = nullptr;  // [hidden]: its norm, with next_norm
+};
+
+struct DenseFfnCall {
+  LayerWeight gate, up, down;
+  Activation activation = Activation::SILU;
+  Type type = Type::F32;  // of x and out
+  const char* x = nullptr;
+  char* out = nullptr;
+};
+
+void run_attention(const Kernels& kernels, const AttentionCall& call, int threads);
+void run_dense_ffn(const Kernels& kernels, const DenseFfnCall& call, int threads);
+
+}  // namespace partinfer

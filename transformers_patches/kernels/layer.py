@@ -1,0 +1,101 @@
+"""The operations of a decoder layer on one token that are more than a matrix product: what they take, in PyTorch too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transformers_patches.kernels import reference
+from transformers_patches.kernels.quantization import QuantizedTensor
+
+Linear = tuple[Tensor | QuantizedTensor, Tensor | None]  # weight [out, in] and bias
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Linear layers of one kind of weights, as the operations take them; bits is 0 and scales empty for floats."""
+
+    weights: list[Tensor]
+    scales: list[Tensor]
+    biases: list[Tensor | None]
+    bits: int
+
+    @classmethod
+    def of(cls, linears: Sequence[Linear | None]) -> Projections | None:
+        """None if one is missing, or where kinds are mixed."""
+        if any(linear is None for linear in linears):
+            return None
+        weights, biases = [weight for weight, _ in linears], [bias for _, bias in linears]
+        kinds = {weight.bits if isinstance(weight, QuantizedTensor) else weight.dtype for weight in weights}
+        if len(kinds) != 1:
+            return None
+        if isinstance(weights[0], QuantizedTensor):
+            return cls([w.data for w in weights], [w.scales for w in weights], biases, weights[0].bits)
+        return cls([weight.detach() for weight in weights], [], biases, 0)
+
+    def linear(self, number: int, x: Tensor) -> Tensor:
+        """One of them in PyTorch."""
+        weight = self.weights[number]
+        if self.bits:
+            weight = QuantizedTensor(weight, self.scales[number], self.bits)
+        return reference.linear(x, weight, self.biases[number])
+
+
+def attention_step(
+    x: Tensor,
+    delta: Tensor | None,
+    norm: Tensor,
+    next_norm: Tensor,
+    projections: Projections,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cosine: Tensor,
+    sine: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See transformers_patches.kernels.attention_step."""
+    x = x if delta is None else x + delta
+    inputs = rms_norm(x, norm, eps)
+    q, k, v = (projections.linear(number, inputs).view(-1, keys.shape[-1]) for number in range(3))  # [heads, D]
+    if q_norm is not None:
+        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    keys[0, :, length] = _rotated(k, cosine, sine)
+    values[0, :, length] = v
+    first = max(0, length + 1 - window) if window else 0
+    attended = F.scaled_dot_product_attention(
+        _rotated(q, cosine, sine)[None, :, None],
+        keys[:, :, first : length + 1],
+        values[:, :, first : length + 1],
+        scale=scale,
+        enable_gqa=True,
+    )
+    x = x + projections.linear(3, attended.reshape(*x.shape[:-1], -1))
+    return x, rms_norm(x, next_norm, eps)
+
+
+def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
+    """See transformers_patches.kernels.dense_ffn."""
+    h = reference.ACTIVATIONS[activation](projections.linear(0, x)) * projections.linear(1, x)
+    return projections.linear(2, h)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in float32 (Zhang and Sennrich 2019)."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding with halves as pairs: heads [n, D], cosine and sine [..., D] of one position."""
+    half = heads.shape[-1] // 2
+    turned = torch.cat([-heads[:, half:], heads[:, :half]], dim=-1)
+    return heads * cosine.view(-1) + turned * sine.view(-1)

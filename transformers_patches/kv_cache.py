@@ -1,0 +1,93 @@
+"""A key-value cache whose layers have room to grow: a new token is written in place instead of copying all before it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 256  # tokens that a full buffer grows by at least
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' DynamicLayer over buffers [B, heads, capacity, head size], of which `length` tokens are filled.
+
+    `keys` and `values` are views of the filled part; what is assigned to them becomes the buffer.
+    """
+
+    def __init__(self, *args, **options) -> None:
+        self.length = 0
+        super().__init__(*args, **options)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._filled(self._keys)
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._keys, self.length = value, self._length_of(value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._filled(self._values)
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._values, self.length = value, self._length_of(value)
+
+    def _filled(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        return buffer if buffer is None or buffer.ndim < 4 else buffer[:, :, : self.length]
+
+    @staticmethod
+    def _length_of(value: torch.Tensor | None) -> int:
+        return 0 if value is None or value.ndim < 4 else value.shape[-2]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; the number is negative, as in transformers' layers."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append [B, heads, T, head size]; returns views of all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[-2]
+        keys, values = self.buffers(tokens, key_states, value_states)
+        keys[:, :, self.length : self.length + tokens] = key_states
+        values[:, :, self.length : self.length + tokens] = value_states
+        self.length += tokens
+        return self.keys, self.values
+
+    def buffers(self, tokens: int, keys_like: torch.Tensor, values_like: torch.Tensor):
+        """The contiguous buffers, with room for `tokens` more; whoever fills them adds to `length`."""
+        needed = self.length + tokens
+        if self._keys.ndim < 4 or self._keys.shape[-2] < needed or not self._keys.is_contiguous():
+            length, capacity = self.length, needed + max(ROOM, needed // 4)
+            keys, values = (
+                _grown(self._keys, keys_like, length, capacity),
+                _grown(self._values, values_like, length, capacity),
+            )
+            self._keys, self._values = keys, values
+        return self._keys, self._values
+
+    def room_for_one(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`buffers` for one token more, where some are there."""
+        return self.buffers(1, self._keys, self._values)
+
+
+def _grown(old: torch.Tensor, like: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
+    new = like.new_empty(*like.shape[:2], capacity, like.shape[3])
+    if length:
+        new[:, :, :length] = old[:, :, :length]
+    return new
+
+
+def growing_cache() -> DynamicCache:
+    """An empty cache of GrowingLayers."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = GrowingLayer
+    return cache

@@ -79,6 +79,13 @@ def test_neurons_are_stored_in_the_order_of_the_plan(packs, tiny_checkpoints):
     assert neurons[:24].tolist() == DATASET.ranking[1][:24].tolist()
 
 
+def test_fewer_neurons_than_packed_are_a_prefix(packs, tiny_checkpoints):
+    fewer = settings(loaded_neurons_percent=0.5)
+    packed = load_model(packs("llama"), fewer)
+    assert packed.plan.loaded_fraction == 0.5
+    assert torch.equal(logits(packed), logits(load_model(tiny_checkpoints["llama"], fewer, DATASET, MODEL)))
+
+
 def test_mean_compensation_and_choice_per_token_need_no_more(tiny_checkpoints, tmp_path):
     generator = torch.Generator().manual_seed(0)
     shape = DATASET.ranking.shape
@@ -98,7 +105,7 @@ def test_mean_compensation_and_choice_per_token_need_no_more(tiny_checkpoints, t
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"loaded_neurons_percent": 0.6}, "packed with --loaded_neurons_percent 0.7 --base_neurons_percent 0.3"),
+        ({"loaded_neurons_percent": 0.8}, "packed with --loaded_neurons_percent 0.7 --base_neurons_percent 0.3"),
         ({"base_neurons_percent": 0.2}, "holds other neurons"),
         ({"base_neurons_type": "model"}, "holds other neurons"),
         ({"start_num": 2}, "holds other neurons"),

@@ -76,7 +76,7 @@ def test_attention_step(variant, dtype, size):
 def test_quantised_projections(variant, bits):
     step = Step((4, 2, 32, 64, 20, 0), torch.bfloat16)
     packed = [(kernels.quantize(weight, bits), bias) for weight, bias in step.linears]
-    plain = [(kernels.dequantize(weight, torch.float64), bias) for weight, bias in packed]
+    plain = [(kernels.dequantize(weight).double(), bias) for weight, bias in packed]
     result = step.run(kernels.attention_step, Projections.of(packed), lambda part: part)
     expected = step.run(layer.attention_step, Projections.of(plain), torch.Tensor.double)
     for ours, theirs in zip(result, expected, strict=True):

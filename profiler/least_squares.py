@@ -12,6 +12,7 @@ import torch
 from transformers_patches.errors import PartInferError
 
 BLOCK_ROWS = 4096  # tokens that are multiplied at a time
+BLOCK_FEATURES = 1024  # of the symmetric Gram matrix, of which only blocks on and above the diagonal are summed
 MIN_RIDGE = 1e-6  # keeps the covariance of dependent activations invertible
 DOUBLE_SIZE = 2048  # up to here choosing neurons is done in float64; above, time and memory would be too much
 ELIMINATION_STEPS = 64  # in how many blocks `best_to_keep` leaves out neurons
@@ -25,7 +26,7 @@ class NormalEquations:
     """
 
     def __init__(self, features: int, outputs: int, groups: int, device: torch.device) -> None:
-        self.gram = torch.zeros(features, features, device=device)
+        self._gram = torch.zeros(features, features, device=device)  # its lower blocks are never written
         self.cross = torch.zeros(features, outputs, device=device)
         self.squares = 0.0
         self.feature_sums = torch.zeros(groups, features, device=device)
@@ -36,16 +37,23 @@ class NormalEquations:
         """features: [T, F], errors: [T, H], of tokens of one group."""
         for f, e in zip(features.split(BLOCK_ROWS), errors.split(BLOCK_ROWS), strict=True):
             f, e = f.float(), e.float()
-            self.gram.addmm_(f.t(), f)
+            for first in range(0, f.shape[1], BLOCK_FEATURES):
+                block = slice(first, first + BLOCK_FEATURES)
+                self._gram[block, first:].addmm_(f[:, block].t(), f[:, first:])
             self.cross.addmm_(f.t(), e)
             self.feature_sums[group] += f.sum(0)
             self.error_sums[group] += e.sum(0)
             self.squares += float(e.square().sum(dtype=torch.float64))
             self.tokens[group] += len(f)
 
+    def _whole_gram(self) -> torch.Tensor:
+        """float64 [F, F]."""
+        upper = self._gram.double().triu_()
+        return upper + upper.triu(1).t()
+
     def centered(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 [F, F] and [F, H], per token."""
-        gram, cross = self.gram.double(), self.cross.double()
+        gram, cross = self._whole_gram(), self.cross.double()
         for sums, errors, tokens in zip(self.feature_sums, self.error_sums, self.tokens, strict=True):
             if tokens:
                 gram -= torch.outer(sums.double(), sums.double()) / tokens
@@ -66,7 +74,7 @@ class NormalEquations:
         total = max(sum(self.tokens), 1)
         left = self.squares / total
         if solution is not None:
-            gram, cross = self.gram.double() / total, self.cross.double() / total
+            gram, cross = self._whole_gram() / total, self.cross.double() / total
             map_ = solution.double()
             left += float((map_ * (gram @ map_)).sum()) - 2 * float((map_ * cross).sum())
         for bias, tokens in zip(self.biases(solution), self.tokens, strict=True):

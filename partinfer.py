@@ -29,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
     model = parser.add_argument_group("model")
     model.add_argument("--model_name", default=DEMO_MODEL, help=f"short name or hub id ({DEMO_MODEL})")
-    model.add_argument("--checkpoint_path", help="the model's folder or GGUF file (models/<name>, where download.py puts it)")
+    model.add_argument(
+        "--checkpoint_path", help="the model's folder or GGUF file (models/<name>, where download.py puts it)"
+    )
     model.add_argument("--cpu_only", action="store_true", help="the same as --device cpu")
     model.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice)")
     PartInferConfig.add_arguments(parser)

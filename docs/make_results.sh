@@ -1,10 +1,11 @@
 #!/bin/sh
-# The numbers of docs/results.md: neuron files from the calibration halves of the data sets, then tasks and perplexity
-# of every method on seeded samples of the report halves. Can be stopped and started again; what is finished stays.
+# The numbers of docs/results.md: neuron files and a fit from the calibration halves of the data sets, then tasks and
+# perplexity of every method on seeded samples of the report halves. Can be stopped and started again; what is finished
+# stays.
 #
-# Usage: DATA=path/to/data [MODEL=NAME] [SIZE=full|small] sh docs/make_results.sh [profile] [tasks] [perplexity]
+# Usage: DATA=path/to/data [MODEL=NAME] [SIZE=full|small] sh docs/make_results.sh [profile] [fit] [tasks] [perplexity]
 #
-#   METHODS   configurations (the six of the original, and partinfer as it is now)
+#   METHODS   configurations (the six of the original, and partinfer as it is now, with the fit)
 #   SIZE      of the samples. full: for a small model; small: for one of billions of parameters
 #   PYTHON    the interpreter (python3)
 set -e
@@ -17,6 +18,7 @@ cd "$(dirname "$0")/.."
 : "${OUT:=results}"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 NEURONS=$OUT/neurons/$MODEL
+FIT=$NEURONS/mix.fit.safetensors
 
 # name, texts, data set, then arguments of run. The first half of every data set has more texts than are taken.
 neurons() {
@@ -35,13 +37,24 @@ merged() {
     $PYTHON -m profiler merge --output "$NEURONS/$name.safetensors" "$@"
 }
 
+# The fit is for all tasks: its texts are a mix of all of them.
+fit() {
+    mix="--checkpoint_path models/$MODEL --dataset $NEURONS/mix.jsonl --task_type text --max_new_tokens 0"
+    mix="$mix --max_length 384"
+    [ -f "$NEURONS/mix.jsonl" ] || $PYTHON docs/mix_texts.py "$DATA" --texts "$MIX" --output "$NEURONS/mix.jsonl"
+    # shellcheck disable=SC2086 # several arguments
+    $PYTHON -m profiler run --resume --quiet $mix --output "$NEURONS/mix.safetensors"
+    # shellcheck disable=SC2086
+    [ -f "$FIT" ] || $PYTHON -m profiler fit --resume $mix --neurons "$NEURONS/mix.safetensors" --output "$FIT"
+}
+
 # neuron file, rows, worked examples, task
 tasks() {
     dataset=$1 rows=$2 fewshot=$3 task=$4
     $PYTHON evaluation/evaluate_task.py --model_name "$MODEL" --task_name "$task" --method "$METHODS" \
         --limit "$rows" --shuffle --num_fewshot "$fewshot" --batch_size 8 --data_dir "$DATA" \
         --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
-        --model_neurons_filepath "$NEURONS/model.safetensors" --output_path "$OUT" --skip_finished
+        --model_neurons_filepath "$NEURONS/model.safetensors" --fit_filepath "$FIT" --output_path "$OUT" --skip_finished
 }
 
 # name, neuron file, examples, data set, then arguments of evaluate_perplexity.py
@@ -49,7 +62,8 @@ perplexity() {
     result=$OUT/$MODEL/$1.json dataset=$2 examples=$3 data=$4
     shift 4
     [ -f "$result" ] && return
-    $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method "$METHODS" \
+    $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method "$METHODS,griffin+partial" \
+        --selection up --compensation none,mean,refit --fit_filepath "$FIT" \
         --dataset "$DATA/$data" --limit "$examples" --batch_size 8 \
         --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
         --model_neurons_filepath "$NEURONS/model.safetensors" --json "$result" "$@"
@@ -80,19 +94,22 @@ all_tasks() {
 all_perplexities() {
     perplexity wikitext2 wikitext2 "$WINDOWS" wikitext2/test.txt
     perplexity triviaqa qa "$ANSWERS" triviaqa/triviaqa_sm_sub.jsonl --half second
+    perplexity squad qa "$ANSWERS" squad_v1/validation_xquad_en.jsonl --half second \
+        --target_template ' {answers[text][0]}'
 }
 
 case $SIZE in
-    full) TEXTS=160 PAIRS=80 QUESTIONS=48 ANSWERS=80 CHOICES=32 FEW=20 WINDOWS=24 ;;
-    small) TEXTS=64 PAIRS=24 QUESTIONS=16 ANSWERS=24 CHOICES=6 FEW=8 WINDOWS=6 ;;
+    full) MIX=450 TEXTS=160 PAIRS=80 QUESTIONS=48 ANSWERS=80 CHOICES=32 FEW=20 WINDOWS=40 ;;
+    small) MIX=110 TEXTS=64 PAIRS=24 QUESTIONS=16 ANSWERS=24 CHOICES=6 FEW=8 WINDOWS=6 ;;
     *) echo "error: SIZE must be full or small, got $SIZE" >&2 && exit 2 ;;
 esac
-[ $# -gt 0 ] || set -- profile tasks perplexity
+[ $# -gt 0 ] || set -- profile fit tasks perplexity
 for part; do
     case $part in
         profile) all_neurons ;;
+        fit) fit ;;
         tasks) all_tasks ;;
         perplexity) all_perplexities ;;
-        *) echo "error: expected profile, tasks or perplexity, got $part" >&2 && exit 2 ;;
+        *) echo "error: expected profile, fit, tasks or perplexity, got $part" >&2 && exit 2 ;;
     esac
 done

@@ -149,7 +149,7 @@ def _relevant(method: Method) -> list[str]:
 
 def _fixed_for(method: Method, fixed: dict) -> dict:
     """Without what means nothing to a method: baselines stay what they are."""
-    left_out = set() if _is_open(method) else {"refresh", "budget", "fit_filepath"}
+    left_out = set() if _is_open(method) else {"refresh", "budget", "fit_filepath", "token_count"}
     if method.compute == "dense":  # nothing to move between CPU and GPU
         left_out |= {"memory_limit"}
     return {key: value for key, value in fixed.items() if key not in left_out}

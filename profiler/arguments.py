@@ -40,7 +40,9 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
-    model.add_argument("--dtype", choices=FLOAT_DTYPES, default="auto", help="of the weights; auto: as the checkpoint says")
+    model.add_argument(
+        "--dtype", choices=FLOAT_DTYPES, default="auto", help="of the weights; auto: as the checkpoint says"
+    )
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: all GPUs if there are any")
     model.add_argument("--batch_size", type=positive, default=8, help="texts at a time; no influence on the result (8)")
 

@@ -17,6 +17,7 @@ TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selectio
 SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
 COMPENSATIONS = ("mean", "lowrank", "refit")
 BUDGETS = ("uniform", "per_layer")
+TOKEN_COUNTS = ("exact", "average")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
 FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_num and end_num are not given
@@ -82,6 +83,12 @@ class PartInferConfig:
         "fraction of the neurons that a prompt lets tokens choose among, with up and gate (all loaded)",
         type=float,
     )
+    token_count: str = _option(
+        "exact",
+        "with up and gate: every token computes the same number of neurons, or all above a threshold per layer, which "
+        "are as many on average over the prompt",
+        choices=TOKEN_COUNTS,
+    )
     compensation: str = _option(
         "auto",
         "what stands in for neurons that are left out: none, or some of mean (their mean output), lowrank (a map of x), "
@@ -120,6 +127,7 @@ class PartInferConfig:
         self._check_choice("kernels", KERNELS)
         self._check_choice("selection", SELECTIONS)
         self._check_choice("budget", BUDGETS)
+        self._check_choice("token_count", TOKEN_COUNTS)
         if self.compensation != "auto":
             self.compensation = "+".join(sorted(parse_compensation(self.compensation))) or "none"
         if self.loaded_neurons_percent is None:
@@ -151,6 +159,8 @@ class PartInferConfig:
             )
         if self.refresh is not None and self.refresh < 1:
             raise PartInferError(f"refresh must be at least 1 token, got {self.refresh}")
+        if self.token_count == "average" and self.selection not in ("auto", *TOKEN_SELECTIONS):
+            raise PartInferError(f"token_count average belongs to selection up or gate, got selection {self.selection}")
         if self.candidates is None:
             return
         if self.selection not in ("auto", *TOKEN_SELECTIONS):

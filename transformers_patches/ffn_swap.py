@@ -75,6 +75,7 @@ def swap_ffns(
                 prior=Prior.of(layer_plan, layer, neurons, layer_fit),
                 compensate_loaded=bool(settings.compensations),
                 refresh=settings.refresh,
+                token_count=settings.token_count,
             ).to(dtype)
         if spec.ffn:
             place = f"{spec.layers}.{layer}.{spec.ffn}"

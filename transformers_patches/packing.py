@@ -52,7 +52,12 @@ def _description(folder: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {content['format']!r} {content['version']!r}, expected {FORMAT!r} {VERSION}")
-        {name: content["settings"][name] for name in FIXED}, content["bytes_dense"], content["packed"].items(), content["elsewhere"]
+        (
+            {name: content["settings"][name] for name in FIXED},
+            content["bytes_dense"],
+            content["packed"].items(),
+            content["elsewhere"],
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PartInferError(f"{path} can't be used: {error}; make the pack again") from None
     return content

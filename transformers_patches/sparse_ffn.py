@@ -61,9 +61,11 @@ class SparseFFN(nn.Module):
         prior: Prior | None = None,
         compensate_loaded: bool = False,
         refresh: int | None = None,
+        token_count: str = "exact",
     ) -> None:
         """selection: a name of config.SELECTIONS; compensate_loaded: whether loaded neurons that are not computed get
-        their mean output (prior.mean); refresh: choose again every so many decoded tokens."""
+        their mean output (prior.mean); refresh: choose again every so many decoded tokens; token_count: of a selection
+        per token, one of config.TOKEN_COUNTS."""
         super().__init__()
         self.plan, self.state, self.gated = plan, state, gated
         self.act_fn = ACT2FN[activation]
@@ -82,7 +84,7 @@ class SparseFFN(nn.Module):
         self.compensation: Compensation | None = None
         self.prior = prior or Prior()
         if selection in TOKEN_SELECTIONS:
-            self.selection = TokenSelection(self, selection)
+            self.selection = TokenSelection(self, selection, average=token_count == "average")
         else:
             self.selection = PromptSelection(self, selection, self.prior.mean if compensate_loaded else None)
         self.refresh = Refresh(self, refresh) if refresh else None

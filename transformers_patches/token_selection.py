@@ -9,6 +9,9 @@ The typical sizes a_i (u_i) are taken over the prompt's tokens, blended with tho
 as PRIOR_TOKENS tokens. Choosing by the gate is CATS' idea (arXiv 2404.08763) with an exact count instead of a threshold;
 choosing by `up` was measured to be the better evidence (docs/quality.md). A plain FFN has one input projection, and
 both mean |act(up_i·x)| ||W_down[:, i]||.
+
+A token keeps its K best (`--token_count exact`), or all above a threshold of the layer (`average`, as CATS has it): the
+one above which the last prompt tokens had K neurons on average. Hard tokens may then read more than easy ones.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from transformers_patches.sparse_ffn import Rows, SparseFFN
 
 PRIOR_TOKENS = 256
+SAMPLE_TOKENS = 64  # prompt tokens that a threshold is taken from
+MIN_SAMPLE = 8  # with fewer, tokens keep their exact count
 
 
 class TypicalSize:
@@ -52,19 +57,47 @@ class TypicalSize:
         return ((self.sums + weight * prior) / (self.tokens + weight)).sqrt()
 
 
+class ScoreSample:
+    """A prompt's last tokens: the projection that is read for all candidates."""
+
+    def __init__(self) -> None:
+        self.values: torch.Tensor | None = None  # [n, L]
+
+    def observe(self, values: torch.Tensor) -> None:
+        """values: [T, L] of prompt tokens, no padding."""
+        known = values if self.values is None else torch.cat([self.values, values])
+        self.values = known[-SAMPLE_TOKENS:].clone()  # not a view of all tokens
+
+    def threshold(self, scale: torch.Tensor, index: torch.Tensor | None, count: int) -> float | None:
+        """Above which the tokens have `count` scores on average; None if there are too few tokens to tell.
+
+        scale: float32 [L]; index: int [C], the candidates, None for all.
+        """
+        if self.values is None or len(self.values) < MIN_SAMPLE:
+            return None
+        scores = self.values.float().abs() * scale
+        scores = (scores if index is None else scores[:, index.long()]).flatten()
+        kept = count * len(self.values)
+        if kept >= len(scores):
+            return -1.0
+        # between the last that is kept and the first that is not: rounding must not tell them apart
+        return float(scores.topk(kept + 1).values[-2:].mean())
+
+
 class TokenSelection:
     """Decodes with neurons chosen for every token; the candidates of B sequences are each one's own.
 
     by: `up` or `gate`. Where the plan has fewer candidates than loaded neurons, a prompt chooses them, as selection
-    `blend` does.
+    `blend` does. average: keep all above a threshold instead of an exact count.
     """
 
     compensates = False  # for loaded neurons: what the others write while they are small is in the fitted bias
     observes = True
 
-    def __init__(self, ffn: SparseFFN, by: str) -> None:
+    def __init__(self, ffn: SparseFFN, by: str, *, average: bool = False) -> None:
         self.ffn, self.by = ffn, by if ffn.gated else "plain"
         plan = ffn.plan
+        self.average = average
         self.all_are_candidates = plan.candidate_count == plan.loaded_count
         self._candidate_plan = replace(plan, computed_count=plan.candidate_count)
         self.reset()
@@ -75,6 +108,8 @@ class TokenSelection:
         self.evidence: list[Blend] | None = None
         self.selected: list[torch.Tensor] | None = None  # candidates per sequence beside the base: int32
         self.scales: list[torch.Tensor] = []  # per sequence: float32 [L]
+        self.samples: list[ScoreSample] | None = None
+        self.thresholds: list[float | None] = []  # per sequence; None: the exact count
         self._gathered: dict[int, Rows] = {}
 
     @property
@@ -86,6 +121,7 @@ class TokenSelection:
         ffn = self.ffn
         prior = ffn.prior.gate_size if self.by == "up" else None
         self.sizes = [TypicalSize(prior, device) for _ in range(batch)]
+        self.samples = [ScoreSample() for _ in range(batch)] if self.average else None
         if not self.all_are_candidates:
             down = ffn.weight("down")
             plan = self._candidate_plan
@@ -94,6 +130,8 @@ class TokenSelection:
     def observe(self, sequence: int, activations: Activations) -> None:
         if self.by != "plain":
             self.sizes[sequence].observe(activations.first if self.by == "up" else activations.up)
+        if self.samples is not None:
+            self.samples[sequence].observe(activations.up if self.by == "up" else activations.first)
         if self.evidence is not None:
             self.evidence[sequence].observe(activations.h)
 
@@ -105,6 +143,13 @@ class TokenSelection:
         self.scales = [(norms.to(size.sums.device) * value) for size, value in zip(self.sizes, sizes, strict=True)]
         if self.evidence is not None:
             self.selected = [evidence.choose().to(torch.int32) for evidence in self.evidence]
+        if self.samples is None:
+            self.thresholds = [None] * len(self.scales)
+            return
+        self.thresholds = [
+            sample.threshold(scale, self._candidate_index(sequence, scale.device), self.ffn.plan.computed_count)
+            for sequence, (sample, scale) in enumerate(zip(self.samples, self.scales, strict=True))
+        ]
 
     def decode(self, x: torch.Tensor) -> Decoded:
         """x: [B, T, H]."""
@@ -126,34 +171,44 @@ class TokenSelection:
         prefix, index = plan.candidate_count, None
         if self.selected is not None:
             prefix, index = plan.base_count, self.selected[sequence]
+        threshold = self.thresholds[sequence]
+        count = {"keep_count": plan.computed_count} if threshold is None else {"threshold": threshold}
         y, computed = kernels.sparse_ffn_by_up(
             x, ffn.weight("gate"), ffn.weight("up"), ffn.weight("down"), prefix, index, self.scales[sequence],
-            plan.computed_count, activation=ffn.kernel_activation,
+            activation=ffn.kernel_activation, **count,
         )  # fmt: skip
         return y, int(computed.sum())
 
     def _few(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """As _native; per token, the rows of the kept neurons are gathered."""
         rows, scale = self._candidates(sequence, x.device)
-        outputs = [self._one(token[None], rows, scale) for token in x]
-        return torch.cat(outputs), self.ffn.plan.computed_count * len(x)
+        outputs, kept = zip(
+            *(self._one(token[None], rows, scale, self.thresholds[sequence]) for token in x), strict=True
+        )
+        return torch.cat(outputs), sum(kept)
 
-    def _one(self, x: torch.Tensor, rows: Rows, scale: torch.Tensor) -> torch.Tensor:
-        """[1, H] for x [1, H]."""
+    def _one(
+        self, x: torch.Tensor, rows: Rows, scale: torch.Tensor, threshold: float | None
+    ) -> tuple[torch.Tensor, int]:
+        """[1, H] for x [1, H], and how many neurons it took."""
         ffn = self.ffn
         read_for_all = "gate" if self.by == "gate" else "up"
         product = kernels.linear if ffn.kernel_activation else kernels.project
         values = product(x, rows[read_for_all], rows.get(f"{read_for_all}_bias"))
         if self.by != "up":
             values = ffn.act_fn(values)
-        best = (values.float().abs() * scale)[0].topk(ffn.plan.computed_count, sorted=False).indices
+        scores = (values.float().abs() * scale)[0]
+        if threshold is None:
+            best = scores.topk(ffn.plan.computed_count, sorted=False).indices
+        else:
+            best = (scores > threshold).nonzero()[:, 0]
         kept = {name: weight.index_select(0, best) for name, weight in rows.items() if name != read_for_all}
         h = values[:, best]
         if self.by == "up":
             h = ffn.act_fn(kernels.project(x, kept["gate"], kept.get("gate_bias"))) * h
         elif self.by == "gate":
             h = h * kernels.project(x, kept["up"], kept.get("up_bias"))
-        return kernels.combine(h, kept["down"])
+        return kernels.combine(h, kept["down"]), len(best)
 
     def _many(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """As _native for many tokens, which together would read nearly all rows: the others' activations are set to 0."""
@@ -161,18 +216,27 @@ class TokenSelection:
         rows, scale = self._candidates(sequence, x.device)
         values = ffn.activations(x, rows)
         chosen_by = values.up if self.by == "up" else values.first
-        h = keep_best(values.h, chosen_by.float().abs() * scale, kept)
-        return kernels.combine(h, rows["down"]), kept * len(x)
+        scores, threshold = chosen_by.float().abs() * scale, self.thresholds[sequence]
+        if threshold is None:
+            return kernels.combine(keep_best(values.h, scores, kept), rows["down"]), kept * len(x)
+        above = scores > threshold
+        return kernels.combine(values.h * above, rows["down"]), int(above.sum())
 
     def _candidates(self, sequence: int, device: torch.device) -> tuple[Rows, torch.Tensor]:
         """The candidates' rows and scales; rows of chosen candidates are gathered once per prompt."""
-        if self.selected is None:
+        index = self._candidate_index(sequence, device)
+        if index is None:
             return self.ffn.all_rows(device), self.scales[sequence]
-        base = torch.arange(self.ffn.plan.base_count, dtype=torch.int32, device=device)
-        index = torch.cat([base, self.selected[sequence]])
         if sequence not in self._gathered:
             self._gathered[sequence] = self.ffn.gathered_rows(index, device)
         return self._gathered[sequence], self.scales[sequence][index.long()]
+
+    def _candidate_index(self, sequence: int, device: torch.device) -> torch.Tensor | None:
+        """int32 [C], or None where every loaded neuron is a candidate."""
+        if self.selected is None:
+            return None
+        base = torch.arange(self.ffn.plan.base_count, dtype=torch.int32, device=device)
+        return torch.cat([base, self.selected[sequence]])
 
 
 def keep_best(h: torch.Tensor, scores: torch.Tensor, kept: int) -> torch.Tensor:

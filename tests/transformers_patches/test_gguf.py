@@ -46,7 +46,9 @@ def test_rows_and_columns_of_every_type(kind, tmp_path):
     kind = GGMLQuantizationType[kind]
     rows, columns = 6, 512
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    packed = random_blocks(kind, rows, columns) if kind.name.endswith("K") else gguf.quants.quantize(values.numpy(), kind)
+    packed = (
+        random_blocks(kind, rows, columns) if kind.name.endswith("K") else gguf.quants.quantize(values.numpy(), kind)
+    )
     write_gguf(tmp_path / "m.gguf", "qwen2", {"blk.0.ffn_up.weight": (packed, kind)}, {"attention.head_count": 2})
     source = GGUFCheckpoint(tmp_path / "m.gguf")
     name = "model.layers.0.mlp.up_proj.weight"

@@ -126,6 +126,49 @@ def test_native_kernels_give_the_same(family, candidates, loaded):
         assert (a - b).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_threshold_keeps_the_count_on_average_over_the_prompt(family, loaded):
+    """Decoding the prompt's own last tokens once more meets the threshold that they gave."""
+    ours = loaded(family, "partinfer", selection="up", token_count="average")
+    layer, kept = ours.state.layers[0], KEPT_PLAIN if family == "opt" else KEPT
+    x = torch.randn(1, 40, HIDDEN, generator=torch.Generator().manual_seed(1))
+    ours.state.begin_pass(1, 40, 0, None)
+    layer(x)
+    result = layer.selection.decode(x)
+    assert result.computed == kept * 40
+    assert result.rows == LOADED * 40 + kept * 40 * (layer.matrices - 1)
+    each = [layer.selection.decode(x[:, t : t + 1]) for t in range(40)]
+    assert sum(one.computed for one in each) == kept * 40
+    assert len({one.computed for one in each}) > 1
+    assert (torch.cat([one.y for one in each], dim=1) - result.y).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("candidates", [None, 0.55])
+def test_a_threshold_after_a_short_prompt_is_the_exact_count(candidates, loaded):
+    all_passes = passes(*padded_prompts([7, 3], "left"), [1, 2])
+    average, exact = (
+        loaded("llama", "partinfer", selection="up", candidates=candidates, token_count=count)
+        for count in ("average", "exact")
+    )
+    for a, b in zip(run(average.model, all_passes), run(exact.model, all_passes), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no native kernels here")
+@pytest.mark.parametrize("candidates", [None, 0.55])
+def test_native_kernels_take_thresholds(candidates, loaded):
+    all_passes = passes(*padded_prompts([30, 12], "left"), [1, 1, 2])
+    native, reference = (
+        loaded("llama", "partinfer", kernels=kernel, selection="up", candidates=candidates, token_count="average")
+        for kernel in ("native", "torch")
+    )
+    for ours in (native, reference):
+        ours.reset_counters()
+    for a, b in zip(run(native.model, all_passes), run(reference.model, all_passes), strict=True):
+        assert (a - b).abs().max() < 1e-4
+    assert native.computed_fraction() == reference.computed_fraction() != KEPT / INTERMEDIATE
+
+
 def test_decoding_without_a_prompt_is_an_error(loaded):
     ours = loaded("llama", "partinfer", selection="up")
     ours.state.begin_pass(1, 1, 0, None)

@@ -8,6 +8,9 @@ e = FFN(x) - D^T h~, least squares finds M, U, V and biases for which
 
 is smallest. D + M are the refitted rows, U and V the low-rank map, b one bias for prefilled and one for decoded tokens.
 Inputs x are those that the already fitted layers below give (`sequential`), so a layer also learns to answer their errors.
+
+Tokens count by `token_weights`: without them the few with massive activations (Sun et al. 2024, arXiv 2402.17762), often
+a text's first, would be all that some layers are fitted to.
 """
 
 from __future__ import annotations
@@ -88,24 +91,42 @@ class _Survey:
 
     @classmethod
     def of(
-        cls, weights: FFNWeights, batches: list[Batch], inputs: list[torch.Tensor], *, with_covariance: bool
+        cls,
+        weights: FFNWeights,
+        batches: list[Batch],
+        inputs: list[torch.Tensor],
+        importance: list[torch.Tensor],
+        *,
+        with_covariance: bool,
     ) -> _Survey:
         size, device = len(weights.down), weights.down.device
         absolute, squares, tokens = torch.zeros(size, device=device), torch.zeros(size, device=device), 0
         equations = NormalEquations(size, 0, 1, device) if with_covariance else None
-        for batch, x in zip(batches, inputs, strict=True):
-            h, _, gate = weights.activations(x[batch.real.flatten()].to(device))
+        for batch, x, counted in zip(batches, inputs, importance, strict=True):
+            real = batch.real.flatten()
+            h, _, gate = weights.activations(x[real].to(device))
             tokens += len(h)
             absolute += h.float().abs().sum(0)
             if gate is not None:
                 squares += gate.float().square().sum(0)
             if equations is not None:
-                equations.add(h, h.new_zeros(len(h), 0), 0)
+                equations.add(h, h.new_zeros(len(h), 0), counted[real].to(device), 0)
         return cls(
             absolute / tokens,
             None if weights.gate is None else (squares / tokens).sqrt(),
             None if equations is None else equations.centered()[0],
         )
+
+
+def token_weights(batches: list[Batch], hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Per batch, float32 [B*T]: what a token counts, 1, or less where its hidden state is larger than usual.
+
+    hidden: per batch [B, T, H], what enters the layer. The layers above normalise the sum of it and what the FFN writes,
+    so an error matters in relation to its size: the weight is min(1, median of |hidden|^2 / |hidden|^2).
+    """
+    sizes = [values.float().square().mean(-1).flatten() for values in hidden]
+    usual = torch.cat([size[batch.real.flatten()] for batch, size in zip(batches, sizes, strict=True)]).median()
+    return [(usual / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0) for size in sizes]
 
 
 class Fitter:
@@ -133,7 +154,8 @@ class Fitter:
         weights = FFNWeights.of(self.model.model, layer)
         counts = self.settings.counts(weights, share or self.settings.share)
         inputs = [self.model.ffn_input(layer, hidden) for hidden in self.hidden]
-        survey = _Survey.of(weights, self.batches, inputs, with_covariance=ranking is None)
+        importance = token_weights(self.batches, self.hidden)
+        survey = _Survey.of(weights, self.batches, inputs, importance, with_covariance=ranking is None)
         if ranking is None:
             neurons = best_to_keep(survey.covariance, weights.down, counts.loaded, self.settings.ridge)
         else:
@@ -144,7 +166,7 @@ class Fitter:
             self.settings.token_selection, counts, part.down, gate_size, survey.mean_abs[neurons]
         )
         del survey
-        fitted = self._solve(weights, part, neurons, selection, inputs)
+        fitted = self._solve(weights, part, neurons, selection, inputs, importance)
         if not self.settings.sequential:
             self.pass_through(layer)
             return fitted
@@ -158,14 +180,15 @@ class Fitter:
         neurons: torch.Tensor,
         selection: SimulatedSelection,
         inputs: list[torch.Tensor],
+        importance: list[torch.Tensor],
     ) -> FittedLayer:
         loaded, hidden = part.down.shape
         device = part.down.device
         refits, rank = "refit" in self.settings.compensation, self.settings.rank
         equations = NormalEquations(loaded + (hidden if rank else 0), hidden, 2, device)
         output = 0.0
-        for batch, x in zip(self.batches, inputs, strict=True):
-            x = x.to(device)
+        for batch, x, counted in zip(self.batches, inputs, importance, strict=True):
+            x, counted = x.to(device), counted.to(device)
             every = weights.activations(x)
             y = weights.output(every[0]).float()
             loaded_ones = [None if values is None else values.index_select(-1, neurons) for values in every]
@@ -174,8 +197,8 @@ class Fitter:
             features = torch.cat([h, x], dim=-1) if rank else h
             for group, mask in ((PREFILL, batch.prompt), (DECODE, batch.decoded)):
                 mask = mask.flatten().to(device)
-                equations.add(features[mask], error[mask], group)
-            output += float(y[batch.real.flatten().to(device)].square().sum(dtype=torch.float64))
+                equations.add(features[mask], error[mask], counted[mask], group)
+                output += float(y[mask].square().sum(1) @ counted[mask])
         solution, inner, outer = refit_and_low_rank(equations, loaded, self.settings.ridge, rank, refits=refits)
         left = right = None
         if refits and 0 < self.settings.down_rank < min(loaded, hidden):

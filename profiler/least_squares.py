@@ -22,7 +22,7 @@ class NormalEquations:
     """E[f f^T] and E[f e^T] of features f and errors e, about their means in each of several groups of tokens.
 
     Means that differ between groups (prefilled and decoded tokens) are what the groups' biases are for, so they do not
-    count as something to explain. Sums are float32, in blocks, the small ones float64.
+    count as something to explain. Sums are float32, in blocks, the small ones float64. `tokens` are the groups' weights.
     """
 
     def __init__(self, features: int, outputs: int, groups: int, device: torch.device) -> None:
@@ -31,20 +31,22 @@ class NormalEquations:
         self.squares = 0.0
         self.feature_sums = torch.zeros(groups, features, device=device)
         self.error_sums = torch.zeros(groups, outputs, device=device)
-        self.tokens = [0] * groups
+        self.tokens = [0.0] * groups
 
-    def add(self, features: torch.Tensor, errors: torch.Tensor, group: int) -> None:
-        """features: [T, F], errors: [T, H], of tokens of one group."""
-        for f, e in zip(features.split(BLOCK_ROWS), errors.split(BLOCK_ROWS), strict=True):
-            f, e = f.float(), e.float()
+    def add(self, features: torch.Tensor, errors: torch.Tensor, weights: torch.Tensor, group: int) -> None:
+        """features: [T, F], errors: [T, H], weights: [T], of tokens of one group; a token of weight 2 counts as two."""
+        parts = (values.split(BLOCK_ROWS) for values in (features, errors, weights))
+        for f, e, w in zip(*parts, strict=True):
+            root = w.float().sqrt()[:, None]
+            f, e = f.float() * root, e.float() * root
             for first in range(0, f.shape[1], BLOCK_FEATURES):
                 block = slice(first, first + BLOCK_FEATURES)
                 self._gram[block, first:].addmm_(f[:, block].t(), f[:, first:])
             self.cross.addmm_(f.t(), e)
-            self.feature_sums[group] += f.sum(0)
-            self.error_sums[group] += e.sum(0)
+            self.feature_sums[group] += root[:, 0] @ f
+            self.error_sums[group] += root[:, 0] @ e
             self.squares += float(e.square().sum(dtype=torch.float64))
-            self.tokens[group] += len(f)
+            self.tokens[group] += float(w.sum(dtype=torch.float64))
 
     def _whole_gram(self) -> torch.Tensor:
         """float64 [F, F]."""

@@ -61,9 +61,12 @@ def test_everything_loaded_and_computed_changes_nothing(checkpoint):
 
 
 def test_refit_is_the_ridge_regression_of_what_is_missing(checkpoint):
-    """Prompt and decoded tokens alike, no selection: one regression with an intercept, written out with plain means."""
+    """Prompt and decoded tokens alike, no selection: one weighted regression with an intercept, written out."""
     ridge = 0.1
     fitted = make_fitter(checkpoint, FitSettings(0.6, 0.6, REFIT, token_selection=None, ridge=ridge), prompt=40)
+    sizes = torch.cat([hidden.flatten(0, 1) for hidden in fitted.hidden]).double().square().mean(-1)
+    weights = (sizes.median() / sizes).clamp(max=1.0)[:, None]
+    assert 0 < float(weights.min()) < 0.9
     fit = fitted.fit(0, RANKING).fit
     reference = MaskedReference(checkpoint)
     reference(torch.tensor(sequences()))
@@ -71,12 +74,14 @@ def test_refit_is_the_ridge_regression_of_what_is_missing(checkpoint):
     down = FFNWeights.of(fitted.model.model, 0).down.double()
     loaded, rest = RANKING[:48], RANKING[48:]
     missing = h[:, rest] @ down[rest]
-    centered = h[:, loaded] - h[:, loaded].mean(0)
-    covariance = centered.t() @ centered / len(h)
+    shares = weights / weights.sum()
+    mean, mean_missing = (h[:, loaded] * shares).sum(0), (missing * shares).sum(0)
+    centered = h[:, loaded] - mean
+    covariance = centered.t() @ (shares * centered)
     damped = covariance + ridge * covariance.diagonal().mean() * torch.eye(48)
-    added = torch.linalg.solve(damped, centered.t() @ (missing - missing.mean(0)) / len(h))
+    added = torch.linalg.solve(damped, centered.t() @ (shares * (missing - mean_missing)))
     assert (fit.down.double() - down[loaded] - added).abs().max() < 1e-4
-    bias = missing.mean(0) - h[:, loaded].mean(0) @ added
+    bias = mean_missing - mean @ added
     assert (fit.bias_prefill.double() - bias).abs().max() < 1e-4
     assert torch.equal(fit.bias_prefill, fit.bias_decode)
 

@@ -22,7 +22,7 @@ def equations_of(*groups: tuple[torch.Tensor, torch.Tensor]) -> NormalEquations:
     equations = NormalEquations(features.shape[1], errors.shape[1], len(groups), CPU)
     for number, (f, e) in enumerate(groups):
         for part_f, part_e in zip(f.split(7), e.split(7), strict=True):
-            equations.add(part_f, part_e, number)
+            equations.add(part_f, part_e, torch.ones(len(part_f)), number)
     return equations
 
 
@@ -41,6 +41,26 @@ def test_solution_and_biases_are_those_of_a_regression_with_an_intercept_per_gro
     assert torch.allclose(torch.stack(equations.biases(solution)).double(), expected[5:], atol=1e-4)
     left = torch.cat([y1, y2]).double() - torch.cat([torch.cat([first, second]), group], dim=1).double() @ expected
     assert equations.error(solution) == pytest.approx(float(left.square().sum() / 100), rel=1e-4)
+
+
+def test_a_token_of_weight_two_counts_as_two():
+    features, errors = random(30, 6), random(30, 2, seed=1)
+    repeated = equations_of((torch.cat([features, features[:9]]), torch.cat([errors, errors[:9]])))
+    weighted = NormalEquations(6, 2, 1, CPU)
+    weights = torch.ones(30)
+    weights[:9] = 2
+    weighted.add(features, errors, weights, 0)
+    solutions = [refit_and_low_rank(equations, 6, 0.1, 0, refits=True)[0] for equations in (repeated, weighted)]
+    assert torch.allclose(*solutions, atol=1e-5)
+    assert torch.allclose(repeated.biases(solutions[0])[0], weighted.biases(solutions[1])[0], atol=1e-5)
+    assert weighted.error(solutions[1]) == pytest.approx(repeated.error(solutions[0]), rel=1e-4)
+
+
+def test_the_blocks_of_the_gram_matrix_make_it_whole(monkeypatch):
+    monkeypatch.setattr("profiler.least_squares.BLOCK_FEATURES", 4)
+    features = random(30, 11)
+    gram, _ = equations_of((features, random(30, 2, seed=1))).centered()
+    assert torch.allclose(gram, torch.cov(features.t().double(), correction=0), atol=1e-5)
 
 
 def test_dependent_activations_have_a_finite_solution_that_is_as_good_as_any():

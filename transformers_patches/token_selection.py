@@ -163,7 +163,8 @@ class TokenSelection:
         return Decoded(y, computed, read + computed * (matrices - 1))
 
     def _kernel_fits(self, x: torch.Tensor) -> bool:
-        return self.by == "up" and not self.ffn.input_bias and self.ffn.native_fits(x)
+        made_for = self.by == "plain" or (self.by == "up" and not self.ffn.input_bias)
+        return made_for and self.ffn.native_fits(x)
 
     def _native(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Output [T, H] and neurons computed for one sequence's x [T, H]; nothing is gathered."""
@@ -172,11 +173,15 @@ class TokenSelection:
         if self.selected is not None:
             prefix, index = plan.base_count, self.selected[sequence]
         threshold = self.thresholds[sequence]
-        count = {"keep_count": plan.computed_count} if threshold is None else {"threshold": threshold}
-        y, computed = kernels.sparse_ffn_by_up(
-            x, ffn.weight("gate"), ffn.weight("up"), ffn.weight("down"), prefix, index, self.scales[sequence],
-            activation=ffn.kernel_activation, **count,
-        )  # fmt: skip
+        rest = {"keep_count": plan.computed_count} if threshold is None else {"threshold": threshold}
+        rest["activation"] = ffn.kernel_activation
+        choice = (prefix, index, self.scales[sequence])
+        up, down = ffn.weight("up"), ffn.weight("down")
+        if self.by == "plain":
+            bias = ffn.weight("up_bias") if ffn.input_bias else None
+            y, computed = kernels.sparse_ffn_plain_by_size(x, up, bias, down, *choice, **rest)
+        else:
+            y, computed = kernels.sparse_ffn_by_up(x, ffn.weight("gate"), up, down, *choice, **rest)
         return y, int(computed.sum())
 
     def _few(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -200,6 +205,7 @@ class TokenSelection:
         scores = (values.float().abs() * scale)[0]
         if threshold is None:
             best = scores.topk(ffn.plan.computed_count, sorted=False).indices
+            best = best[scores[best] > 0]  # what ReLU left at 0 adds nothing
         else:
             best = (scores > threshold).nonzero()[:, 0]
         kept = {name: weight.index_select(0, best) for name, weight in rows.items() if name != read_for_all}
@@ -217,10 +223,8 @@ class TokenSelection:
         values = ffn.activations(x, rows)
         chosen_by = values.up if self.by == "up" else values.first
         scores, threshold = chosen_by.float().abs() * scale, self.thresholds[sequence]
-        if threshold is None:
-            return kernels.combine(keep_best(values.h, scores, kept), rows["down"]), kept * len(x)
-        above = scores > threshold
-        return kernels.combine(values.h * above, rows["down"]), int(above.sum())
+        chosen = keep_best(scores, scores, kept) > 0 if threshold is None else scores > threshold
+        return kernels.combine(values.h * chosen, rows["down"]), int(chosen.sum())
 
     def _candidates(self, sequence: int, device: torch.device) -> tuple[Rows, torch.Tensor]:
         """The candidates' rows and scales; rows of chosen candidates are gathered once per prompt."""

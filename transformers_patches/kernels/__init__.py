@@ -36,6 +36,7 @@ __all__ = [
     "sparse_ffn",
     "sparse_ffn_by_up",
     "sparse_ffn_plain",
+    "sparse_ffn_plain_by_size",
     "use_variant",
     "variant",
     "variants",
@@ -147,7 +148,7 @@ def sparse_ffn_by_up(
 
     `up` is read for all candidates (as `prefix` and `index` in sparse_ffn), gate and down only for the chosen.
     scale [L] float32: how much a unit of up·x is worth, e.g. the gate's typical size times the norm of down's row.
-    keep_count: how many are computed, exactly; None: all whose product is above `threshold`.
+    keep_count: how many are computed, exactly; None: all whose product is above `threshold`. Zeros are never computed.
     Returns the output like x and the number of neurons computed per token, int64 [T].
     """
     ops = _LIBRARY.get()
@@ -161,6 +162,35 @@ def sparse_ffn_by_up(
             x, gate.data, gate.scales, up.data, up.scales, down.data, down.scales, gate.bits, *choice, activation
         )
     return ops.sparse_ffn_by_up(x, gate, up, down, *choice, activation)
+
+
+def sparse_ffn_plain_by_size(
+    x: Tensor,
+    fc1: Weight,
+    bias1: Tensor | None,
+    fc2: Weight,
+    candidates_prefix: int,
+    candidates_index: Tensor | None,
+    scale: Tensor,
+    keep_count: int | None = None,
+    threshold: float = 0.0,
+    activation: str = "relu",
+) -> tuple[Tensor, Tensor]:
+    """The FFN without a gate over neurons chosen per token: those with the largest |act(fc1_i·x + bias1_i)| scale_i.
+
+    fc1 is read for all candidates, fc2 only for the chosen; neurons that ReLU leaves at 0 are never among them. Else as
+    in sparse_ffn_by_up and sparse_ffn_plain.
+    """
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu:
+        return reference.sparse_ffn_plain_by_size(
+            x, fc1, bias1, fc2, candidates_prefix, candidates_index, scale, keep_count, threshold, activation
+        )
+    choice = (candidates_prefix, candidates_index, scale, -1 if keep_count is None else keep_count, threshold)
+    if isinstance(fc1, QuantizedTensor):
+        weights = (fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc1.bits)
+        return ops.quant_sparse_ffn_plain_by_size(x, *weights, *choice, activation)
+    return ops.sparse_ffn_plain_by_size(x, fc1, bias1, fc2, *choice, activation)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -99,7 +99,8 @@ def _register_fakes() -> None:
     for name in ("dense_ffn", "add_norm"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, *_: torch.empty_like(x))
     torch.library.register_fake("partinfer::attention_step")(lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
-    for name in ("sparse_ffn_by_up", "quant_sparse_ffn_by_up"):
+    by_token = ("sparse_ffn_by_up", "sparse_ffn_plain_by_size")
+    for name in (*by_token, *(f"quant_{name}" for name in by_token)):
         torch.library.register_fake(f"partinfer::{name}")(
             lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.int64))
         )

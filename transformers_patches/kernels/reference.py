@@ -92,12 +92,43 @@ def sparse_ffn_by_up(
     for token, place in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
         u = rows_of(up, candidates, dtype) @ token.to(dtype)
         score = u.float().abs() * scale[candidates]
-        kept = score.topk(keep_count).indices if keep_count is not None else (score > threshold).nonzero().squeeze(1)
+        kept = _largest(score, keep_count, threshold)
         rows = candidates[kept]
         h = ACTIVATIONS[activation](rows_of(gate, rows, dtype) @ token.to(dtype)) * u[kept]
         place.copy_(h @ rows_of(down, rows, dtype))
         computed.append(rows.numel())
     return out, torch.tensor(computed)
+
+
+def sparse_ffn_plain_by_size(
+    x: Tensor,
+    fc1: Weight,
+    bias1: Tensor | None,
+    fc2: Weight,
+    prefix: int,
+    index: Tensor | None,
+    scale: Tensor,
+    keep_count: int | None,
+    threshold: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Per token, fc2 only of the candidates with the largest |act(fc1_i·x + bias1_i)| scale_i; as sparse_ffn_by_up."""
+    dtype = _dtype_of(fc1, x)
+    candidates = torch.cat([torch.arange(prefix), torch.empty(0, dtype=torch.int64) if index is None else index.long()])
+    bias = None if bias1 is None else bias1[candidates].to(dtype)
+    out, computed = torch.empty_like(x), []
+    for token, place in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
+        h = ACTIVATIONS[activation](F.linear(token.to(dtype), rows_of(fc1, candidates, dtype), bias))
+        kept = _largest(h.float().abs() * scale[candidates], keep_count, threshold)
+        place.copy_(h[kept] @ rows_of(fc2, candidates[kept], dtype))
+        computed.append(kept.numel())
+    return out, torch.tensor(computed)
+
+
+def _largest(scores: Tensor, count: int | None, threshold: float) -> Tensor:
+    """Places of the `count` largest, or of those above the threshold; never of zeros."""
+    kept = scores.topk(count).indices if count is not None else (scores > threshold).nonzero().squeeze(1)
+    return kept[scores[kept] > 0]
 
 
 def core_counts(h: Tensor, k: int) -> Tensor:

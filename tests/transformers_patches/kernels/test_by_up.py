@@ -72,3 +72,39 @@ def test_bad_arguments(native):
         kernels.sparse_ffn_by_up(torch.randn(1, 64), gate, up, down, 30, None, torch.ones(40), 31)
     with pytest.raises(ValueError, match=r"scale must be contiguous float32 \[40\]"):
         kernels.sparse_ffn_by_up(torch.randn(1, 64), gate, up, down, 30, None, torch.ones(39), 3)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("keep", [0, 1, 40, None])
+def test_plain_by_size_of_the_activation(variant, activation, keep):
+    x, (fc1, fc2), bias = torch.randn(2, 576), weights(2, 301, 576), torch.randn(301)
+    choice = (100, unsorted_index(100, 301, 50), torch.rand(301), keep, 0.2, activation)
+    result, computed = kernels.sparse_ffn_plain_by_size(x, fc1, bias, fc2, *choice)
+    expected, counts = reference.sparse_ffn_plain_by_size(x, fc1, bias, fc2, *choice)
+    assert computed.tolist() == counts.tolist()
+    assert error(result, expected) < 1e-5
+
+
+def test_plain_never_computes_what_relu_leaves_at_zero(variant):
+    x, (fc1, fc2) = torch.randn(1, 64), weights(2, 200, 64)
+    alive = int((fc1 @ x[0] > 0).sum())
+    result, computed = kernels.sparse_ffn_plain_by_size(x, fc1, None, fc2, 200, None, torch.ones(200), 190)
+    assert computed.tolist() == [alive]
+    assert 50 < alive < 150
+    assert error(result, reference.sparse_ffn(x, fc1, None, fc2, 200, None, "relu")) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, 8, 4], ids=str)
+def test_plain_with_other_weights(variant, kind):
+    x, floats, bias, scale = torch.randn(1, 576), weights(2, 300, 576), torch.randn(300), torch.rand(300)
+    if isinstance(kind, int):
+        packed = [kernels.quantize(weight, kind) for weight in floats]
+        restored, tolerance = [kernels.dequantize(weight) for weight in packed], 0.06
+    else:
+        packed = [weight.to(kind) for weight in floats]
+        restored, tolerance = [weight.float() for weight in packed], TOLERANCE[kind]
+    result, _ = kernels.sparse_ffn_plain_by_size(x, packed[0], bias, packed[1], 300, None, scale, 40)
+    expected, _ = reference.sparse_ffn_plain_by_size(
+        x, restored[0], bias, restored[1], 300, None, scale, 40, 0.0, "relu"
+    )
+    assert error(result, expected) < tolerance

@@ -304,6 +304,39 @@ std::tuple<Tensor, Tensor> quant_sparse_ffn_by_up(const Tensor& x, const Tensor&
   return {out, run_all_by_up(call, scale, rows, keep, threshold)};
 }
 
+std::tuple<Tensor, Tensor> sparse_ffn_plain_by_size(const Tensor& x, const Tensor& fc1, const optional<Tensor>& bias1,
+                                                    const Tensor& fc2, int64_t prefix, const optional<Tensor>& index,
+                                                    const Tensor& scale, int64_t keep, double threshold,
+                                                    c10::string_view activation) {
+  const Input2d input = input_of(x);
+  const int64_t rows = rows_of(fc1, "fc1");
+  check_matrix(fc1, "fc1", rows, input.hidden);
+  check_matrix(fc2, "fc2", rows, input.hidden);
+  check_float_weights(fc1, fc2, "fc2");
+  Tensor out = at::empty(x.sizes(), x.options());
+  FfnCall call = ffn_call(float_type(fc1, "fc1"), input, rows, prefix, index, activation, out);
+  call.gate = float_matrix(fc1);
+  call.down = float_matrix(fc2);
+  call.gate_bias = vector_of(bias1, "bias1", rows);
+  return {out, run_all_by_up(call, scale, rows, keep, threshold)};
+}
+
+std::tuple<Tensor, Tensor> quant_sparse_ffn_plain_by_size(const Tensor& x, const Tensor& fc1, const Tensor& fc1_scales,
+                                                          const optional<Tensor>& bias1, const Tensor& fc2,
+                                                          const Tensor& fc2_scales, int64_t bits, int64_t prefix,
+                                                          const optional<Tensor>& index, const Tensor& scale,
+                                                          int64_t keep, double threshold, c10::string_view activation) {
+  const Input2d input = input_of(x);
+  const int64_t rows = rows_of(fc1, "fc1");
+  const Type type = quant_type(bits);
+  Tensor out = at::empty(x.sizes(), x.options());
+  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
+  call.gate = quant_matrix(fc1, fc1_scales, "fc1", rows, input.hidden, type);
+  call.down = quant_matrix(fc2, fc2_scales, "fc2", rows, input.hidden, type);
+  call.gate_bias = vector_of(bias1, "bias1", rows);
+  return {out, run_all_by_up(call, scale, rows, keep, threshold)};
+}
+
 ConvertTask convert_task(const Tensor& floats, const Tensor& data, const Tensor& scales, int64_t bits) {
   const int64_t rows = rows_of(floats, "the floats"), hidden = floats.size(1);
   const Type type = quant_type(bits);
@@ -512,6 +545,13 @@ TORCH_LIBRARY(partinfer, m) {
       "quant_sparse_ffn_by_up(Tensor x, Tensor gate, Tensor gate_scales, Tensor up, Tensor up_scales, Tensor down, "
       "Tensor down_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, float threshold, "
       "str activation) -> (Tensor, Tensor)");
+  m.def(
+      "sparse_ffn_plain_by_size(Tensor x, Tensor fc1, Tensor? bias1, Tensor fc2, int prefix, Tensor? index, "
+      "Tensor scale, int keep_count, float threshold, str activation) -> (Tensor, Tensor)");
+  m.def(
+      "quant_sparse_ffn_plain_by_size(Tensor x, Tensor fc1, Tensor fc1_scales, Tensor? bias1, Tensor fc2, "
+      "Tensor fc2_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, float threshold, "
+      "str activation) -> (Tensor, Tensor)");
   m.def("quantize(Tensor floats, int bits, Tensor(a!) data, Tensor(b!) scales) -> ()");
   m.def("dequantize(Tensor data, Tensor scales, int bits, Tensor(a!) out) -> ()");
   m.def(
@@ -539,6 +579,8 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("quant_linear", quant_linear);
   m.impl("sparse_ffn_by_up", sparse_ffn_by_up);
   m.impl("quant_sparse_ffn_by_up", quant_sparse_ffn_by_up);
+  m.impl("sparse_ffn_plain_by_size", sparse_ffn_plain_by_size);
+  m.impl("quant_sparse_ffn_plain_by_size", quant_sparse_ffn_plain_by_size);
   m.impl("quantize", quantize);
   m.impl("dequantize", dequantize);
   m.impl("attention_step", attention_step);

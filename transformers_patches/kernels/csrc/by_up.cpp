@@ -1,4 +1,5 @@
-// The gated FFN that chooses its neurons per token from up·x. Same threads as run_ffn, in one parallel region.
+// The FFN that chooses its neurons per token: the gated one from up·x, the plain one from its activations. Same threads
+// as run_ffn, in one parallel region.
 #include <omp.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@ namespace {
 
 struct Selection {
   std::vector<float> values, scores;  // [candidates]
+  std::vector<float> ones;            // [candidates], what a plain FFN's activations are multiplied with
   std::vector<int32_t> rows;          // [kept]
   std::vector<float> kept_values;     // [kept]
 };
@@ -22,15 +24,22 @@ int64_t row_of(const ActiveRows& candidates, int64_t position) {
   return position < candidates.prefix ? position : candidates.index[position - candidates.prefix];
 }
 
+const Matrix& first_of(const FfnCall& call) { return call.up.data != nullptr ? call.up : call.gate; }
+
 void score(const Kernels& kernels, const ByUpCall& call, const Input& x, Range range, Selection& selection) {
   LinearTask task;
   task.type = call.ffn.type;
-  task.weight = call.ffn.up;
+  const bool gated = call.ffn.up.data != nullptr;
+  task.weight = first_of(call.ffn);
+  if (!gated) task.bias = call.ffn.gate_bias;
   task.rows = {call.ffn.rows.prefix, call.ffn.rows.index, range.begin, range.end};
   task.x = x;
   task.out = reinterpret_cast<char*>(selection.values.data());
   task.out_type = Type::F32;
   (quantised(task.type) ? kernels.linear_quant : kernels.linear_float)(task);
+  if (!gated)
+    kernels.gate_values(call.ffn.activation, &selection.values[size_t(range.begin)], selection.ones.data(),
+                        range.end - range.begin);
   for (int64_t p = range.begin; p < range.end; ++p)
     selection.scores[size_t(p)] = std::fabs(selection.values[size_t(p)]) * call.size[row_of(call.ffn.rows, p)];
 }
@@ -42,7 +51,7 @@ void choose(const ByUpCall& call, Selection& selection) {
   int64_t ties = cut.ties;
   for (size_t p = 0; p < selection.scores.size(); ++p) {
     const float s = selection.scores[p];
-    if (!(s > cut.above) && !(s == cut.above && ties-- > 0)) continue;
+    if (s == 0.0f || (!(s > cut.above) && !(s == cut.above && ties-- > 0))) continue;
     selection.rows.push_back(int32_t(row_of(call.ffn.rows, int64_t(p))));
     selection.kept_values.push_back(selection.values[p]);
   }
@@ -55,13 +64,18 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
   static thread_local Selection kept;
   Selection& selection = kept;  // the caller's, for all threads of the region
   const int64_t candidates = call.ffn.rows.prefix + call.ffn.rows.count;
-  const int useful = useful_threads(candidates * call.ffn.up.row_bytes, threads);
+  const int useful = useful_threads(candidates * first_of(call.ffn).row_bytes, threads);
   const int64_t y_count = useful * y_stride_of(call.ffn.hidden);
   selection.values.resize(size_t(candidates));
   selection.scores.resize(size_t(candidates));
   scratch.reserve(input_bytes(1, call.ffn.hidden) + Scratch::padded(size_t(y_count) * sizeof(float)));
   const Input x = prepare(kernels, call.ffn.type, call.ffn.x, call.ffn.x_type, 0, 1, call.ffn.hidden, scratch);
   SharedFfn shared = share_ffn(call.ffn, x, 0, scratch.take<float>(y_count));
+  if (call.ffn.up.data == nullptr) {
+    selection.ones.assign(size_t(candidates), 1.0f);
+    shared.task.gate = Matrix{};
+    shared.task.gate_bias = Vector{};
+  }
   shared.task.up = Matrix{};  // its products are known by then
   parallel(useful, [&](int worker, int workers) {
     const int computing = std::min(useful, workers);

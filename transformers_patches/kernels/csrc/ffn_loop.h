@@ -110,11 +110,13 @@ inline void ffn(const FfnTask& task) {
   int32_t active[SKIP_BLOCK + ADD_ROWS];
   const float none[MAX_TOKENS] = {};
   RowRef rows[DOT_ROWS], next[DOT_ROWS];
+  const bool known = task.gate.data == nullptr;
   if (begin >= end) return;
-  rows_of(task, begin, rows);
+  if (!known) rows_of(task, begin, rows);
   for (int64_t start = begin; start < end; start += block) {
     const int64_t count = smaller(block, end - start);
-    for (int64_t i = 0; i < count; i += neurons) {
+    for (int64_t i = 0; known && i < count; ++i) h[i * MAX_TOKENS] = task.up_values[start + i];
+    for (int64_t i = 0; !known && i < count; i += neurons) {
       rows_of(task, smaller(start + i + neurons, end - 1), next);
       Products::prefetch_scales(next, DOT_ROWS, task.gate.row_scales);
       token_blocks(tokens, ActivationsOf<Products>{task, rows, next, start + i, h + i * MAX_TOKENS});

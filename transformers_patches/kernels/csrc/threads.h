@@ -36,11 +36,12 @@ struct LinearCall {
   char* out = nullptr;
 };
 
-// For one token: keep the candidates whose |up·x| * size is largest, compute only those.
+// For one token: keep the candidates whose |up·x| * size is largest, compute only those. Without `up` (plain FFN) it is
+// |act(gate·x + bias)| * size. A neuron whose product is 0 adds nothing and is never kept.
 struct ByUpCall {
   FfnCall ffn;
   const float* size = nullptr;  // [rows of the weights]
-  int64_t keep = -1;            // how many; below 0: all with |up·x| * size > threshold
+  int64_t keep = -1;            // how many; below 0: all whose product is above `threshold`
   float threshold = 0.0f;
 };
 

@@ -56,12 +56,14 @@ struct Rows {
 // y[t] += sum over the positions of act(gate·x + bias) * (up·x + bias) * down, all of one thread.
 struct FfnTask {
   Type type = Type::F32;
-  Matrix gate, up, down;  // up.data is null for the plain FFN (gate is fc1, down is fc2 transposed)
+  // up.data is null for the plain FFN (gate is fc1, down is fc2 transposed); gate.data is null too if h is known.
+  Matrix gate, up, down;
   Vector gate_bias, up_bias;
   Activation activation = Activation::SILU;
   Rows rows;
   Input x;
-  const float* up_values = nullptr;  // [position]: up·x already known (one token); then `up` is not read
+  // [position], one token: up·x already known, so that `up` is not read; without a gate either, h itself
+  const float* up_values = nullptr;
   float* y = nullptr;                // [tokens, y_stride], in the kernel's own column order
   int64_t y_stride = 0;
 };

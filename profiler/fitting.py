@@ -28,6 +28,7 @@ from transformers_patches.fit_file import LayerFit
 from transformers_patches.load_plan import candidate_count, kept_count
 
 PREFILL, DECODE = 0, 1  # groups of tokens, each with its bias
+SURVEY_TOKENS, SURVEY_TOKENS_PER_NEURON = 8192, 1.5  # enough to choose neurons by; the fit itself takes all tokens
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class FittedLayer:
 
 @dataclass(frozen=True)
 class _Survey:
-    """Of all neurons of a layer: mean_abs [N], mean |h|; gate_size [N], root of the mean act(gate)^2, None if plain;
+    """Of all neurons of a layer, over a sample of the batches: mean_abs [N], mean |h|; gate_size [N], root of the mean act(gate)^2, None if plain;
     covariance [N, N] of h, or None; float32, covariance float64."""
 
     mean_abs: torch.Tensor
@@ -102,7 +103,9 @@ class _Survey:
         size, device = len(weights.down), weights.down.device
         absolute, squares, tokens = torch.zeros(size, device=device), torch.zeros(size, device=device), 0
         equations = NormalEquations(size, 0, 1, device) if with_covariance else None
-        for batch, x, counted in zip(batches, inputs, importance, strict=True):
+        every = sum(int(batch.real.sum()) for batch in batches)
+        step = max(1, int(every / max(SURVEY_TOKENS, SURVEY_TOKENS_PER_NEURON * size)))
+        for batch, x, counted in list(zip(batches, inputs, importance, strict=True))[::step]:
             real = batch.real.flatten()
             h, _, gate = weights.activations(x[real].to(device))
             tokens += len(h)

@@ -105,7 +105,7 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> int:
     """Write the planned neurons to a folder of their own, and say how big it is."""
-    from transformers_patches.packing import write_pack
+    from transformers_patches.pack_writer import write_pack
 
     made = write_pack(folder, arguments.output, settings)
     if arguments.json:

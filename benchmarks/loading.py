@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Measure loading, whole, in part and from a pack: seconds with the files out of and in the page cache, and peak memory."""
+"""Measure loading, whole, in part and from a pack: seconds with the files out of and in the page cache, and peak memory.
+
+The floor is what the disk gives: the same reads with nothing done to the bytes.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +25,8 @@ from evaluation.models import find_model  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
 from transformers_patches.families import ffn_spec  # noqa: E402
 from transformers_patches.loading import read_config  # noqa: E402
-from transformers_patches.packing import write_pack  # noqa: E402
+from transformers_patches.pack_writer import write_pack  # noqa: E402
+from transformers_patches.parallel_reads import BLOCK_BYTES, Read, run  # noqa: E402
 from transformers_patches.random_weights import RandomWeights, random_ranking, shape_config  # noqa: E402
 
 # one load in a fresh process: prints seconds, and bytes
@@ -67,6 +72,18 @@ def evict(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def read_all(folder: Path) -> float:
+    """Bytes per second of reading a folder's weights as loading does, and throwing them away."""
+    reads = [
+        Read(path, start, min(BLOCK_BYTES, path.stat().st_size - start))
+        for path in sorted(folder.glob("*.safetensors"))
+        for start in range(0, path.stat().st_size, BLOCK_BYTES)
+    ]
+    started = time.perf_counter()
+    run(reads)
+    return sum(read.size for read in reads) / (time.perf_counter() - started)
+
+
 def load(folder: Path, settings: dict) -> dict:
     command = [sys.executable, "-c", LOAD, str(folder), json.dumps(settings)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -76,10 +93,14 @@ def load(folder: Path, settings: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(paths: dict[str, tuple[Path, dict]], repetitions: int) -> list[dict]:
-    """Each path in turn, cold and then warm, round after round."""
+def measure(paths: dict[str, tuple[Path, dict]], repetitions: int) -> tuple[list[dict], dict[str, float]]:
+    """Each path in turn, cold and then warm, round after round; and the disk alone, reading the first path's folder."""
+    first = next(iter(paths.values()))[0]
+    disk = []
     runs: dict[str, list[tuple[dict, dict]]] = {name: [] for name in paths}
     for _ in range(repetitions):
+        evict(first)
+        disk.append((read_all(first), read_all(first)))
         for name, (folder, settings) in paths.items():
             evict(folder)
             runs[name].append((load(folder, settings), load(folder, settings)))
@@ -98,7 +119,8 @@ def measure(paths: dict[str, tuple[Path, dict]], repetitions: int) -> list[dict]
                 "peak_over_weights": peak / weights,
             }
         )
-    return rows
+    speeds = {"cold": statistics.median(c for c, _ in disk), "warm": statistics.median(w for _, w in disk)}
+    return rows, speeds
 
 
 def table(rows: list[dict]) -> str:
@@ -120,6 +142,7 @@ def main() -> int:
     source.add_argument("--model_name", help="a checkpoint folder, short name or hub id")
     source.add_argument("--random_weights", metavar="NAME", help="a known shape, written to disk first")
     parser.add_argument("--loaded_neurons_percent", type=float, default=0.7, help="of the partial loads (0.7)")
+    parser.add_argument("--dtypes", default="auto", help="types of the weights, by comma (auto)")
     parser.add_argument("--repetitions", type=int, default=3, help="rounds (3)")
     parser.add_argument("--scratch", help="folder for the pack and random weights (the system's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -136,16 +159,18 @@ def main() -> int:
         random_ranking(config, ffn_spec(config).intermediate_size(config)).save(neurons)
         partial = {"loaded_neurons_percent": options.loaded_neurons_percent, "device": "cpu"}
         with_file = {**partial, "dataset_neurons_filepath": str(neurons)}
-        write_pack(folder, Path(scratch) / "pack", PartInferConfig(**with_file))
-        paths = {
-            "dense": (folder, {"method": "dense", "device": "cpu"}),
-            "partial": (folder, with_file),
-            "partial, from a pack": (Path(scratch) / "pack", partial),
-        }
-        rows = measure(paths, options.repetitions)
+        paths = {}
+        for dtype in options.dtypes.split(","):
+            typed, pack = {**with_file, "dtype": dtype}, Path(scratch) / f"pack-{dtype}"
+            write_pack(folder, pack, PartInferConfig(**typed))
+            paths[f"dense, {dtype}"] = (folder, {"method": "dense", "device": "cpu", "dtype": dtype})
+            paths[f"partial, {dtype}"] = (folder, typed)
+            paths[f"pack, {dtype}"] = (pack, partial)
+        rows, disk = measure(paths, options.repetitions)
+    print(f"disk alone: {disk['cold'] / 1e9:.2f} GB/s cold, {disk['warm'] / 1e9:.2f} GB/s warm")
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=1))
+        options.json.write_text(json.dumps({"rows": rows, "disk_bytes_per_second": disk}, indent=1))
     return 0
 
 

@@ -1,62 +1,51 @@
 """Reading a Hugging Face checkpoint folder tensor by tensor, and counting the bytes that were read.
 
-A safetensors handle or view that stays alive keeps the whole file mapped, and mapped pages count as memory, so each
-read opens its file, copies what it needs, and closes it.
+Files are not mapped: a safetensors handle or view that stays alive keeps the whole file mapped, and mapped pages count as
+memory. Blocks of them are read by several threads instead, straight into their place where nothing is chosen or converted.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from transformers_patches import parallel_reads
 from transformers_patches.errors import PartInferError
-
-CHUNK_BYTES = 8 * 2**20  # what one read maps at most, so that peak memory stays near the tensors that are kept
+from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.weight_source import Source, WeightedSum, WeightSource, put, put_fitted, takes_whole_rows
 
 
 @dataclass(frozen=True)
-class WeightedSum:
-    """What is summed up over columns that are not kept: sum over i of weights[i] W[:, columns[i]], into out [H].
+class Place:
+    """Where a tensor lies: its file, its first byte there, its size in bytes, its type and shape."""
 
-    columns: int64 [n]; weights, out: float32.
-    """
+    path: Path
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
-    columns: torch.Tensor
-    weights: torch.Tensor
-    out: torch.Tensor
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
 
-
-class WeightSource(Protocol):
-    """Where weights come from, tensor by tensor. source: what to call it in messages; bytes_read: so far."""
-
-    source: str
-    bytes_read: int
-
-    def names(self) -> set[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def total_bytes(self) -> int: ...
-
-    def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None: ...
-
-    def read_columns_into(
-        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
-    ) -> None: ...
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // max(1, self.rows)
 
 
-class Checkpoint:
+class Checkpoint(WeightSource):
     """The tensors of a folder with model.safetensors, or shards and their index.
 
-    bytes_read counts what was read from the files. Raises PartInferError for folders without such files and for
+    bytes_read counts the rows that were asked for, and of columns the whole tensor. Raises PartInferError for folders without such files and for
     damaged ones.
     """
 
@@ -65,8 +54,7 @@ class Checkpoint:
         self.source = str(folder)
         self.bytes_read = 0
         self._files = self._find_files()
-        self._headers: dict[str, tuple[tuple[int, ...], int]] = {}
-        self._places: dict[Path, tuple[int, dict]] = {}
+        self._headers: dict[Path, dict[str, Place]] = {}
 
     def _find_files(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -102,114 +90,134 @@ class Checkpoint:
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._header(name)[0]
+        return self._place(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._place(name).dtype
 
     def nbytes(self, name: str) -> int:
         """Size of a tensor in the file."""
-        return self._header(name)[1]
-
-    def _header(self, name: str) -> tuple[tuple[int, ...], int]:
-        """(shape, bytes) of a tensor; a file is opened once for all of its tensors."""
-        if name not in self._headers:
-            path = self._files[name]
-            with self._open(path) as file:
-                for stored in file.keys():  # noqa: SIM118
-                    if self._files.get(stored) == path:
-                        part = file.get_slice(stored)
-                        shape = tuple(part.get_shape())
-                        self._headers[stored] = (shape, _element_size(part.get_dtype()) * math.prod(shape))
-            if name not in self._headers:
-                raise PartInferError(f"{path} lacks {name}, which the index says it has: fetch the model again")
-        return self._headers[name]
+        return self._place(name).nbytes
 
     def total_bytes(self) -> int:
         """Size of all tensors."""
         return sum(self.nbytes(name) for name in self._files)
 
-    def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Copy a tensor, or some rows of it, into `out`, converted to its dtype and device.
-
-        out: the tensor's shape, or [len(rows), …]; rows: int64 indices into dimension 0, checked by the caller.
-        """
-        if rows is None and self._read_directly(name, out):
-            return
-        if out.ndim == 0 or (rows is None and self.nbytes(name) <= CHUNK_BYTES):
-            with self._open(self._files[name]) as file:
-                out.copy_(file.get_tensor(name))
-            self.bytes_read += self.nbytes(name)
-            return
-        row_bytes = max(1, self.nbytes(name) // self.shape(name)[0])
-        step = max(1, CHUNK_BYTES // row_bytes)
-        if rows is None:
-            for start in range(0, len(out), step):
-                with self._open(self._files[name]) as file:
-                    out[start : start + step].copy_(file.get_slice(name)[start : start + step])
-            self.bytes_read += self.nbytes(name)
-            return
-        order = rows.argsort()  # the file is read front to back
-        for places in order.split(step):
-            with self._open(self._files[name]) as file:
-                # a view of the mapped file: only the pages of these rows are touched
-                part = file.get_tensor(name).index_select(0, rows[places])
-            out[places.to(out.device)] = part.to(out.device, out.dtype)
-        self.bytes_read += row_bytes * len(rows)
-
-    def _read_directly(self, name: str, out: torch.Tensor) -> bool:
-        """Read a whole tensor from the file into `out` without mapping it; False if it has to be converted."""
-        place = self._place(name)
-        if (
-            place is None
-            or out.dtype != place[0]
-            or out.device.type != "cpu"
-            or not out.is_contiguous()
-            or not out.numel()
-        ):
-            return False
-        _, start, size = place
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
-        with open(self._files[name], "rb", buffering=0) as file:
-            file.seek(start)
-            done = 0
-            while done < size:
-                read = file.readinto(view[done : done + CHUNK_BYTES])
-                if not read:
-                    raise PartInferError(f"{self._files[name]} can't be read (truncated?); fetch the model again")
-                done += read
-        self.bytes_read += size
-        return True
-
-    def _place(self, name: str) -> tuple[torch.dtype, int, int] | None:
-        """(type, first byte in the file, bytes) of a tensor; None for a type that PyTorch has not."""
+    def _place(self, name: str) -> Place:
         path = self._files[name]
-        if path not in self._places:
-            with self._open(path), open(path, "rb") as file:  # safetensors checks the header first
-                size = int.from_bytes(file.read(8), "little")
-                self._places[path] = (8 + size, json.loads(file.read(size)))
-        data, header = self._places[path]
-        if name not in header or header[name]["dtype"] not in _DTYPES:
-            return None
-        first, last = header[name]["data_offsets"]
-        return _DTYPES[header[name]["dtype"]], data + first, last - first
+        if path not in self._headers:
+            self._headers[path] = self._read_header(path)
+        if name not in self._headers[path]:
+            raise PartInferError(f"{path} lacks {name}, which the index says it has: fetch the model again")
+        return self._headers[path][name]
+
+    def _read_header(self, path: Path) -> dict[str, Place]:
+        with self._open(path), open(path, "rb") as file:  # safetensors checks the header first
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        places = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise PartInferError(f"{path} has {name} in {entry['dtype']}: PyTorch has no such type")
+            first, last = entry["data_offsets"]
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            places[name] = Place(path, 8 + size + first, last - first, dtype, shape)
+        return places
+
+    def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        self.fill([(Source(name, "whole" if rows is None else "rows", rows), out)])
 
     def read_columns_into(
         self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
     ) -> None:
-        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]; sum up others as `rest` says.
+        self.fill([(Source(name, "columns", columns, rest), out)])
 
-        A row of the file is shorter than the gaps that could be skipped, so all of the tensor is read.
-        """
-        height = out.shape[1]
-        step = max(1, CHUNK_BYTES // (self.nbytes(name) // height))
-        for start in range(0, height, step):
-            with self._open(self._files[name]) as file:
-                block = file.get_slice(name)[start : start + step]
-                part = block.index_select(1, columns)
-                if rest is not None:
-                    others = block.index_select(1, rest.columns).float()
-                    rest.out[start : start + step] = others @ rest.weights
-                del block  # it keeps the file mapped
-            out[:, start : start + step] = part.t().to(out.device, out.dtype)
-        self.bytes_read += self.nbytes(name)
+    def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
+        """As WeightSource.fill, the next tensors being read while one is worked on."""
+        parallel_reads.run(read for source, out in requests for read in self._reads(source, out))
+
+    def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
+        """What has to be read of the files, and what is done with it."""
+        if takes_whole_rows(source):
+            put_fitted(source.fit, out)
+        elif source.how == "columns":
+            yield from self._column_reads(source, out)
+        else:
+            yield from self._row_reads(source.name, out, source.neurons)
+
+    def _row_reads(
+        self, name: str, out: torch.Tensor | QuantizedTensor, rows: torch.Tensor | slice | None = None
+    ) -> Iterator[Read]:
+        """rows: None for all, a slice of them, or int64 indices, which are read in the order of the file."""
+        place = self._place(name)
+        if not place.nbytes:
+            return
+        order = None
+        if isinstance(rows, torch.Tensor):
+            rows, order = rows.sort()
+        first, count = (0, place.rows) if rows is None or order is not None else (rows.start, rows.stop - rows.start)
+        self.bytes_read += place.row_bytes * (count if order is None else len(order))
+        if order is None and _holds_bytes_of(out, place):
+            memory = out.view(-1).view(torch.uint8)
+            for start in range(0, len(memory), BLOCK_BYTES):
+                part = memory[start : start + BLOCK_BYTES]
+                yield Read(place.path, place.start + first * place.row_bytes + start, len(part), into=part)
+            return
+        step = max(1, BLOCK_BYTES // place.row_bytes)
+        for start in range(first, first + count, step):
+            stop = min(start + step, first + count)
+            if order is None:
+                take = partial(_take_rows, place, out, slice(start - first, stop - first), None)
+            else:
+                low, high = torch.searchsorted(rows, torch.tensor([start, stop])).tolist()
+                if low == high:
+                    continue
+                start, stop = int(rows[low]), int(rows[high - 1]) + 1
+                take = partial(_take_rows, place, out, order[low:high], rows[low:high] - start)
+            yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
+
+    def _column_reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
+        """A row of the file is shorter than the gaps that could be skipped, so all of the tensor is read."""
+        place, held = self._place(source.name), out
+        if isinstance(out, QuantizedTensor):
+            held = scratch(out.shape, place.dtype)
+        step = max(1, BLOCK_BYTES // place.row_bytes)
+        for start in range(0, place.rows, step):
+            stop = min(start + step, place.rows)
+            take = partial(_take_columns, place, held, slice(start, stop), source)
+            yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
+        self.bytes_read += place.nbytes
+        if held is not out or source.fit is not None:
+            yield after_all(lambda: put_fitted(source.fit, out, held))
+
+
+def _holds_bytes_of(out: torch.Tensor | QuantizedTensor, place: Place) -> bool:
+    """Whether the bytes of the file are those of `out`."""
+    return (
+        isinstance(out, torch.Tensor) and out.dtype == place.dtype and out.device.type == "cpu" and out.is_contiguous()
+    )
+
+
+def _take_rows(
+    place: Place,
+    out: torch.Tensor | QuantizedTensor,
+    places: slice | torch.Tensor,
+    chosen: torch.Tensor | None,
+    block: torch.Tensor,
+) -> None:
+    """Put the rows of a block, or the chosen of them, into their places."""
+    values = block.view(place.dtype).view(-1, *place.shape[1:])
+    put(out if place.shape else out.view(1), places, values if chosen is None else values.index_select(0, chosen))
+
+
+def _take_columns(place: Place, out: torch.Tensor, rows: slice, source: Source, block: torch.Tensor) -> None:
+    # turned first: choosing rows of a contiguous matrix is several times as fast as choosing columns
+    values = block.view(place.dtype).view(-1, place.shape[1]).t().contiguous()
+    if source.left_out is not None:
+        others = values.index_select(0, source.left_out.columns).float()
+        source.left_out.out[rows] = source.left_out.weights @ others
+    out[:, rows] = values.index_select(0, source.neurons).to(out.device, out.dtype)
 
 
 _DTYPES = {
@@ -217,13 +225,12 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-
-
-def _element_size(dtype: str) -> int:
-    sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-    return sizes.get(dtype, 1)

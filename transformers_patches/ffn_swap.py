@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from transformers_patches.checkpoint import WeightedSum
 from transformers_patches.compensation import Compensation
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import FFNSpec
-from transformers_patches.fit_file import FitFile, LayerFit
+from transformers_patches.fit_file import FitFile
 from transformers_patches.load_plan import LayerPlan, LoadPlan
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.phase import RequestState
 from transformers_patches.prior import Prior
 from transformers_patches.resolve import FITTED
 from transformers_patches.sparse_ffn import SparseFFN
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a weight of the model comes from: a tensor of the checkpoint, of which rows, columns, or the whole is read.
-
-    neurons: which rows or columns; left_out: what to sum up of the other columns; fit: what to do to the columns then.
-    """
-
-    name: str
-    how: str = "whole"
-    neurons: torch.Tensor | None = None
-    left_out: WeightedSum | None = None
-    fit: LayerFit | None = None
+from transformers_patches.weight_source import Source, WeightedSum
 
 
 def swap_ffns(

@@ -9,7 +9,7 @@ and `down_right` [r, H] (what to add to the rows, as a product), `lowrank_in` [r
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -48,12 +48,21 @@ class LayerFit:
         """Bytes of all tensors."""
         return sum(value.nbytes for item in fields(self) if (value := getattr(self, item.name)) is not None)
 
-    def refitted(self, down: torch.Tensor) -> torch.Tensor:
-        """The rows [L, H] that take the place of `down`, the checkpoint's own in the order of `neurons`; its type."""
+    @property
+    def changes_rows(self) -> bool:
+        """Whether it has something for the down rows."""
+        return self.down is not None or self.down_left is not None
+
+    def without_rows(self) -> LayerFit:
+        """What is left of it for down rows that have been changed already."""
+        return replace(self, down=None, down_left=None, down_right=None)
+
+    def refitted(self, down: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """What takes the place of `down`, the checkpoint's own rows in the order of `neurons`, or some of them; its type."""
         if self.down is not None:
-            return self.down.to(down)
+            return self.down[rows].to(down)
         if self.down_left is not None:
-            added = self.down_left.float() @ self.down_right.float()
+            added = self.down_left[rows].float() @ self.down_right.float()
             return (down.float() + added.to(down.device)).to(down.dtype)
         return down
 

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from torch import nn
 
-from transformers_patches.checkpoint import WeightedSum
 from transformers_patches.errors import PartInferError
+from transformers_patches.weight_source import WeightedSum, WeightSource
 
 VALUES_AT_ONCE = 2**21  # that are unpacked together; they are float32 for a moment
 _LAYER = {
@@ -89,7 +89,7 @@ def open_reader(path: Path) -> GGUFReader:
         raise PartInferError(f"{path} can't be read as GGUF (truncated?): {reason}; fetch it again") from None
 
 
-class GGUFCheckpoint:
+class GGUFCheckpoint(WeightSource):
     """The tensors of one GGUF file, in any type that the gguf package can unpack (Q8_0, Q4_0, Q4_K, F16, …).
 
     Reads and unpacks only the rows that are asked for; nothing keeps the file mapped. bytes_read counts packed bytes.
@@ -146,19 +146,18 @@ class GGUFCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What it is unpacked to."""
+        return torch.float32
+
     def total_bytes(self) -> int:
         """Size of all tensors in the file, packed."""
         return sum(stored.nbytes for stored in self._tensors.values())
 
     def rope_factors(self) -> torch.Tensor | None:
-        """float32 [head_dim / 2], what the rotary frequencies are divided by; None if they are as usual."""
         return None if self._factors is None else self._unpack(self._factors, torch.zeros(1, dtype=torch.int64))[0]
 
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Unpack a tensor, or some rows of it, into `out`, converted to its dtype and device.
-
-        out: the tensor's shape, or [len(rows), …]; rows: int64 indices into dimension 0, checked by the caller.
-        """
         stored = self._tensors[name]
         if len(stored.shape) == 1:
             values = self._unpack(stored, torch.zeros(1, dtype=torch.int64))[0]
@@ -174,10 +173,7 @@ class GGUFCheckpoint:
     def read_columns_into(
         self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
     ) -> None:
-        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]; sum up others as `rest` says.
-
-        Packed rows are whole, so all of the tensor is read.
-        """
+        """Packed rows are whole, so all of the tensor is read."""
         stored = self._tensors[name]
         for part in torch.arange(stored.rows).split(max(1, VALUES_AT_ONCE // stored.shape[1])):
             values = self._unpack(stored, part)
@@ -194,7 +190,7 @@ class GGUFCheckpoint:
         return values + stored.add if stored.add else values
 
 
-def apply_rope_factors(model: nn.Module, weights: GGUFCheckpoint) -> None:
+def apply_rope_factors(model: nn.Module, weights: WeightSource) -> None:
     """Divide the rotary frequencies by the file's factors: Llama 3's scaling, which the file's metadata don't tell."""
     factors = weights.rope_factors()
     if factors is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,17 +13,15 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from transformers_patches import kernels
-from transformers_patches.checkpoint import WeightSource
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import native_kernels_wanted, replace_linears
-from transformers_patches.ffn_swap import Source, attach_compensation, swap_ffns
+from transformers_patches.ffn_swap import attach_compensation, swap_ffns
 from transformers_patches.fingerprint import fingerprint
 from transformers_patches.fit_file import FitFile
 from transformers_patches.gguf_files import gguf_config, is_gguf
-from transformers_patches.gguf_source import GGUFCheckpoint, apply_rope_factors
+from transformers_patches.gguf_source import apply_rope_factors
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load_plan import LoadPlan, build_load_plan
 from transformers_patches.model_files import model_name, open_weights
@@ -39,8 +38,7 @@ from transformers_patches.quantized import (
 )
 from transformers_patches.resolve import find_fit, resolve_settings
 from transformers_patches.weight_memory import WeightMemory, give_back_freed
-
-QUANTIZED_AT_ONCE = 2**21  # values that are read and quantised together, in row chunks
+from transformers_patches.weight_source import Source, WeightSource
 
 
 @dataclass
@@ -139,12 +137,13 @@ def load_model(
     if model_neurons is None and settings.model_neurons_filepath:
         model_neurons = NeuronFile.load(settings.model_neurons_filepath)
     weights = open_weights(folder)
-    if isinstance(weights, Pack) and dataset_neurons is None and model_neurons is None:
-        files = weights.neuron_files()
-        dataset_neurons, model_neurons = files.get("dataset_neurons"), files.get("model_neurons")
+    if isinstance(weights, Pack):
+        settings = weights.with_own_type(settings)
+        if dataset_neurons is None and model_neurons is None:
+            files = weights.neuron_files()
+            dataset_neurons, model_neurons = files.get("dataset_neurons"), files.get("model_neurons")
     loaded = load_from(weights, config, settings, dataset_neurons, model_neurons, model_name(folder))
-    if isinstance(weights, GGUFCheckpoint):
-        apply_rope_factors(loaded.model, weights)
+    apply_rope_factors(loaded.model, weights)
     if (Path(folder) / "generation_config.json").is_file():
         loaded.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return loaded
@@ -269,6 +268,7 @@ def _stream_weights(
 ) -> None:
     """Give every parameter memory on its device, and read it. Nothing may be left over on either side."""
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    wanted: list[tuple[str, nn.Parameter | QuantizedWeight, Source]] = []
     used = set()
     for name, place in weight_places(model):
         source = sources.get(name, Source(name))
@@ -278,26 +278,21 @@ def _stream_weights(
                 continue
             raise PartInferError(f"{weights.source} lacks {source.name}: the checkpoint is incomplete, fetch it again")
         used.add(source.name)
-        if name in tied:
-            continue  # the same tensor as its partner, which is read
-        target = torch.device("cpu") if keep_on_cpu and name in sources and source.how != "whole" else device
-        _check_shape(weights, stored, place.shape, source.how, intermediate_size)
-        if isinstance(place, QuantizedWeight):
-            values = _read_quantized(weights, stored, place, source, target)
-        else:
-            values = memory.empty(place.shape, place.dtype, target)
-            _read(weights, stored, values, source)
-        if target.type == "cpu" and device.type == "cuda":
-            values = values.pin_memory()
-        if isinstance(place, QuantizedWeight):
-            place.fill(values)
-            continue
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=False))
+        if name not in tied:  # else the same tensor as its partner, which is read
+            _check_shape(weights, stored, place.shape, source.how, intermediate_size)
+            wanted.append((name, place, replace(source, name=stored)))
     ignored = [re.compile(p) for p in (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))]
     unexpected = sorted(n for n in set(names) - used if not any(pattern.search(n) for pattern in ignored))
     if unexpected:
         raise PartInferError(f"{weights.source} has {unexpected[0]}, which {model.config.model_type} has no place for")
+
+    def requests() -> Iterator[tuple[Source, torch.Tensor | QuantizedTensor]]:
+        for name, place, source in wanted:
+            on_cpu = device.type == "cpu" or (keep_on_cpu and name in sources and source.how != "whole")
+            target = torch.device("cpu") if on_cpu else device
+            yield source, _give_memory(model, name, place, memory, target, pinned=target.type != device.type)
+
+    weights.fill(requests())
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             continue  # where it was read to, and tied already
@@ -312,37 +307,28 @@ def _stream_weights(
         )
 
 
-def _read(weights: WeightSource, stored: str, out: torch.Tensor, source: Source) -> None:
-    if source.fit is not None and source.fit.down is not None:
-        out.copy_(source.fit.down)
-        source.fit.down = None  # whole rows: layer by layer, memory moves from the fit to the model
-    elif source.how == "columns":
-        weights.read_columns_into(stored, out, source.neurons, source.left_out)
-        if source.fit is not None:
-            out.copy_(source.fit.refitted(out))
-    else:
-        weights.read_into(stored, out, source.neurons if source.how == "rows" else None)
-
-
-def _read_quantized(
-    weights: WeightSource,
-    stored: str,
-    place: QuantizedWeight,
-    source: Source,
+def _give_memory(
+    model: PreTrainedModel,
+    name: str,
+    place: nn.Parameter | QuantizedWeight,
+    memory: WeightMemory,
     device: torch.device,
-) -> QuantizedTensor:
-    """Read and quantise a weight: rows a few megabytes at a time; columns as one tensor, which is gone afterwards."""
-    rows, columns = place.shape
-    packed = QuantizedTensor.empty(rows, columns, place.packed.bits, device)
-    step = rows if source.how == "columns" else max(1, QUANTIZED_AT_ONCE // columns)
-    how = "rows" if source.how == "whole" else source.how
-    chosen = torch.arange(rows) if source.how == "whole" else source.neurons
-    for start in range(0, rows, step):
-        part = replace(source, how=how, neurons=chosen[start : start + step])
-        values = torch.empty(len(part.neurons), columns, dtype=torch.float32, device=device)
-        _read(weights, stored, values, part)
-        packed[start : start + step].copy_(kernels.quantize(values, place.packed.bits))
-    return packed
+    *,
+    pinned: bool,
+) -> torch.Tensor | QuantizedTensor:
+    """Memory for a weight, which holds it from now on; still to be filled."""
+    if isinstance(place, QuantizedWeight):
+        values = QuantizedTensor.empty(*place.shape, place.packed.bits, device)
+    else:
+        values = memory.empty(place.shape, place.dtype, device)
+    if pinned:
+        values = values.pin_memory()
+    if isinstance(place, QuantizedWeight):
+        place.fill(values)
+    else:
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=False))
+    return values
 
 
 def _check_shape(

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from transformers_patches.checkpoint import Checkpoint, WeightSource
+from transformers_patches.checkpoint import Checkpoint
 from transformers_patches.errors import PartInferError
 from transformers_patches.gguf_files import gguf_model_name, gguf_tokenizer, is_gguf
 from transformers_patches.gguf_source import GGUFCheckpoint
 from transformers_patches.packing import Pack, is_pack
+from transformers_patches.weight_source import WeightSource
 
 
 def model_name(path: str | Path) -> str:

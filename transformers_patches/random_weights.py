@@ -7,10 +7,10 @@ import zlib
 import torch
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen2Config
 
-from transformers_patches.checkpoint import WeightedSum
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import build_on_meta, read_config
 from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.weight_source import WeightedSum, WeightSource
 
 BLOCK = 2**22  # values that are drawn; tensors repeat them, each from another place
 
@@ -101,7 +101,7 @@ def shape_config(name: str) -> PretrainedConfig:
         ) from None
 
 
-class RandomWeights:
+class RandomWeights(WeightSource):
     """A checkpoint that is drawn instead of read: a WeightSource for `load_from`. Nothing comes from disk.
 
     scale: standard deviation of the weights, norms are 1 plus that. A tensor read whole is the same each time.
@@ -122,6 +122,9 @@ class RandomWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._block.dtype
 
     def total_bytes(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self._shapes.values()) * self._block.element_size()

@@ -10,8 +10,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import PretrainedConfig
 
-from transformers_patches.checkpoint import WeightSource
 from transformers_patches.errors import PartInferError
+from transformers_patches.weight_source import WeightSource
 
 TYPES = {
     "float32": GGMLQuantizationType.F32,

@@ -33,7 +33,7 @@ def folder(request, tmp_path):
 
 @pytest.fixture(params=[1, 50, 2**25], ids=lambda size: f"chunks of {size} bytes")
 def chunk_bytes(request, monkeypatch):
-    monkeypatch.setattr(checkpoint_module, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(checkpoint_module, "BLOCK_BYTES", request.param)
 
 
 def test_names_shapes_and_sizes(folder):

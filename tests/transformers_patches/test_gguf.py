@@ -11,13 +11,13 @@ from gguf import GGMLQuantizationType
 from tests.conftest import random_neuron_file
 from tests.tiny_gguf import tiny_llama, tiny_model, write_gguf, write_tiny_gguf
 from transformers_patches import kernels
-from transformers_patches.checkpoint import WeightedSum
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.gguf_files import gguf_model_name
 from transformers_patches.gguf_source import GGUFCheckpoint
 from transformers_patches.loading import load_model, read_config
 from transformers_patches.model_files import load_tokenizer, open_weights
+from transformers_patches.weight_source import WeightedSum
 
 TORCH = {"device": "cpu", "kernels": "torch"}
 IDS = torch.tensor([[5, 9, 33, 21, 70]])

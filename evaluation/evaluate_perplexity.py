@@ -7,12 +7,13 @@ import argparse
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from evaluation.methods import Configuration, add_method_arguments, build_grid
+from evaluation.methods import Configuration, add_dtypes_argument, add_method_arguments, build_typed_grid
 from evaluation.tables import markdown_table
 from evaluation.windows import HALVES, PREFILL_TOKENS, SCORED_TOKENS, Example, Source, read_examples
 from transformers_patches import cli
@@ -25,6 +26,7 @@ DEFAULT_METHODS = "dense,dense+partial,partinfer,coreinfer"
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add_method_arguments(parser, DEFAULT_METHODS)
+    add_dtypes_argument(parser)
     add = parser.add_argument
     add("--dataset", required=True, metavar="FILE-or-hub-id", help="a text, JSON lines, or a hub id (ID or ID:CONFIG)")
     add("--split", default="test", help="split of a hub data set (test)")
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = cli.parse_with_config(parser, argv)
     try:
-        grid, source = build_grid(arguments), _source(arguments)
+        grid, source = build_typed_grid(arguments), _source(arguments)
         for name in ("batch_size", "bootstrap_iters"):
             if getattr(arguments, name) < 1:
                 raise PartInferError(f"{name} must be at least 1, got {getattr(arguments, name)}")
@@ -84,29 +86,47 @@ def _source(arguments: argparse.Namespace) -> Source:
 def _measure(
     grid: list[Configuration], folder: Path, examples: list[Example], arguments: argparse.Namespace
 ) -> list[dict]:
-    """A row per configuration. The dense model goes first: the others are compared to its logits."""
+    """A row per configuration. The first dense model goes first: the others are compared to its logits.
+
+    With several types, each method is also compared to itself in the first of them.
+    """
     from evaluation.bootstrap import Bootstrap
     from evaluation.models import load_configuration
     from evaluation.perplexity import dense_logits, result_row, score_examples
 
     bootstrap = Bootstrap(len(examples), arguments.bootstrap_iters, arguments.seed)
-    rows, dense_table = {}, None
+    first_dense = next((configuration for configuration in grid if configuration.method == "dense"), None)
+    rows, tables = {}, {}
     with dense_logits() as store:
-        reference = store if any(c.method == "dense" for c in grid) else None
-        for configuration in sorted(grid, key=lambda c: c.method != "dense"):
+        reference = store if first_dense is not None else None
+        for configuration in sorted(grid, key=lambda c: c is not first_dense):
             print(f"{configuration.label}: {len(examples)} examples", file=sys.stderr)
             loaded = load_configuration(configuration, folder, arguments)
-            is_dense = configuration.method == "dense"
+            is_dense = configuration is first_dense
             table = score_examples(loaded, examples, arguments.batch_size, reference, is_dense=is_dense)
-            dense_table = table if is_dense else dense_table
-            rows[configuration.label] = result_row(configuration, loaded, table, dense_table, bootstrap)
+            tables[configuration.label] = table
+            dense_table = None if first_dense is None else tables[first_dense.label]
+            same = _in_first_type(configuration, grid) if arguments.dtypes else None
+            rows[configuration.label] = result_row(
+                configuration, loaded, table, dense_table, None if same is None else tables[same.label], bootstrap
+            )
             del loaded  # one model at a time in memory
             gc.collect()
     return [rows[configuration.label] for configuration in grid]
 
 
+def _in_first_type(configuration: Configuration, grid: list[Configuration]) -> Configuration:
+    """The same settings in the first type of the grid."""
+    return next(
+        other for other in grid if replace(other.settings, dtype=configuration.settings.dtype) == configuration.settings
+        and other.method == configuration.method
+    )  # fmt: skip
+
+
 def _table(rows: list[dict]) -> str:
     columns = ["label", "nll", "perplexity", "excess_nll", "kl_to_dense", "top1_agreement", "ffn_bytes_fraction"]
+    if any(row["perplexity_ratio"] is not None for row in rows):
+        columns.insert(3, "perplexity_ratio")
     return markdown_table(rows, columns)
 
 

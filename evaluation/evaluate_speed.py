@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 if not __package__:  # run as a file: imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from evaluation.methods import Configuration, add_method_arguments, build_grid
+from evaluation.methods import Configuration, add_dtypes_argument, add_method_arguments, build_typed_grid
 from evaluation.tables import csv_text
 from transformers_patches import cli
 from transformers_patches.errors import PartInferError
@@ -30,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint_path", metavar="FOLDER", help="the model's folder, instead of --model_name")
     add("--random_weights", metavar="NAME", help="random weights instead of a model: a known shape, or a config.json")
-    add("--dtypes", metavar="LIST", help="several types of weights in one run, such as bfloat16,int8,int4, for --dtype")
+    add_dtypes_argument(parser)
     add(
         "--compare", default="", help="llama.cpp, or with its own weights llama.cpp:q8_0, llama.cpp:q4_0; may be a list"
     )
@@ -86,20 +85,7 @@ def _methods(arguments: argparse.Namespace) -> tuple[bool, list[Configuration]]:
     names = [name.strip() for name in arguments.method.split(",")]
     ours = [name for name in names if name != TRANSFORMERS]
     arguments.method = ",".join(ours)
-    return TRANSFORMERS in names, _grid(arguments) if ours else []
-
-
-def _grid(arguments: argparse.Namespace) -> list[Configuration]:
-    """The configurations, once for each of --dtypes."""
-    if arguments.dtypes is None:
-        return build_grid(arguments)
-    if arguments.dtype is not None:
-        raise PartInferError("give --dtype or --dtypes")
-    grid = []
-    for dtype in arguments.dtypes.split(","):
-        points = build_grid(argparse.Namespace(**{**vars(arguments), "dtype": dtype.strip()}))
-        grid += [dataclasses.replace(point, label=f"{point.label} {dtype.strip()}") for point in points]
-    return grid
+    return TRANSFORMERS in names, build_typed_grid(arguments) if ours else []
 
 
 def _compared(arguments: argparse.Namespace) -> list[str | None]:

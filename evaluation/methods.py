@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
@@ -128,6 +128,25 @@ def build_grid(arguments: argparse.Namespace) -> list[Configuration]:
             settings = PartInferConfig(method=method.compute, use_partial_loading=method.partial, **options)
             parts = [_label(key, value) for key, value in chosen.items() if len(swept[key]) > 1]
             grid.append(Configuration(" ".join([name, *parts]), name, settings))
+    return grid
+
+
+def add_dtypes_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtypes", metavar="LIST", help="several types of weights in one run, such as bfloat16,int8,int4, for --dtype"
+    )
+
+
+def build_typed_grid(arguments: argparse.Namespace) -> list[Configuration]:
+    """`build_grid`, once for each of --dtypes, which then ends the labels."""
+    if arguments.dtypes is None:
+        return build_grid(arguments)
+    if arguments.dtype is not None:
+        raise PartInferError("give --dtype or --dtypes")
+    grid = []
+    for dtype in arguments.dtypes.split(","):
+        points = build_grid(argparse.Namespace(**{**vars(arguments), "dtype": dtype.strip()}))
+        grid += [replace(point, label=f"{point.label} {dtype.strip()}") for point in points]
     return grid
 
 

@@ -99,9 +99,13 @@ def result_row(
     loaded: LoadedModel,
     table: dict[str, np.ndarray],
     dense: dict[str, np.ndarray] | None,
+    same: dict[str, np.ndarray] | None,
     bootstrap: Bootstrap,
 ) -> dict:
-    """One row of the result: means per scored token, each with its 95 % interval as `<name>_ci`."""
+    """One row of the result: means per scored token, each with its 95 % interval as `<name>_ci`.
+
+    dense: the dense model's table; same: the table of the same settings in another type, for perplexity_ratio.
+    """
     settings, tokens = configuration.settings, table["tokens"]
     row = {
         "label": configuration.label,
@@ -109,6 +113,7 @@ def result_row(
         "sparsity": settings.sparsity if settings.computes_sparsely else None,
         "loaded_neurons_percent": settings.loaded_neurons_percent if settings.use_partial_loading else 1.0,
         "base_neurons_percent": settings.base_neurons_percent if settings.use_partial_loading else None,
+        "dtype": loaded.settings.dtype,
         "token_sparsity": settings.token_sparsity if settings.computes_sparsely else None,
         "selection": loaded.settings.selection if settings.computes_sparsely else None,
         "compensation": loaded.settings.compensation,
@@ -124,6 +129,7 @@ def result_row(
     put("nll", table["nll"])
     put("perplexity", table["nll"], np.exp)
     put("excess_nll", table["nll"] - (np.nan if dense is None else dense["nll"]))
+    put("perplexity_ratio", table["nll"] - (np.nan if same is None else same["nll"]), np.exp)
     put("kl_to_dense", table["kl"])
     put("top1_agreement", table["agreement"])
     return row | weight_counts(loaded) | {"examples": len(tokens), "scored_tokens": int(tokens.sum())}

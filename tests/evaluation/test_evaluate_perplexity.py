@@ -137,6 +137,22 @@ def test_questions_are_prefilled_and_answers_scored(model_folder, ranking_paths,
     assert other["scored_tokens"] == sum(i + 1 + 1 for i in range(6))
 
 
+def test_types_are_compared_with_the_first(model_folder, ranking_paths, windows, tmp_path):
+    out, methods = tmp_path / "out.json", ["--method", "dense,partinfer"]
+    rows = {r["label"]: r for r in run(model_folder, ranking_paths, out, *windows, *methods, "--dtypes", "float32,int8")["rows"]}
+    assert list(rows) == ["dense float32", "partinfer float32", "dense int8", "partinfer int8"]
+    for method in ("dense", "partinfer"):
+        first, second = rows[f"{method} float32"], rows[f"{method} int8"]
+        assert first["perplexity_ratio"] == 1.0
+        assert second["perplexity_ratio"] == pytest.approx(second["perplexity"] / first["perplexity"])
+        assert second["perplexity_ratio_ci"][0] <= second["perplexity_ratio"] <= second["perplexity_ratio_ci"][1]
+        assert second["perplexity_ratio"] != 1.0
+    assert rows["dense int8"]["excess_nll"] == pytest.approx(rows["dense int8"]["nll"] - rows["dense float32"]["nll"])
+    alone = run(model_folder, ranking_paths, out, *windows, *methods, "--dtype", "int8")["rows"]
+    assert [row["nll"] for row in alone] == [rows["dense int8"]["nll"], rows["partinfer int8"]["nll"]]
+    assert alone[0]["perplexity_ratio"] is None
+
+
 def test_without_dense_there_is_nothing_to_compare_to(model_folder, ranking_paths, windows, tmp_path):
     row = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, "--method", "partinfer")["rows"][0]
     assert row["kl_to_dense"] is row["excess_nll"] is row["top1_agreement_ci"] is None

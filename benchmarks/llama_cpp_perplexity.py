@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import sys
 import tempfile
@@ -24,10 +25,16 @@ from transformers_patches.model_files import load_tokenizer, open_weights  # noq
 CONTEXT_TOKENS = 512
 
 
+@llama_cpp.llama_log_callback
+def _silent(level, text, user_data) -> None:
+    pass
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp, through its C interface: the files that write_gguf writes have no vocabulary."""
 
     def __init__(self, path: Path) -> None:
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = CONTEXT_TOKENS

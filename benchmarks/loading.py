@@ -136,6 +136,35 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def prepare(files: Path, options: argparse.Namespace) -> dict[str, tuple[Path, dict]]:
+    """What is loaded, and with which settings, by name; packs and random weights that are there already are taken."""
+    if options.random_weights:
+        folder = files / "model"
+        if not folder.is_dir():
+            folder.mkdir()
+            write_random_checkpoint(options.random_weights, folder)
+    else:
+        folder = find_model(options.model_name)
+    config = read_config(folder)
+    neurons = files / "neurons.safetensors"
+    random_ranking(config, ffn_spec(config).intermediate_size(config)).save(neurons)
+    partial = {"loaded_neurons_percent": options.loaded_neurons_percent, "device": "cpu"}
+    with_file = {**partial, "dataset_neurons_filepath": str(neurons)}
+    paths = {}
+    for dtype in options.dtypes.split(","):
+        typed, pack = {**with_file, "dtype": dtype}, files / f"pack-{dtype}"
+        if "pack" in options.loads and not pack.is_dir():
+            write_pack(folder, pack, PartInferConfig(**typed))
+        loads = {
+            "dense": (folder, {"method": "dense", "device": "cpu", "dtype": dtype}),
+            "partial": (folder, typed),
+            "pack": (pack, partial),
+        }
+        paths |= {f"{name}, {dtype}": loads[name] for name in options.loads.split(",")}
+    os.sync()  # what is still being written slows reading
+    return paths
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -144,28 +173,14 @@ def main() -> int:
     parser.add_argument("--loaded_neurons_percent", type=float, default=0.7, help="of the partial loads (0.7)")
     parser.add_argument("--dtypes", default="auto", help="types of the weights, by comma (auto)")
     parser.add_argument("--repetitions", type=int, default=3, help="rounds (3)")
-    parser.add_argument("--scratch", help="folder for the pack and random weights (the system's)")
+    parser.add_argument("--loads", default="dense,partial,pack", help="some of dense, partial, pack (all)")
+    parser.add_argument("--files", type=Path, help="folder where packs and random weights are kept for another run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.scratch, prefix="partinfer-loading-") as scratch:
-        folder = Path(scratch) / "model"
-        if options.random_weights:
-            folder.mkdir()
-            write_random_checkpoint(options.random_weights, folder)
-        else:
-            folder = find_model(options.model_name)
-        config = read_config(folder)
-        neurons = Path(scratch) / "neurons.safetensors"
-        random_ranking(config, ffn_spec(config).intermediate_size(config)).save(neurons)
-        partial = {"loaded_neurons_percent": options.loaded_neurons_percent, "device": "cpu"}
-        with_file = {**partial, "dataset_neurons_filepath": str(neurons)}
-        paths = {}
-        for dtype in options.dtypes.split(","):
-            typed, pack = {**with_file, "dtype": dtype}, Path(scratch) / f"pack-{dtype}"
-            write_pack(folder, pack, PartInferConfig(**typed))
-            paths[f"dense, {dtype}"] = (folder, {"method": "dense", "device": "cpu", "dtype": dtype})
-            paths[f"partial, {dtype}"] = (folder, typed)
-            paths[f"pack, {dtype}"] = (pack, partial)
+    with tempfile.TemporaryDirectory(prefix="partinfer-loading-") as scratch:
+        files = options.files or Path(scratch)
+        files.mkdir(parents=True, exist_ok=True)
+        paths = prepare(files, options)
         rows, disk = measure(paths, options.repetitions)
     print(f"disk alone: {disk['cold'] / 1e9:.2f} GB/s cold, {disk['warm'] / 1e9:.2f} GB/s warm")
     print(table(rows))

@@ -45,8 +45,8 @@ class Place:
 class Checkpoint(WeightSource):
     """The tensors of a folder with model.safetensors, or shards and their index.
 
-    bytes_read counts the rows that were asked for, and of columns the whole tensor. Raises PartInferError for folders without such files and for
-    damaged ones.
+    bytes_read counts the rows that were asked for, and of columns the whole tensor. Raises PartInferError for folders
+    without such files and for damaged ones.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -42,6 +42,11 @@ def is_pack(folder: str | Path) -> bool:
     return (Path(folder) / DESCRIPTION).is_file()
 
 
+def pack_type(folder: str | Path) -> str:
+    """The type of a pack's weights, as --dtype names it; PartInferError if its description can't be read."""
+    return _description(Path(folder))["dtype"]
+
+
 def pack_settings(folder: str | Path) -> dict:
     """The values of FIXED that a pack was made with; PartInferError if its description can't be read."""
     return _description(Path(folder))["settings"]
@@ -117,6 +122,10 @@ class Pack(Checkpoint):
             raise self._other_neurons(name)
         part = None if source.how == "whole" else self._part(name, entry["neurons"], source.neurons)
         if entry.get("bits"):
+            if not isinstance(out, QuantizedTensor) or out.bits != entry["bits"]:
+                raise PartInferError(
+                    f"{self.source} holds {name} in {entry['bits']} bits only: give the model that it was made from"
+                )
             if entry["refitted"] != (source.fit is not None) or (source.fit and source.fit.changes_rows):
                 raise self._other_neurons(name)
             for stored, values in ((f"data.{name}", out.data), (f"scales.{name}", out.scales)):

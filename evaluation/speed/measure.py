@@ -23,6 +23,7 @@ from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import build_on_meta, read_config, resolve_device
 from transformers_patches.model_files import load_tokenizer, open_weights
+from transformers_patches.packing import is_pack, pack_type
 from transformers_patches.random_weights import RandomWeights, shape_config
 
 LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # that hold the same bits as ours
@@ -110,12 +111,15 @@ class Measurement:
         )
 
     def _dtype(self, given: str) -> str:
+        if given == "auto" and self.folder is not None and is_pack(self.folder):
+            return pack_type(self.folder)
         return str(self.config.dtype or torch.float32).removeprefix("torch.") if given == "auto" else given
 
     def _float_dtype(self) -> str:
         """The type of what is not quantised."""
         given = self.arguments.dtype or "auto"
-        return self._dtype("auto" if given.startswith("int") else given)
+        own = self._dtype("auto" if given.startswith("int") else given)
+        return "bfloat16" if own.startswith("int") else own
 
     def _llama_cpp_jobs(self, compared: list[str | None]) -> list[Job]:
         if not compared:

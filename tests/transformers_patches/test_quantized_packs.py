@@ -19,6 +19,7 @@ from transformers_patches.fit_file import FitFile, fit_path
 from transformers_patches.loading import LoadedModel, load_model
 from transformers_patches.model_files import load_tokenizer
 from transformers_patches.pack_writer import write_pack
+from transformers_patches.packing import Pack
 from transformers_patches.quantized import weight_places
 
 PROMPT = torch.arange(3, 15)[None]
@@ -172,9 +173,17 @@ def test_missing_and_cut_off_parts_are_told(packs, tmp_path, lost):
         load_model(folder, settings())
 
 
+def test_floats_are_not_made_up(packs):
+    pack = Pack(packs("llama", "int4"))
+    with pytest.raises(PartInferError, match="holds model.layers.0.mlp.up_proj.weight in 4 bits only"):
+        pack.read_into("model.layers.0.mlp.up_proj.weight", torch.empty(INTERMEDIATE, HIDDEN))
+
+
 def test_nothing_is_left_of_a_pack_that_failed(tiny_checkpoints, tmp_path):
     with pytest.raises(PartInferError):
-        write_pack(tiny_checkpoints["llama"], tmp_path / "pack", settings(dtype="int8"), random_neuron_file(1, layers=3))
+        write_pack(
+            tiny_checkpoints["llama"], tmp_path / "pack", settings(dtype="int8"), random_neuron_file(1, layers=3)
+        )
     assert list(tmp_path.iterdir()) == []
 
 

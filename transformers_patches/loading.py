@@ -290,7 +290,8 @@ def _stream_weights(
         for name, place, source in wanted:
             on_cpu = device.type == "cpu" or (keep_on_cpu and name in sources and source.how != "whole")
             target = torch.device("cpu") if on_cpu else device
-            yield source, _give_memory(model, name, place, memory, target, pinned=target.type != device.type)
+            pinned = target.type == "cpu" and device.type == "cuda"
+            yield source, _give_memory(model, name, place, memory, target, pinned=pinned)
 
     weights.fill(requests())
     for module in model.modules():

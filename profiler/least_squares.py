@@ -175,8 +175,8 @@ def best_to_keep(gram: torch.Tensor, down: torch.Tensor, keep: int, ridge: float
         among = torch.linalg.inv(inverse[out][:, out].double()).float()
         columns = inverse[:, out].clone()
         step = columns @ among
-        rows -= step @ rows[out]
-        inverse -= step @ columns.t()
+        rows.addmm_(step, rows[out], alpha=-1)
+        inverse.addmm_(step, columns.t(), alpha=-1)  # in place: fresh N x N memory would cost more than the product
         alive[out] = False
         left -= len(out)
     scores = _leaving_out(rows, inverse).masked_fill(~alive, -math.inf)

@@ -1,4 +1,4 @@
-"""Arguments that several commands share: which texts, and which model."""
+"""Arguments that several commands share: which texts, which model, and where the result goes."""
 
 from __future__ import annotations
 
@@ -89,3 +89,15 @@ def fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, got {text}")
     return value
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, what: str, *, resume: str) -> argparse._ArgumentGroup:
+    """--output FILE (`what`: which file, and its default), --resume (its help) or --overwrite, --json and --quiet."""
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, help=what)
+    again = output.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help=resume)
+    again.add_argument("--overwrite", action="store_true", help="replace the output; start again")
+    output.add_argument("--json", action="store_true", help="print the summary as a JSON object")
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    return output

@@ -12,7 +12,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from profiler.arguments import add_model_arguments, add_text_arguments, count, fraction, text_source
+from profiler.arguments import (
+    add_model_arguments,
+    add_output_arguments,
+    add_text_arguments,
+    count,
+    fraction,
+    text_source,
+)
 from profiler.budget import Share, spread_budget
 from profiler.commands.run import default_output, profiled_settings, text_sequences
 from profiler.fit_run import FitCheckpoint, FitRun, prepare_texts
@@ -84,13 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--independent", action="store_true", help="fit every layer on the dense model's inputs, not the sparse one's"
     )
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, help="fit file (beside the neuron file, <name>.fit.safetensors)")
-    again = output.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on after the last layer of an interrupted fit")
-    again.add_argument("--overwrite", action="store_true", help="replace the output; start again")
-    output.add_argument("--json", action="store_true", help="print the summary as a JSON object")
-    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_output_arguments(
+        parser,
+        "fit file (beside the neuron file, <name>.fit.safetensors)",
+        resume="go on after the last layer of an interrupted fit",
+    )
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
-from profiler.arguments import add_model_arguments, add_text_arguments, positive, text_source
+from profiler.arguments import add_model_arguments, add_output_arguments, add_text_arguments, positive, text_source
 from profiler.collect import Collector
 from profiler.own_texts import OwnTexts
 from profiler.placement import ProfiledModel, load_for_profiling
@@ -45,15 +45,13 @@ NEURON_FILES = Path("neuron_files")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(parser)
     add_model_arguments(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, help="neuron file (neuron_files/<model>/<task>.safetensors)")
+    output = add_output_arguments(
+        parser,
+        "neuron file (neuron_files/<model>/<task>.safetensors)",
+        resume="go on from the checkpoint of an interrupted run, if any",
+    )
     output.add_argument("--score", choices=SCORES, default="mean_abs", help="what the ranking goes by (mean_abs)")
     output.add_argument("--checkpoint_every", type=positive, default=256, help="texts between checkpoints (256)")
-    again = output.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run, if any")
-    again.add_argument("--overwrite", action="store_true", help="replace the output; start again")
-    output.add_argument("--json", action="store_true", help="print the summary as a JSON object")
-    output.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def main(arguments: argparse.Namespace) -> None:

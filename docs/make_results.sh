@@ -99,7 +99,7 @@ all_perplexities() {
 }
 
 case $SIZE in
-    full) MIX=450 TEXTS=160 PAIRS=80 QUESTIONS=48 ANSWERS=80 CHOICES=32 FEW=20 WINDOWS=40 ;;
+    full) MIX=300 TEXTS=160 PAIRS=80 QUESTIONS=48 ANSWERS=80 CHOICES=32 FEW=20 WINDOWS=40 ;;
     small) MIX=110 TEXTS=64 PAIRS=24 QUESTIONS=16 ANSWERS=24 CHOICES=6 FEW=8 WINDOWS=10 ;;
     *) echo "error: SIZE must be full or small, got $SIZE" >&2 && exit 2 ;;
 esac

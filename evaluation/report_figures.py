@@ -14,6 +14,7 @@ from transformers_patches.files import atomic_path
 
 _PALETTE = ("black", *matplotlib.color_sequences["tab10"])
 _COLORS = {method: _PALETTE[i % len(_PALETTE)] for i, method in enumerate(METHODS)}
+_MARKERS = "os^Dv"  # of the variants of one method
 _SIZES = {"loaded_bytes_fraction": "weight bytes in memory", "token_bytes_fraction": "weight bytes read per token"}
 
 
@@ -54,17 +55,24 @@ def trade_off(rows: list[dict], quality: str, label: str, model: str, path: Path
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for panel, (size, name) in zip(panels, _SIZES.items(), strict=True):
         for method in METHODS:
-            mine = [row for row in rows if row["method"] == method and None not in (row[size], row[quality])]
-            if mine:
-                mine.sort(key=lambda row: row[size])
+            known = [row for row in rows if row["method"] == method and None not in (row[size], row[quality])]
+            for place, series in enumerate(dict.fromkeys(_series(row) for row in known)):
+                mine = sorted((row for row in known if _series(row) == series), key=lambda row: row[size])
                 values = [[row[key] for row in mine] for key in (size, quality)]
-                panel.plot(*values, "o-", color=_COLORS[method], label=method)
+                marker = _MARKERS[place % len(_MARKERS)]
+                panel.plot(*values, f"{marker}-", color=_COLORS[method], label=series)
         panel.set_xlabel(f"{name}, relative to dense")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(label)
     panels[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(model)
     _save(figure, path)
+
+
+def _series(row: dict) -> str:
+    """What the points of one line have in common: the configuration without the fractions that were swept."""
+    parts = row["configuration"].split(" ")
+    return " ".join(part for part in parts if not part.rpartition("=")[2].replace(".", "", 1).isdigit())
 
 
 def _save(figure, path: Path) -> None:

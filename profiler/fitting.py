@@ -9,7 +9,7 @@ e = FFN(x) - D^T h~, least squares finds M, U, V and biases for which
 is smallest. D + M are the refitted rows, U and V the low-rank map, b one bias for prefilled and one for decoded tokens.
 Inputs x are those that the already fitted layers below give (`sequential`), so a layer also learns to answer their errors.
 
-Tokens count by `token_weights`: without them the few with massive activations (Sun et al. 2024, arXiv 2402.17762), often
+Tokens count in relation to the size of their hidden states: otherwise the few with massive activations (Sun et al. 2024, arXiv 2402.17762), often
 a text's first, would be all that some layers are fitted to.
 """
 
@@ -96,7 +96,7 @@ class _Survey:
         weights: FFNWeights,
         batches: list[Batch],
         inputs: list[torch.Tensor],
-        importance: list[torch.Tensor],
+        sizes: _Sizes,
         *,
         with_covariance: bool,
     ) -> _Survey:
@@ -105,7 +105,7 @@ class _Survey:
         equations = NormalEquations(size, 0, 1, device) if with_covariance else None
         every = sum(int(batch.real.sum()) for batch in batches)
         step = max(1, int(every / max(SURVEY_TOKENS, SURVEY_TOKENS_PER_NEURON * size)))
-        for batch, x, counted in list(zip(batches, inputs, importance, strict=True))[::step]:
+        for batch, x, entering in list(zip(batches, inputs, sizes.entering, strict=True))[::step]:
             real = batch.real.flatten()
             h, _, gate = weights.activations(x[real].to(device))
             tokens += len(h)
@@ -113,7 +113,8 @@ class _Survey:
             if gate is not None:
                 squares += gate.float().square().sum(0)
             if equations is not None:
-                equations.add(h, h.new_zeros(len(h), 0), counted[real].to(device), 0)
+                counted = sizes.weights(entering[real], weights.output(h))
+                equations.add(h, h.new_zeros(len(h), 0), counted, 0)
         return cls(
             absolute / tokens,
             None if weights.gate is None else (squares / tokens).sqrt(),
@@ -121,15 +122,28 @@ class _Survey:
         )
 
 
-def token_weights(batches: list[Batch], hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Per batch, float32 [B*T]: what a token counts, 1, or less where its hidden state is larger than usual.
+@dataclass(frozen=True)
+class _Sizes:
+    """Mean squares of the hidden states that enter a layer: per batch float32 [B*T], and their median."""
 
-    hidden: per batch [B, T, H], what enters the layer. The layers above normalise the sum of it and what the FFN writes,
-    so an error matters in relation to its size: the weight is min(1, median of |hidden|^2 / |hidden|^2).
-    """
-    sizes = [values.float().square().mean(-1).flatten() for values in hidden]
-    usual = torch.cat([size[batch.real.flatten()] for batch, size in zip(batches, sizes, strict=True)]).median()
-    return [(usual / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0) for size in sizes]
+    entering: list[torch.Tensor]
+    usual: float
+
+    @classmethod
+    def of(cls, batches: list[Batch], hidden: list[torch.Tensor]) -> _Sizes:
+        """hidden: per batch [B, T, H]."""
+        entering = [values.float().square().mean(-1).flatten() for values in hidden]
+        real = [size[batch.real.flatten()] for batch, size in zip(batches, entering, strict=True)]
+        return cls(entering, float(torch.cat(real).median()))
+
+    def weights(self, entering: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """float32 [T]: what tokens count, 1, or less where the hidden state is larger than usual.
+
+        entering: [T], some of `entering`; output: [T, H], what the FFN writes. The layers above normalise the sum of
+        both, so an error matters in relation to its size: min(1, median |hidden|^2 / (|hidden|^2 + |output|^2)).
+        """
+        size = entering.to(output.device) + output.float().square().mean(-1)
+        return (self.usual / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0)
 
 
 class Fitter:
@@ -157,8 +171,8 @@ class Fitter:
         weights = FFNWeights.of(self.model.model, layer)
         counts = self.settings.counts(weights, share or self.settings.share)
         inputs = [self.model.ffn_input(layer, hidden) for hidden in self.hidden]
-        importance = token_weights(self.batches, self.hidden)
-        survey = _Survey.of(weights, self.batches, inputs, importance, with_covariance=ranking is None)
+        sizes = _Sizes.of(self.batches, self.hidden)
+        survey = _Survey.of(weights, self.batches, inputs, sizes, with_covariance=ranking is None)
         if ranking is None:
             neurons = best_to_keep(survey.covariance, weights.down, counts.loaded, self.settings.ridge)
         else:
@@ -169,7 +183,7 @@ class Fitter:
             self.settings.token_selection, counts, part.down, gate_size, survey.mean_abs[neurons]
         )
         del survey
-        fitted = self._solve(weights, part, neurons, selection, inputs, importance)
+        fitted = self._solve(weights, part, neurons, selection, inputs, sizes)
         if not self.settings.sequential:
             self.pass_through(layer)
             return fitted
@@ -183,17 +197,18 @@ class Fitter:
         neurons: torch.Tensor,
         selection: SimulatedSelection,
         inputs: list[torch.Tensor],
-        importance: list[torch.Tensor],
+        sizes: _Sizes,
     ) -> FittedLayer:
         loaded, hidden = part.down.shape
         device = part.down.device
         refits, rank = "refit" in self.settings.compensation, self.settings.rank
         equations = NormalEquations(loaded + (hidden if rank else 0), hidden, 2, device)
         output = 0.0
-        for batch, x, counted in zip(self.batches, inputs, importance, strict=True):
-            x, counted = x.to(device), counted.to(device)
+        for batch, x, entering in zip(self.batches, inputs, sizes.entering, strict=True):
+            x = x.to(device)
             every = weights.activations(x)
             y = weights.output(every[0]).float()
+            counted = sizes.weights(entering, y)
             loaded_ones = [None if values is None else values.index_select(-1, neurons) for values in every]
             h = selection.apply(batch, *loaded_ones)
             error = y - part.output(h).float()

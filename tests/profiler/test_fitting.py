@@ -64,16 +64,16 @@ def test_refit_is_the_ridge_regression_of_what_is_missing(checkpoint):
     """Prompt and decoded tokens alike, no selection: one weighted regression with an intercept, written out."""
     ridge = 0.1
     fitted = make_fitter(checkpoint, FitSettings(0.6, 0.6, REFIT, token_selection=None, ridge=ridge), prompt=40)
-    sizes = torch.cat([hidden.flatten(0, 1) for hidden in fitted.hidden]).double().square().mean(-1)
-    weights = (sizes.median() / sizes).clamp(max=1.0)[:, None]
-    assert 0 < float(weights.min()) < 0.9
+    entering = torch.cat([hidden.flatten(0, 1) for hidden in fitted.hidden]).double().square().mean(-1)
     fit = fitted.fit(0, RANKING).fit
     reference = MaskedReference(checkpoint)
     reference(torch.tensor(sequences()))
     h = reference.seen[0][0].reshape(-1, INTERMEDIATE).double()
-    down = FFNWeights.of(fitted.model.model, 0).down.double()
+    down = FFNWeights.of(fitted.model.model, 0).down.detach().double()
     loaded, rest = RANKING[:48], RANKING[48:]
     missing = h[:, rest] @ down[rest]
+    weights = (entering.median() / (entering + (h @ down).square().mean(-1))).clamp(max=1.0)[:, None]
+    assert 0 < float(weights.min()) < 0.9
     shares = weights / weights.sum()
     mean, mean_missing = (h[:, loaded] * shares).sum(0), (missing * shares).sum(0)
     centered = h[:, loaded] - mean

@@ -20,6 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformers_patches import kernels  # noqa: E402
+from transformers_patches.weight_memory import WeightMemory  # noqa: E402
 
 SHAPES = {  # name: (hidden_size, intermediate_size, whether the FFN has a gate)
     "llama3-3b": (3072, 8192, True),
@@ -68,6 +69,7 @@ class Ffn:
 
     def __post_init__(self) -> None:
         self.hidden, self.neurons, self.gated = SHAPES[self.shape]
+        self.memory = WeightMemory(huge_pages=self.huge_pages)  # as models have it
         self.x = torch.randn(self.tokens, self.hidden).to(self.dtype)
         self.computed, base = round(COMPUTED * self.neurons), round(BASE * self.neurons)
         self.base = base
@@ -82,9 +84,7 @@ class Ffn:
         return max(2, -(-self.nbytes // layer_bytes))
 
     def new_weight(self) -> Tensor:
-        weight = torch.empty(self.neurons, self.hidden, dtype=self.dtype)
-        if self.huge_pages:
-            kernels.advise_huge_pages(weight)
+        weight = self.memory.empty((self.neurons, self.hidden), self.dtype, torch.device("cpu"))
         return weight.normal_(std=self.hidden**-0.5)
 
     def measured(self, path: str, run: Callable[[int], object], nbytes: float, layers: int) -> Measured:
@@ -152,10 +152,9 @@ class Ffn:
         return paths
 
     def copy(self, weight: kernels.QuantizedTensor) -> kernels.QuantizedTensor:
-        data = torch.empty_like(weight.data)
-        if self.huge_pages:
-            kernels.advise_huge_pages(data)
-        return kernels.QuantizedTensor(data.copy_(weight.data), weight.scales.clone(), weight.bits)
+        new = weight.like(lambda part: self.memory.empty(part.shape, part.dtype, part.device))
+        new.copy_(weight)
+        return new
 
 
 def linear_paths(ffn: Ffn) -> list[Measured]:

@@ -319,7 +319,7 @@ def _give_memory(
 ) -> torch.Tensor | QuantizedTensor:
     """Memory for a weight, which holds it from now on; still to be filled."""
     if isinstance(place, QuantizedWeight):
-        values = QuantizedTensor.empty(*place.shape, place.packed.bits, device)
+        values = place.packed.like(lambda part: memory.empty(part.shape, part.dtype, device))
     else:
         values = memory.empty(place.shape, place.dtype, device)
     if pinned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,10 @@ class QuantizedTensor:
         """The same on another device."""
         data, scales = (part.to(device, non_blocking=non_blocking) for part in (self.data, self.scales))
         return self if data is self.data else QuantizedTensor(data, scales, self.bits)
+
+    def like(self, empty: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """One of the same shape and bits in memory that `empty` gives for its data and its scales."""
+        return QuantizedTensor(empty(self.data), empty(self.scales), self.bits)
 
     def pin_memory(self) -> QuantizedTensor:
         """A copy in page-locked memory."""

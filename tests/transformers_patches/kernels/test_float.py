@@ -19,6 +19,7 @@ SIZES = [
     (3, 100, 53, 20, 1),
     (8, 65, 31, 31, 0),
     (11, 128, 64, 9, 5),
+    (3, 96, 700, 697, 2),  # rows in order, more than are computed together
 ]
 
 

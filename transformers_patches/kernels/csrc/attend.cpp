@@ -8,15 +8,6 @@ namespace partinfer {
 namespace PARTINFER_ISA {
 
 template <class T>
-inline F load_part(const T* p, int64_t count) {
-  return count < LANES ? load_tail(p, count) : load(p);
-}
-template <class T>
-inline void store_part(T* p, F a, int64_t count) {
-  count < LANES ? store_tail(p, a, count) : store(p, a);
-}
-
-template <class T>
 inline void norm_of(const NormTask& task) {
   const T* x = reinterpret_cast<const T*>(task.x);
   const T* delta = reinterpret_cast<const T*>(task.delta);
@@ -133,8 +124,11 @@ inline void attend_of(const AttendTask& task) {
     token_blocks(task.q.tokens, AddValues<T>{task, rows, next, position});
   }
   for (int64_t t = 0; t < task.q.tokens; ++t) {
-    const float factor = 1.0f / totals[t];
-    for (int64_t j = 0; j < task.head_dim; ++j) task.out[t * task.head_dim + j] = task.y[t * task.y_stride + j] * factor;
+    const F factor = set1(1.0f / totals[t]);
+    const float* y = task.y + t * task.y_stride;
+    float* out = task.out + t * task.head_dim;
+    columns_in_order<T>(0, task.head_dim, task.head_dim, [&](int64_t place) { return load(y + place); },
+                        [&](int64_t j, F values, int64_t count) { store_part(out + j, mul(values, factor), count); });
   }
 }
 

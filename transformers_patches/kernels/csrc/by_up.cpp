@@ -14,10 +14,11 @@ namespace partinfer {
 namespace {
 
 struct Selection {
-  std::vector<float> values, scores;  // [candidates]
-  std::vector<float> ones;            // [candidates], what a plain FFN's activations are multiplied with
-  std::vector<int32_t> rows;          // [kept]
-  std::vector<float> kept_values;     // [kept]
+  std::vector<float> values, scores;   // [candidates]
+  std::vector<float> ones;             // [candidates], what a plain FFN's activations are multiplied with
+  std::vector<int32_t> rows;           // of the kept ones, with room for all
+  std::vector<float> kept_values;      // likewise
+  std::vector<float> space;            // to search the cut in
 };
 
 int64_t row_of(const ActiveRows& candidates, int64_t position) {
@@ -44,17 +45,19 @@ void score(const Kernels& kernels, const ByUpCall& call, const Input& x, Range r
     selection.scores[size_t(p)] = std::fabs(selection.values[size_t(p)]) * call.size[row_of(call.ffn.rows, p)];
 }
 
-void choose(const ByUpCall& call, Selection& selection) {
-  selection.rows.clear();
-  selection.kept_values.clear();
-  const Cut cut = call.keep < 0 ? Cut{call.threshold, 0} : cut_for(selection.scores, call.keep);
-  int64_t ties = cut.ties;
+// Returns how many are kept. Without branches on what is kept, which no processor could foresee.
+int64_t choose(const ByUpCall& call, Selection& selection) {
+  const Cut cut = call.keep < 0 ? Cut{call.threshold, 0} : cut_for(selection.scores, call.keep, selection.space);
+  int64_t ties = cut.ties, kept = 0;
   for (size_t p = 0; p < selection.scores.size(); ++p) {
     const float s = selection.scores[p];
-    if (s == 0.0f || (!(s > cut.above) && !(s == cut.above && ties-- > 0))) continue;
-    selection.rows.push_back(int32_t(row_of(call.ffn.rows, int64_t(p))));
-    selection.kept_values.push_back(selection.values[p]);
+    const bool tie = s == cut.above && ties > 0 && s != 0.0f;
+    ties -= tie;
+    selection.rows[size_t(kept)] = int32_t(row_of(call.ffn.rows, int64_t(p)));
+    selection.kept_values[size_t(kept)] = selection.values[p];
+    kept += int64_t(s > cut.above && s != 0.0f) | int64_t(tie);
   }
+  return kept;
 }
 
 }  // namespace
@@ -68,6 +71,8 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
   const int64_t y_count = useful * y_stride_of(call.ffn.hidden);
   selection.values.resize(size_t(candidates));
   selection.scores.resize(size_t(candidates));
+  selection.rows.resize(size_t(candidates) + 1);
+  selection.kept_values.resize(size_t(candidates) + 1);
   scratch.reserve(input_bytes(1, call.ffn.hidden) + Scratch::padded(size_t(y_count) * sizeof(float)));
   const Input x = prepare(kernels, call.ffn.type, call.ffn.x, call.ffn.x_type, 0, 1, call.ffn.hidden, scratch);
   SharedFfn shared = share_ffn(call.ffn, x, 0, scratch.take<float>(y_count));
@@ -82,8 +87,7 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
     if (worker < computing) score(kernels, call, x, share(candidates, ROW_BLOCK, worker, computing), selection);
     wait_for_all(workers);
     if (worker == 0) {
-      choose(call, selection);
-      shared.positions = int64_t(selection.rows.size());
+      shared.positions = choose(call, selection);
       shared.task.rows = {0, selection.rows.data(), 0, shared.positions};
       shared.task.up_values = selection.kept_values.data();
     }

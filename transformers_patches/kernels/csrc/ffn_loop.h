@@ -7,9 +7,13 @@
 namespace partinfer {
 namespace PARTINFER_ISA {
 
-constexpr int DOT_ROWS = 8;    // rows whose products are taken together: 4 of gate and 4 of up, or 8 of fc1
-constexpr int ADD_ROWS = 4;    // rows of down added together
-constexpr int SKIP_BLOCK = 256;  // neurons computed before the rows of down that ReLU left are read
+constexpr int DOT_ROWS = 8;     // rows whose products are taken together: 4 of gate and 4 of up, or 8 of fc1
+constexpr int ADD_ROWS = 4;     // rows of down added together
+constexpr int BLOCK = 256;      // neurons computed before the rows of down that ReLU left are read
+constexpr int RUN_BLOCK = 128;  // neurons computed before their rows of down are read where rows follow each other
+
+// Whether h is 0 for most neurons, so that it pays to compute many before reading any row of down.
+inline bool skips_rows(const FfnTask& task) { return task.activation == Activation::RELU; }
 
 // The rows of 4 (gated) or 8 (plain) neurons from a position on, the last one repeated where the positions end.
 inline void rows_of(const FfnTask& task, int64_t position, RowRef* rows) {
@@ -54,7 +58,8 @@ inline void add_group(const FfnTask& task, const RowRef* rows, const RowRef* nex
   float factors[ADD_ROWS][T];
   for (int i = 0; i < ADD_ROWS; ++i)
     for (int t = 0; t < T; ++t) factors[i][t] = h[i][first + t];
-  Products::template add_rows<T>(rows, next, factors, task.y + first * task.y_stride, task.y_stride, task.x.hidden);
+  float* y = task.y + first * task.y_stride;
+  Products::template add_rows<T>(rows, next, factors, y, task.y_stride, task.x.hidden);
 }
 
 // Calls f<T>(first) for tokens 0 … tokens - 1 in blocks of 4, 2 and 1.
@@ -98,51 +103,114 @@ inline bool any_nonzero(const float* h, int64_t tokens) {
   return false;
 }
 
-// Whether h is 0 for most neurons, so that it pays to compute many before reading any row of down.
-inline bool skips_rows(const FfnTask& task) { return task.activation == Activation::RELU; }
+// Products of one matrix with x for rows that follow each other: out[t * BLOCK + i] = row i · x[t] + bias. The rows are
+// read one after the other; `then` is what is read next.
+template <class Products>
+struct RunGroup {
+  const FfnTask& task;
+  const RowRef *rows, &then;
+  int64_t count;
+  float* out;
+  template <int T>
+  void operator()(int64_t first) const {
+    float products[DOT_ROWS][T];
+    Products::template dot_run<DOT_ROWS, T>(rows, then, task.x, first, products);
+    for (int64_t i = 0; i < count; ++i)
+      for (int t = 0; t < T; ++t) out[(first + t) * BLOCK + i] = products[i][t];
+  }
+};
+
+template <class Products>
+inline void run_products(const FfnTask& task, const Matrix& matrix, const Vector& bias, int64_t start, int64_t count,
+                         const RowRef& then, float* out) {
+  for (int64_t i = 0; i < count; i += DOT_ROWS) {
+    RowRef rows[DOT_ROWS];
+    for (int64_t r = 0; r < DOT_ROWS; ++r) rows[r] = row_at(matrix, start + smaller(i + r, count - 1));
+    const RowRef following = i + DOT_ROWS < count ? row_at(matrix, start + i + DOT_ROWS) : then;
+    token_blocks(task.x.tokens, RunGroup<Products>{task, rows, following, smaller(DOT_ROWS, count - i), out + i});
+  }
+  if (bias.data == nullptr) return;
+  for (int64_t t = 0; t < task.x.tokens; ++t)
+    for (int64_t i = 0; i < count; ++i) out[t * BLOCK + i] += element(bias, start + i);
+}
+
+// h[neuron][token] of `count` neurons whose rows follow each other.
+template <class Products>
+inline void run_activations(const FfnTask& task, int64_t start, int64_t count, float* h) {
+  alignas(64) float gate[MAX_TOKENS * BLOCK], up[MAX_TOKENS * BLOCK];
+  const bool gated = task.up.data != nullptr;
+  const RowRef down = row_at(task.down, start);
+  run_products<Products>(task, task.gate, task.gate_bias, start, count, gated ? row_at(task.up, start) : down, gate);
+  if (gated) run_products<Products>(task, task.up, task.up_bias, start, count, down, up);
+  for (int64_t t = 0; t < task.x.tokens; ++t) {
+    activate(task.activation, gate + t * BLOCK, count);
+    for (int64_t i = 0; i < count; ++i) {
+      float value = gate[t * BLOCK + i];
+      if (gated) value *= up[t * BLOCK + i];
+      if (task.up_values != nullptr) value *= task.up_values[start + i];
+      h[i * MAX_TOKENS + t] = value;
+    }
+  }
+}
+
+// h[neuron][token] of `count` neurons anywhere, unless it is known. rows: those of the first group, and afterwards those that come next.
+template <class Products>
+inline void list_activations(const FfnTask& task, int64_t start, int64_t count, RowRef* rows, float* h) {
+  const int64_t neurons = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
+  RowRef next[DOT_ROWS];
+  if (task.gate.data == nullptr) {
+    for (int64_t i = 0; i < count; ++i) h[i * MAX_TOKENS] = task.up_values[start + i];
+    return;
+  }
+  for (int64_t i = 0; i < count; i += neurons) {
+    rows_of(task, smaller(start + i + neurons, task.rows.end - 1), next);
+    Products::prefetch_scales(next, DOT_ROWS, task.gate.row_scales);
+    token_blocks(task.x.tokens, ActivationsOf<Products>{task, rows, next, start + i, h + i * MAX_TOKENS});
+    __builtin_memcpy(rows, next, sizeof(next));
+  }
+}
 
 template <class Products>
 inline void ffn(const FfnTask& task) {
-  const int64_t neurons = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
-  const int64_t block = skips_rows(task) ? SKIP_BLOCK : neurons;
-  const int64_t begin = task.rows.begin, end = task.rows.end, tokens = task.x.tokens;
-  float h[SKIP_BLOCK * MAX_TOKENS];
-  int32_t active[SKIP_BLOCK + ADD_ROWS];
+  const bool run = Products::RUNS && one_run(task.rows), skips = skips_rows(task);
+  const int64_t group = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
+  const int64_t block = skips ? BLOCK : run ? RUN_BLOCK : group;
+  const int64_t begin = task.rows.begin, end = task.rows.end;
+  float h[BLOCK * MAX_TOKENS];
+  int32_t active[BLOCK + ADD_ROWS];
   const float none[MAX_TOKENS] = {};
-  RowRef rows[DOT_ROWS], next[DOT_ROWS];
-  const bool known = task.gate.data == nullptr;
+  RowRef rows[DOT_ROWS];
   if (begin >= end) return;
-  if (!known) rows_of(task, begin, rows);
+  if (!run && task.gate.data != nullptr) rows_of(task, begin, rows);
   for (int64_t start = begin; start < end; start += block) {
     const int64_t count = smaller(block, end - start);
-    for (int64_t i = 0; known && i < count; ++i) h[i * MAX_TOKENS] = task.up_values[start + i];
-    for (int64_t i = 0; !known && i < count; i += neurons) {
-      rows_of(task, smaller(start + i + neurons, end - 1), next);
-      Products::prefetch_scales(next, DOT_ROWS, task.gate.row_scales);
-      token_blocks(tokens, ActivationsOf<Products>{task, rows, next, start + i, h + i * MAX_TOKENS});
-      __builtin_memcpy(rows, next, sizeof(rows));
+    if constexpr (Products::RUNS) {
+      if (run) run_activations<Products>(task, start, count, h);
     }
+    if (!run) list_activations<Products>(task, start, count, rows, h);
     int64_t actives = 0;
     for (int64_t i = 0; i < count; ++i) {
       active[actives] = int32_t(i);
-      actives += !skips_rows(task) || any_nonzero(h + i * MAX_TOKENS, tokens);
+      actives += !skips || any_nonzero(h + i * MAX_TOKENS, task.x.tokens);
     }
-    RowRef down[ADD_ROWS], next_down[ADD_ROWS];
+    RowRef down[ADD_ROWS], next[ADD_ROWS];
     const float* factors[ADD_ROWS];
     for (int64_t a = 0; a < actives; a += ADD_ROWS) {
       for (int64_t i = 0; i < ADD_ROWS; ++i) {
-        const int64_t here = active[smaller(a + i, actives - 1)];
+        const int64_t here = active[smaller(a + i, actives - 1)], ahead = a + ADD_ROWS + i;
         factors[i] = a + i < actives ? h + here * MAX_TOKENS : none;
         down[i] = row_at(task.down, row_number(task.rows, start + here));
-        // The rows of the next group: in this block, or (nothing skipped) the first ones of the block that follows.
-        const int64_t ahead = a + ADD_ROWS + i;
-        const int64_t position = ahead < actives ? start + active[ahead] : start + count + ahead - actives;
-        next_down[i] = skips_rows(task) && ahead >= actives
-                           ? down[i]
-                           : row_at(task.down, row_number(task.rows, smaller(position, end - 1)));
+        // What is read next: this block's next rows of down, or how the block that follows begins.
+        if (ahead < actives)
+          next[i] = row_at(task.down, row_number(task.rows, start + active[ahead]));
+        else if (skips)
+          next[i] = down[i];
+        else
+          next[i] = row_at(run ? task.gate : task.down,
+                           row_number(task.rows, smaller(start + count + ahead - actives, end - 1)));
       }
-      Products::prefetch_scales(next_down, ADD_ROWS, task.down.row_scales);
-      token_blocks(tokens, AddGroup<Products>{task, down, next_down, factors});
+      Products::prefetch_scales(next, ADD_ROWS, task.down.row_scales);
+      token_blocks(task.x.tokens, AddGroup<Products>{task, down, next, factors});
     }
   }
 }

@@ -74,32 +74,50 @@ inline void dot_block(const RowRef* rows, const RowRef* next, const X* x, int64_
     for (int t = 0; t < T; ++t) out[r][t] = sum(acc[r][t]);
 }
 
+// The columns of a row that are added to y together. y has bfloat16 columns in another order, as long as they fill
+// cache lines: of 2 LANES neighbours first those at even places (columns_in_order puts them right).
+template <class W>
+struct Columns {
+  static constexpr int LINE = 64 / sizeof(W), VECTORS = 1;
+  static void load(const W* p, F (&w)[1]) { w[0] = PARTINFER_ISA::load(p); }
+};
+template <>
+struct Columns<bf16_t> {
+  static constexpr int LINE = 32, VECTORS = 2;
+  static void load(const bf16_t* p, F (&w)[2]) { load_even_odd(p, w[0], w[1]); }
+};
+
 // y[t] += sum over r of h[r][t] * rows[r]
 template <class W, int R, int T>
 inline void add_rows_block(const RowRef* rows, const RowRef* next, const float (*h)[T], float* y, int64_t y_stride,
                            int64_t hidden) {
-  constexpr int LINE = 64 / sizeof(W);
+  using C = Columns<W>;
   F factor[R][T];
+  const char *place_of[R], *next_of[R];  // copies, because stores to y could change what rows and next point to
   PARTINFER_UNROLL
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) factor[r][t] = set1(h[r][t]);
+    place_of[r] = rows[r].data;
+    next_of[r] = next[r].data;
+  }
   int64_t j = 0;
-  for (; j + LINE <= hidden; j += LINE) {
+  for (; j + C::LINE <= hidden; j += C::LINE) {
     PARTINFER_UNROLL
-    for (int r = 0; r < R; ++r) prefetch(next[r].data + j * int64_t(sizeof(W)));
+    for (int r = 0; r < R; ++r) prefetch(next_of[r] + j * int64_t(sizeof(W)));
     PARTINFER_UNROLL
-    for (int v = 0; v < LINE; v += LANES) {
-      F w[R];
+    for (int v = 0; v < C::LINE; v += C::VECTORS * LANES) {
+      F w[R][C::VECTORS];
       PARTINFER_UNROLL
-      for (int r = 0; r < R; ++r) w[r] = load(reinterpret_cast<const W*>(rows[r].data) + j + v);
+      for (int r = 0; r < R; ++r) C::load(reinterpret_cast<const W*>(place_of[r]) + j + v, w[r]);
       PARTINFER_UNROLL
-      for (int t = 0; t < T; ++t) {
-        float* place = y + t * y_stride + j + v;
-        F value = load(place);
-        PARTINFER_UNROLL
-        for (int r = 0; r < R; ++r) value = fma(factor[r][t], w[r], value);
-        store(place, value);
-      }
+      for (int t = 0; t < T; ++t)
+        for (int k = 0; k < C::VECTORS; ++k) {
+          float* place = y + t * y_stride + j + v + k * LANES;
+          F value = load(place);
+          PARTINFER_UNROLL
+          for (int r = 0; r < R; ++r) value = fma(factor[r][t], w[r][k], value);
+          store(place, value);
+        }
     }
   }
   for (; j < hidden; j += LANES) {
@@ -113,9 +131,70 @@ inline void add_rows_block(const RowRef* rows, const RowRef* next, const float (
   }
 }
 
+// out[t] = row · x[t] for a row inside a run of rows that follow each other; `next` is read afterwards. Few instructions
+// for each cache line, so that the processor itself looks far ahead.
+template <class W, class X, int T>
+inline void dot_row(const char* row, const char* next, const X* x, int64_t hidden, float* out) {
+  using S = Step<W, X>;
+  constexpr int LINE = 64 / sizeof(W);
+  constexpr int SUMS = MAX_ACCUMULATORS / T < 4 ? MAX_ACCUMULATORS / T : 4;  // additions wait for each other else
+  constexpr int CHUNK = SUMS * S::N > LINE ? SUMS * S::N : LINE;
+  F acc[SUMS][T];
+  PARTINFER_UNROLL
+  for (int a = 0; a < SUMS; ++a)
+    for (int t = 0; t < T; ++t) acc[a][t] = zero();
+  const int64_t here = hidden - RUN_AHEAD / int64_t(sizeof(W));
+  int64_t j = 0;
+  for (; j + CHUNK <= hidden; j += CHUNK) {
+    const char* place = row + j * int64_t(sizeof(W));
+    const char* ahead = j < here ? place + RUN_AHEAD : next + (j - here) * int64_t(sizeof(W));
+    PARTINFER_UNROLL
+    for (int v = 0; v < CHUNK; v += LINE) prefetch(ahead + v * sizeof(W));
+    PARTINFER_UNROLL
+    for (int v = 0; v < CHUNK; v += S::N) {
+      const auto w = S::weights(reinterpret_cast<const W*>(place) + v);
+      PARTINFER_UNROLL
+      for (int t = 0; t < T; ++t) {
+        F& sum = acc[v / S::N % SUMS][t];
+        sum = S::accumulate(w, S::input(x + t * hidden + j + v), sum);
+      }
+    }
+  }
+  for (; j < hidden; j += S::N) {
+    const int64_t count = smaller(S::N, hidden - j);
+    const auto w = S::weights_tail(reinterpret_cast<const W*>(row) + j, count);
+    for (int t = 0; t < T; ++t) acc[0][t] = S::accumulate(w, S::input_tail(x + t * hidden + j, count), acc[0][t]);
+  }
+  PARTINFER_UNROLL
+  for (int t = 0; t < T; ++t) {
+    for (int a = 1; a < SUMS; ++a) acc[0][t] = add(acc[0][t], acc[a][t]);
+    out[t] = sum(acc[0][t]);
+  }
+}
+
+// f(column, LANES values or fewer, their number) for columns begin … end - 1 of a y that add_rows has filled for rows of
+// `hidden` columns, in order; sums(place) gives LANES values of y. begin is a multiple of COLUMN_BLOCK.
+template <class W, class Sums, class Function>
+inline void columns_in_order(int64_t begin, int64_t end, int64_t hidden, const Sums& sums, const Function& f) {
+  using C = Columns<W>;
+  int64_t j = begin;
+  if constexpr (C::VECTORS == 2) {
+    const int64_t paired = smaller(end, hidden / C::LINE * C::LINE);
+    for (; j < paired; j += 2 * LANES) {
+      F low, high;
+      interleave(sums(j), sums(j + LANES), low, high);
+      f(j, low, LANES);
+      f(j + LANES, high, LANES);
+    }
+  }
+  for (; j < end; j += LANES) f(j, sums(j), smaller(LANES, end - j));
+}
+
 // The products of one weight type with one input type, as the loops of ffn_loop.h and linear_loop.h use them.
 template <class W, class X>
 struct FloatRows {
+  static constexpr bool RUNS = true;
+
   static const X* input(const Input& x);
 
   // out[r][t] for R rows and tokens first … first + T - 1, in blocks that fit the registers.
@@ -130,6 +209,13 @@ struct FloatRows {
   static void add_rows(const RowRef* rows, const RowRef* next, const float (*h)[T], float* y, int64_t y_stride,
                        int64_t hidden) {
     add_rows_block<W, 4, T>(rows, next, h, y, y_stride, hidden);
+  }
+
+  // As dot, for rows that follow each other, one after the other; `after` is what is read next.
+  template <int R, int T>
+  static void dot_run(const RowRef* rows, const RowRef& after, const Input& x, int64_t first, float (*out)[T]) {
+    for (int r = 0; r < R; ++r)
+      dot_row<W, X, T>(rows[r].data, (r + 1 < R ? rows[r + 1] : after).data, input(x) + first * x.hidden, x.hidden, out[r]);
   }
 
   static void prefetch_scales(const RowRef*, int, int64_t) {}

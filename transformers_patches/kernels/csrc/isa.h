@@ -80,6 +80,15 @@ inline void store_tail(T* p, F a, int64_t count) {
   __builtin_memcpy(p, lanes, size_t(count) * sizeof(T));
 }
 
+template <class T>
+inline F load_part(const T* p, int64_t count) {
+  return count < LANES ? load_tail(p, count) : load(p);
+}
+template <class T>
+inline void store_part(T* p, F a, int64_t count) {
+  count < LANES ? store_tail(p, a, count) : store(p, a);
+}
+
 inline I8 load_bytes_tail(const char* p, int64_t count) {
   char bytes[BYTES];
   __builtin_memset(bytes, 0, sizeof(bytes));
@@ -89,6 +98,10 @@ inline I8 load_bytes_tail(const char* p, int64_t count) {
 
 // Into the second-level cache: the rows that come next are too big for the first, and this is what hides DRAM.
 inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// Rows that follow each other in memory are read one after the other: the hardware's prefetchers then do most of the
+// work, if software reaches no further ahead than this many bytes (farther, and they lose track).
+constexpr int64_t RUN_AHEAD = 1024;
 
 inline float element(const Vector& vector, int64_t i) {
   if (vector.data == nullptr) return 0.0f;
@@ -123,6 +136,9 @@ struct RowRef {
 inline int64_t row_number(const Rows& rows, int64_t position) {
   return position < rows.prefix ? position : rows.index[position - rows.prefix];
 }
+
+// Whether the rows follow each other in memory.
+inline bool one_run(const Rows& rows) { return rows.end <= rows.prefix; }
 
 inline RowRef row_at(const Matrix& matrix, int64_t row) {
   return {matrix.data + row * matrix.row_bytes, matrix.scales + row * matrix.row_scales};

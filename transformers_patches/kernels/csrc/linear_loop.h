@@ -11,6 +11,15 @@ inline void linear_rows_of(const LinearTask& task, int64_t position, RowRef* row
     rows[i] = row_at(task.weight, row_number(task.rows, smaller(position + i, task.rows.end - 1)));
 }
 
+template <class Products, int T>
+inline void dot_group(bool run, const RowRef* rows, const RowRef* next, const Input& x, int64_t first,
+                      float (*products)[T]) {
+  if constexpr (Products::RUNS) {
+    if (run) return Products::template dot_run<DOT_ROWS, T>(rows, next[0], x, first, products);
+  }
+  Products::template dot<DOT_ROWS, T>(rows, next, x, first, products);
+}
+
 template <class Products>
 struct LinearGroup {
   const LinearTask& task;
@@ -19,7 +28,7 @@ struct LinearGroup {
   template <int T>
   void operator()(int64_t first) const {
     float products[DOT_ROWS][T];
-    Products::template dot<DOT_ROWS, T>(rows, next, task.x, first, products);
+    dot_group<Products, T>(one_run(task.rows), rows, next, task.x, first, products);
     const int64_t count = smaller(DOT_ROWS, task.rows.end - position);
     for (int64_t i = 0; i < count; ++i) {
       const float bias = task.bias.data == nullptr ? 0.0f : element(task.bias, row_number(task.rows, position + i));

@@ -147,12 +147,17 @@ inline void quant_add_rows(const RowRef* rows, const RowRef* next, const float (
     Factors factors[T];
     for (int t = 0; t < T; ++t) quantise_factors<T>(own, h, t, OFFSET, factors[t]);
     const int64_t bytes = here * GROUP_BYTES, start = g * GROUP_BYTES;
+    const char *place_of[4], *next_of[4];  // copies, because stores to y could change what rows and next point to
+    for (int r = 0; r < 4; ++r) {
+      place_of[r] = rows[r].data + start;
+      next_of[r] = next[r].data + start;
+    }
     for (int64_t b = 0; b < bytes; b += BYTES) {
       I8 parts[4][PARTS];
       PARTINFER_UNROLL
       for (int r = 0; r < 4; ++r) {
-        if (b % 64 == 0) prefetch(next[r].data + start + b);
-        const char* place = rows[r].data + start + b;
+        if (b % 64 == 0) prefetch(next_of[r] + b);
+        const char* place = place_of[r] + b;
         unpack<BITS>(bytes - b >= BYTES ? load_bytes(place) : load_bytes_tail(place, bytes - b), parts[r]);
       }
       I8 columns[PARTS][4];
@@ -182,6 +187,8 @@ inline void quant_add_rows(const RowRef* rows, const RowRef* next, const float (
 
 template <int BITS>
 struct QuantRows {
+  static constexpr bool RUNS = false;  // whether there is a dot_run: what unpacks leaves the prefetchers too little ahead
+
   template <int R, int T>
   static void dot(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, float (*out)[T]) {
     // Besides the sums, T * PARTS input vectors and as many offsets want a register.

@@ -22,8 +22,8 @@ inline uint32_t bits_of(float value) {
 }
 
 // Non-negative floats sort like their bits: a histogram of the upper bits finds the bucket of the k-th largest, and
-// only that bucket is searched. Several times faster than nth_element over all.
-inline Cut cut_for(const std::vector<float>& values, int64_t k) {
+// only that bucket, copied to `inside`, is searched. Several times faster than nth_element over all.
+inline Cut cut_for(const std::vector<float>& values, int64_t k, std::vector<float>& inside) {
   constexpr int SHIFT = 20, BUCKETS = 1 << (31 - SHIFT);
   if (k <= 0) return {INFINITY, 0};
   if (k >= int64_t(values.size())) return {-1.0f, 0};
@@ -32,10 +32,13 @@ inline Cut cut_for(const std::vector<float>& values, int64_t k) {
   int bucket = BUCKETS - 1;
   int64_t above = 0;
   while (above + counts[bucket] < k) above += counts[bucket--];
-  std::vector<float> inside;
-  inside.reserve(size_t(counts[bucket]));
-  for (float value : values)
-    if (int(bits_of(value) >> SHIFT & (BUCKETS - 1)) == bucket) inside.push_back(value);
+  inside.resize(size_t(counts[bucket]) + 1);  // one more, which values of other buckets are written to
+  size_t found = 0;
+  for (float value : values) {
+    inside[found] = value;
+    found += int(bits_of(value) >> SHIFT & (BUCKETS - 1)) == bucket;
+  }
+  inside.pop_back();
   const auto place = inside.begin() + (k - above - 1);
   std::nth_element(inside.begin(), place, inside.end(), [](float a, float b) { return a > b; });
   const float kth = *place;

@@ -63,11 +63,16 @@ struct SharedFfn {
 inline void compute(const Kernels& kernels, const SharedFfn& shared, int worker, int workers) {
   FfnTask task = shared.task;
   task.y = task.y + worker * shared.finish.thread_stride;
-  const Range range = share(shared.positions, ROW_BLOCK, worker, workers);
-  task.rows.begin = range.begin;
-  task.rows.end = range.end;
   std::memset(task.y, 0, size_t(task.x.tokens * task.y_stride) * sizeof(float));
-  (quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float)(task);
+  // Every thread gets its share of the prefix, which reads faster, and its share of the list.
+  const int64_t prefix = std::min(shared.task.rows.prefix, shared.positions);
+  const Range run = share(prefix, ROW_BLOCK, worker, workers);
+  const Range list = share(shared.positions - prefix, ROW_BLOCK, worker, workers);
+  for (const Range& range : {run, Range{prefix + list.begin, prefix + list.end}}) {
+    task.rows.begin = range.begin;
+    task.rows.end = range.end;
+    if (range.begin < range.end) (quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float)(task);
+  }
 }
 
 inline void finish(const Kernels& kernels, const SharedFfn& shared, int worker, int workers, int computed_by) {

@@ -44,31 +44,36 @@ extern const bool bf16_input = true;
 extern const bool bf16_input = false;
 #endif
 
-template <class Out>
+template <class W, class Out>
 inline void finish(const FinishTask& task) {
   for (int64_t t = 0; t < task.tokens; ++t) {
     Out* out = reinterpret_cast<Out*>(task.out) + t * task.hidden;
-    for (int64_t j = task.begin; j < task.end; j += LANES) {
-      F total = load(task.y + t * task.y_stride + j);
+    const float* y = task.y + t * task.y_stride;
+    const auto sums = [&](int64_t place) {
+      F total = load(y + place);
       for (int64_t thread = 1; thread < task.threads; ++thread)
-        total = add(total, load(task.y + thread * task.thread_stride + t * task.y_stride + j));
-      if (j + LANES <= task.end)
-        store(out + j, total);
-      else
-        store_tail(out + j, total, task.end - j);
-    }
+        total = add(total, load(y + thread * task.thread_stride + place));
+      return total;
+    };
+    columns_in_order<W>(task.begin, task.end, task.hidden, sums,
+                        [&](int64_t j, F values, int64_t count) { store_part(out + j, values, count); });
+  }
+}
+
+template <class W>
+inline void finish_to(const FinishTask& task) {
+  switch (task.out_type) {
+    case Type::BF16:
+      return finish<W, bf16_t>(task);
+    case Type::F16:
+      return finish<W, f16_t>(task);
+    default:
+      return finish<W, float>(task);
   }
 }
 
 void finish_float(const FinishTask& task) {
-  switch (task.out_type) {
-    case Type::BF16:
-      return finish<bf16_t>(task);
-    case Type::F16:
-      return finish<f16_t>(task);
-    default:
-      return finish<float>(task);
-  }
+  task.type == Type::BF16 ? finish_to<bf16_t>(task) : finish_to<float>(task);
 }
 
 }  // namespace PARTINFER_ISA

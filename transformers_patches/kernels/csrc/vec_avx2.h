@@ -19,6 +19,17 @@ inline F load(const f16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterp
 inline F load(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
+// 2 LANES values: those at even places, those at odd ones.
+inline void load_even_odd(const bf16_t* p, F& even, F& odd) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  odd.v = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000u))));
+}
+inline void interleave(F even, F odd, F& low, F& high) {
+  const __m256 a = _mm256_unpacklo_ps(even.v, odd.v), b = _mm256_unpackhi_ps(even.v, odd.v);
+  low.v = _mm256_permute2f128_ps(a, b, 0x20);
+  high.v = _mm256_permute2f128_ps(a, b, 0x31);
+}
 inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
 inline void store(f16_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));

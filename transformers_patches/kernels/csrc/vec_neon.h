@@ -21,6 +21,16 @@ inline F load(const int8_t* p) {
   const int32_t lanes[4] = {p[0], p[1], p[2], p[3]};
   return {vcvtq_f32_s32(vld1q_s32(lanes))};
 }
+// 2 LANES values: those at even places, those at odd ones.
+inline void load_even_odd(const bf16_t* p, F& even, F& odd) {
+  const uint32x4_t pairs = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+  even.v = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
+  odd.v = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
+}
+inline void interleave(F even, F odd, F& low, F& high) {
+  low.v = vzip1q_f32(even.v, odd.v);
+  high.v = vzip2q_f32(even.v, odd.v);
+}
 inline void store(float* p, F a) { vst1q_f32(p, a.v); }
 inline void store(f16_t* p, F a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v)));

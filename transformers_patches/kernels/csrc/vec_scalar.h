@@ -24,6 +24,17 @@ inline F load(const f16_t* p) {
   return r;
 }
 inline F load(const int8_t* p) { return F{{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}; }
+// 2 LANES values: those at even places, those at odd ones.
+inline void load_even_odd(const bf16_t* p, F& even, F& odd) {
+  VEC_LOOP {
+    even.v[i] = to_float(p[2 * i]);
+    odd.v[i] = to_float(p[2 * i + 1]);
+  }
+}
+inline void interleave(F even, F odd, F& low, F& high) {
+  low = F{{even.v[0], odd.v[0], even.v[1], odd.v[1]}};
+  high = F{{even.v[2], odd.v[2], even.v[3], odd.v[3]}};
+}
 inline void store(float* p, F a) { VEC_LOOP p[i] = a.v[i]; }
 inline void store(f16_t* p, F a) { VEC_LOOP p[i] = to_f16(a.v[i]); }
 inline void store(bf16_t* p, F a) { VEC_LOOP p[i] = to_bf16(a.v[i]); }

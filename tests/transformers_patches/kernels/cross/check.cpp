@@ -1,4 +1,6 @@
-// Compares every variant of the kernels that the (emulated) processor runs with sums in double, without torch.
+// Compares every variant of the kernels that the (emulated) processor runs, without torch: FFNs and linear layers with
+// sums in double, everything else with the scalar variant.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -6,7 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "core_counts.h"
 #include "dispatch.h"
+#include "layer.h"
+#include "probe.h"
 #include "threads.h"
 
 using namespace partinfer;
@@ -95,12 +100,12 @@ void report(const std::string& what, const std::vector<double>& expected, const 
 }
 
 void check(const Kernels& kernels, Type type, const char* type_name, int64_t tokens, int64_t hidden) {
-  const int64_t rows = 83, prefix = 21;
+  const int64_t rows = 173, prefix = 141;
   const bool quantised = type == Type::Q8 || type == Type::Q4;
   const auto make = quantised ? quants : floats;
   const Weight gate = make(rows, hidden, type), up = make(rows, hidden, type), down = make(rows, hidden, type);
   const Weight x = floats(tokens, hidden, Type::F32);
-  const std::vector<int32_t> index = {82, 30, 47, 22, 65};
+  const std::vector<int32_t> index = {172, 150, 147, 142, 165};
   std::vector<double> expected(size_t(tokens * hidden)), products(size_t(tokens * rows));
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t r = 0; r < rows; ++r) {
@@ -145,12 +150,194 @@ void check(const Kernels& kernels, Type type, const char* type_name, int64_t tok
   report("linear " + what, products, linear_out, limit);
 }
 
+const char* NAMES[] = {"float32", "bfloat16", "float16", "int8", "int4"};
+const double LIMITS[] = {1e-5, 1e-2, 2e-3, 1e-3, 1e-3};  // of the scalar variant's results
+
+bool quantised(Type type) { return type == Type::Q8 || type == Type::Q4; }
+Type vectors_with(Type weights) { return quantised(weights) ? Type::F32 : weights; }
+
+Weight weight_of(int64_t rows, int64_t columns, Type type) {
+  return quantised(type) ? quants(rows, columns, type) : floats(rows, columns, type);
+}
+
+LayerWeight layer_weight(const Weight& weight, int64_t rows, int64_t columns, Type type) {
+  LayerWeight layer;
+  layer.type = type;
+  layer.matrix = weight.matrix;
+  layer.rows = rows;
+  layer.columns = columns;
+  return layer;
+}
+
+std::vector<float> as_floats(const std::vector<char>& values, Type type) {
+  std::vector<float> wide(values.size() / size_t(element_size(type)));
+  find_variant("scalar")->widen(type, values.data(), int64_t(wide.size()), wide.data());
+  return wide;
+}
+
+using Results = std::vector<std::vector<float>>;
+
+// What compute(kernels) gives, beside what it gives with the scalar variant.
+template <class Function>
+void compare(const std::string& what, const Kernels& kernels, Type type, const Function& compute) {
+  const Results expected = compute(*find_variant("scalar")), got = compute(kernels);
+  for (size_t i = 0; i < expected.size(); ++i)
+    report(what + " " + kernels.name + " " + NAMES[int(type)] + " " + std::to_string(i),
+           std::vector<double>(expected[i].begin(), expected[i].end()), got[i], LIMITS[int(type)]);
+}
+
+void check_attention(const Kernels& kernels, Type type, int64_t head_dim, int64_t window, bool normed) {
+  const int64_t hidden = 96, heads = 4, kv_heads = 2, capacity = 40, length = 33;
+  const int64_t q_rows = heads * head_dim, kv_rows = kv_heads * head_dim;
+  const Type vectors = vectors_with(type);
+  const Weight q = weight_of(q_rows, hidden, type), k = weight_of(kv_rows, hidden, type);
+  const Weight v = weight_of(kv_rows, hidden, type), o = weight_of(hidden, q_rows, type);
+  const Weight keys = floats(kv_heads * capacity, head_dim, vectors), values = floats(kv_heads * capacity, head_dim, vectors);
+  const Weight x = floats(1, hidden, vectors), delta = floats(1, hidden, vectors), norms = floats(4, hidden, vectors);
+  const Weight turn = floats(2, head_dim, vectors);
+  const int64_t norm_bytes = hidden * element_size(vectors);
+  compare(window > 0 ? "attention in a window" : "attention", kernels, type, [&](const Kernels& variant) {
+    std::vector<char> cached_keys = keys.data, cached_values = values.data;
+    std::vector<char> sum(static_cast<size_t>(norm_bytes)), next(static_cast<size_t>(norm_bytes));
+    AttentionCall call;
+    call.q = layer_weight(q, q_rows, hidden, type);
+    call.k = layer_weight(k, kv_rows, hidden, type);
+    call.v = layer_weight(v, kv_rows, hidden, type);
+    call.o = layer_weight(o, hidden, q_rows, type);
+    call.norm = norms.data.data();
+    call.next_norm = norms.data.data() + norm_bytes;
+    call.q_norm = normed ? norms.data.data() + 2 * norm_bytes : nullptr;
+    call.k_norm = normed ? norms.data.data() + 3 * norm_bytes : nullptr;
+    call.eps = 1e-6f;
+    call.type = vectors;
+    call.x = x.data.data();
+    call.delta = delta.data.data();
+    call.cosine = turn.data.data();
+    call.sine = turn.data.data() + head_dim * element_size(vectors);
+    call.keys = cached_keys.data();
+    call.values = cached_values.data();
+    call.capacity = capacity;
+    call.length = length;
+    call.window = window;
+    call.hidden = hidden;
+    call.heads = heads;
+    call.kv_heads = kv_heads;
+    call.head_dim = head_dim;
+    call.scale = 0.02f;  // scores of these weights are large, and differences of roundings with them
+    call.sum = sum.data();
+    call.next = next.data();
+    run_attention(variant, call, 2);
+    return Results{as_floats(sum, vectors), as_floats(next, vectors), as_floats(cached_keys, vectors),
+                   as_floats(cached_values, vectors)};
+  });
+}
+
+void check_dense_ffn(const Kernels& kernels, Type type) {
+  const int64_t hidden = 96, neurons = 160;
+  const Type vectors = vectors_with(type);
+  const Weight gate = weight_of(neurons, hidden, type), up = weight_of(neurons, hidden, type);
+  const Weight down = weight_of(hidden, neurons, type), x = floats(1, hidden, vectors);
+  compare("dense_ffn", kernels, type, [&](const Kernels& variant) {
+    std::vector<char> out(static_cast<size_t>(hidden * element_size(vectors)));
+    DenseFfnCall call;
+    call.gate = layer_weight(gate, neurons, hidden, type);
+    call.up = layer_weight(up, neurons, hidden, type);
+    call.down = layer_weight(down, hidden, neurons, type);
+    call.type = vectors;
+    call.x = x.data.data();
+    call.out = out.data();
+    run_dense_ffn(variant, call, 2);
+    return Results{as_floats(out, vectors)};
+  });
+}
+
+void check_by_up(const Kernels& kernels, Type type) {
+  const int64_t hidden = 96, rows = 200;
+  const Weight gate = weight_of(rows, hidden, type), up = weight_of(rows, hidden, type);
+  const Weight down = weight_of(rows, hidden, type), x = floats(1, hidden, Type::F32);
+  const std::vector<int32_t> index = {190, 151, 170};
+  const std::vector<float> size(size_t(rows), 1.0f);
+  compare("by_up", kernels, type, [&](const Kernels& variant) {
+    std::vector<float> out(static_cast<size_t>(hidden));
+    ByUpCall call;
+    call.ffn.type = type;
+    call.ffn.gate = gate.matrix;
+    call.ffn.up = up.matrix;
+    call.ffn.down = down.matrix;
+    call.ffn.rows = {150, index.data(), int64_t(index.size())};
+    call.ffn.x = x.data.data();
+    call.ffn.tokens = 1;
+    call.ffn.hidden = hidden;
+    call.ffn.out = reinterpret_cast<char*>(out.data());
+    call.size = size.data();
+    call.keep = 60;
+    return Results{{float(run_by_up(variant, call, 2))}, out};
+  });
+}
+
+void check_convert(const Kernels& kernels, Type type, Type float_type) {
+  const int64_t rows = 5, hidden = 96;
+  Weight original = floats(rows, hidden, float_type);
+  compare(std::string("quantise ") + NAMES[int(float_type)], kernels, type, [&](const Kernels& variant) {
+    std::vector<char> data(static_cast<size_t>(rows * hidden)), back(original.data.size());
+    std::vector<uint16_t> scales(size_t(rows * hidden / GROUP));
+    ConvertTask task;
+    task.type = type;
+    task.floats = original.data.data();
+    task.float_type = float_type;
+    task.data = data.data();
+    task.scales = scales.data();
+    task.hidden = hidden;
+    run_convert(variant.quantise_rows, task, rows, 2);
+    task.floats = back.data();
+    run_convert(variant.dequantise_rows, task, rows, 2);
+    return Results{as_floats(back, float_type)};
+  });
+}
+
+void check_read(const Kernels& kernels) {
+  std::vector<char> bytes(4096, 1);
+  const bool good = kernels.read_all(bytes.data(), 4096) == 512 * 0x0101010101010101u;
+  failures += !good;
+  std::printf("%-4s read %s\n", good ? "ok" : "BAD", kernels.name);
+}
+
+void check_core_counts(Type type) {
+  const int64_t tokens = 9, neurons = 301, k = 40;
+  const Weight h = floats(tokens, neurons, type);
+  std::vector<int64_t> counts(static_cast<size_t>(neurons));
+  count_core_neurons(type, h.data.data(), tokens, neurons, k, counts.data(), 2);
+  std::vector<double> expected(static_cast<size_t>(neurons));
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::vector<int64_t> order(static_cast<size_t>(neurons));
+    for (int64_t i = 0; i < neurons; ++i) order[size_t(i)] = i;
+    const double* row = h.values.data() + t * neurons;
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row[a] > row[b]; });
+    for (int64_t i = 0; i < k; ++i) expected[size_t(order[size_t(i)])] += row[order[size_t(i)]] > 0;
+  }
+  report(std::string("core_counts ") + NAMES[int(type)], expected, std::vector<float>(counts.begin(), counts.end()), 1e-9);
+}
+
+void check_layer(const Kernels& kernels) {
+  for (Type type : {Type::F32, Type::BF16, Type::F16, Type::Q8, Type::Q4}) {
+    check_attention(kernels, type, quantised(type) ? 24 : 22, 0, false);
+    check_attention(kernels, type, quantised(type) ? 24 : 22, 20, true);
+    check_dense_ffn(kernels, type);
+    check_by_up(kernels, type);
+  }
+  for (Type type : {Type::Q8, Type::Q4})
+    for (Type float_type : {Type::F32, Type::BF16, Type::F16}) check_convert(kernels, type, float_type);
+  check_read(kernels);
+}
+
 }  // namespace
 
 int main() {
   const Kernels* variants[MAX_VARIANTS];
   const int count = usable_variants(variants);
-  for (int v = 0; v < count; ++v)
+  for (Type type : {Type::F32, Type::BF16, Type::F16}) check_core_counts(type);
+  for (int v = 0; v < count; ++v) {
+    check_layer(*variants[v]);
     for (int64_t tokens : {1, 3, 8}) {
       for (int64_t hidden : {7, 96, 1057}) {
         check(*variants[v], Type::F32, "float32", tokens, hidden);
@@ -162,6 +349,7 @@ int main() {
         check(*variants[v], Type::Q4, "int4", tokens, hidden);
       }
     }
+  }
   std::printf("%d variants, %d failures\n", count, failures);
   return failures == 0 ? 0 : 1;
 }

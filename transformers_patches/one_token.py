@@ -97,15 +97,7 @@ class _Layer:
     """What a decoder layer's operations take, looked up once."""
 
     def __init__(self, layer: nn.Module, config) -> None:
-        attention = layer.self_attn
-        self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.head_norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        self.projections = kernels.Projections.of(
-            [_weight(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-        )
-        self.scaling = attention.scaling
-        own = getattr(attention, "sliding_window", None)
-        self.window = (config.sliding_window if config.model_type == "mistral" else own) or 0
+        self.attention = _attention_of(layer, config)
         self.mlp, self.dense = layer.mlp, None
         if hasattr(layer.mlp, "gate_proj"):
             self.dense = kernels.Projections.of(
@@ -115,30 +107,12 @@ class _Layer:
 
     @property
     def usable(self) -> bool:
-        return self.projections is not None
+        return self.attention is not None
 
     def attend(self, x, delta, cosine, sine, store: GrowingLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """x + delta + attention, and its norm, both [1, 1, H]; the token's keys and values are stored."""
         keys, values = store.room_for_one()
-        norm, next_norm = self.norms
-        q_norm, k_norm = self.head_norms
-        result = kernels.attention_step(
-            x,
-            delta,
-            norm.weight,
-            next_norm.weight,
-            self.projections,
-            None if q_norm is None else q_norm.weight,
-            None if k_norm is None else k_norm.weight,
-            norm.variance_epsilon,
-            cosine,
-            sine,
-            keys,
-            values,
-            store.length,
-            self.window,
-            self.scaling,
-        )
+        result = kernels.attention_step(x, delta, self.attention, cosine, sine, keys, values, store.length)
         store.length += 1
         return result
 
@@ -146,6 +120,27 @@ class _Layer:
         if self.dense is None or self.activation is None:
             return self.mlp(x)
         return kernels.dense_ffn(x, self.dense, self.activation)
+
+
+def _attention_of(layer: nn.Module, config) -> kernels.AttentionLayer | None:
+    """None if the kernels don't take one of the projections."""
+    attention, norm = layer.self_attn, layer.input_layernorm
+    projections = kernels.Projections.of(
+        [_weight(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    )
+    if projections is None:
+        return None
+    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    own = getattr(attention, "sliding_window", None)
+    return kernels.AttentionLayer(
+        norm.weight,
+        layer.post_attention_layernorm.weight,
+        projections,
+        norm.variance_epsilon,
+        attention.scaling,
+        *(None if head_norm is None else head_norm.weight for head_norm in head_norms),
+        (config.sliding_window if config.model_type == "mistral" else own) or 0,
+    )
 
 
 def _weight(linear: nn.Module):

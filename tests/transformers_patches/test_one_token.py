@@ -1,5 +1,7 @@
 """The native pass over one token against transformers' own, and the cache that grows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -79,7 +81,7 @@ def test_a_sliding_window_hides_what_is_before_it(tiny_checkpoints):
     wide = decode(loaded.model, new_cache(loaded.model))
     loaded.model.model.forward.original.__self__.config.sliding_window = 8
     for layer in loaded.model.model.forward.layers:
-        layer.window = 8
+        layer.attention = replace(layer.attention, window=8)
     narrow = decode(loaded.model, new_cache(loaded.model))
     torch.testing.assert_close(narrow, decode(plain, DynamicCache()), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(wide, narrow, atol=1e-2)

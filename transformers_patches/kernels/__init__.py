@@ -13,11 +13,12 @@ from transformers_patches.kernels import blockwise, quantization, reference
 from transformers_patches.kernels import layer as _layer
 from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
-from transformers_patches.kernels.layer import Projections
+from transformers_patches.kernels.layer import AttentionLayer, Projections
 from transformers_patches.kernels.quantization import GROUP, QuantizedTensor
 
 __all__ = [
     "GROUP",
+    "AttentionLayer",
     "Projections",
     "QuantizedTensor",
     "Weight",
@@ -245,33 +246,29 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32, out:
 def attention_step(
     x: Tensor,
     delta: Tensor | None,
-    norm: Tensor,
-    next_norm: Tensor,
-    projections: Projections,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    layer: AttentionLayer,
     cosine: Tensor,
     sine: Tensor,
     keys: Tensor,
     values: Tensor,
     length: int,
-    window: int,
-    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """A decoder layer up to its FFN, for one token: (y, its norm) with y = x + delta + attention(norm(x + delta)).
 
-    x, delta [1, 1, H], delta may be None; norm, next_norm [H], q_norm, k_norm [D] or None: RMSNorm weights;
-    projections: q, k, v and o; cosine, sine [1, 1, D]: the position's rotary embedding; keys, values [1, heads,
-    capacity, D], contiguous, filled up to `length`: the token's are written there; window: how many positions are
-    seen, 0 for all. Everything has x's type, quantised projections excepted. Raises ValueError for what doesn't fit.
+    x, delta [1, 1, H], delta may be None; cosine, sine [1, 1, D]: the position's rotary embedding; keys, values [1, heads,
+    capacity, D], contiguous, filled up to `length`: the token's are written there. Everything has x's type, quantised
+    projections excepted. Raises ValueError for what doesn't fit.
     """
     ops = _LIBRARY.get()
-    rest = (q_norm, k_norm, eps, cosine, sine, keys, values, length, window, scale)
+    position = (cosine, sine, keys, values, length)
     if ops is None or not x.is_cpu:
-        return _layer.attention_step(x, delta, norm, next_norm, projections, *rest)
+        return _layer.attention_step(x, delta, layer, *position)
+    projections = layer.projections
     weights = (projections.weights, projections.scales, projections.biases, projections.bits)
-    return ops.attention_step(x, delta, norm, next_norm, *weights, *rest)
+    norms = (layer.q_norm, layer.k_norm, layer.eps)
+    return ops.attention_step(
+        x, delta, layer.norm, layer.next_norm, *weights, *norms, *position, layer.window, layer.scale
+    )
 
 
 def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:

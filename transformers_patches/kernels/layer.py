@@ -45,41 +45,52 @@ class Projections:
         return reference.linear(x, weight, self.biases[number])
 
 
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The attention of a decoder layer, with the norms around it: what is the same for every token.
+
+    norm, next_norm [H], q_norm, k_norm [D] or None: weights of RMSNorms with eps; projections: q, k, v and o; scale: of the
+    scores; window: how many positions are seen, 0 for all.
+    """
+
+    norm: Tensor
+    next_norm: Tensor
+    projections: Projections
+    eps: float
+    scale: float
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int = 0
+
+
 def attention_step(
     x: Tensor,
     delta: Tensor | None,
-    norm: Tensor,
-    next_norm: Tensor,
-    projections: Projections,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    layer: AttentionLayer,
     cosine: Tensor,
     sine: Tensor,
     keys: Tensor,
     values: Tensor,
     length: int,
-    window: int,
-    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See transformers_patches.kernels.attention_step."""
     x = x if delta is None else x + delta
-    inputs = rms_norm(x, norm, eps)
+    inputs, projections, eps = rms_norm(x, layer.norm, layer.eps), layer.projections, layer.eps
     q, k, v = (projections.linear(number, inputs).view(-1, keys.shape[-1]) for number in range(3))  # [heads, D]
-    if q_norm is not None:
-        q, k = rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps)
+    if layer.q_norm is not None:
+        q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
     keys[0, :, length] = _rotated(k, cosine, sine)
     values[0, :, length] = v
-    first = max(0, length + 1 - window) if window else 0
+    first = max(0, length + 1 - layer.window) if layer.window else 0
     attended = F.scaled_dot_product_attention(
         _rotated(q, cosine, sine)[None, :, None],
         keys[:, :, first : length + 1],
         values[:, :, first : length + 1],
-        scale=scale,
+        scale=layer.scale,
         enable_gqa=True,
     )
     x = x + projections.linear(3, attended.reshape(*x.shape[:-1], -1))
-    return x, rms_norm(x, next_norm, eps)
+    return x, rms_norm(x, layer.next_norm, eps)
 
 
 def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_patches import kernels
-from transformers_patches.kernels import Projections, layer
+from transformers_patches.kernels import AttentionLayer, Projections, layer
 
 from .helpers import TOLERANCE, error
 
@@ -53,10 +53,9 @@ class Step:
     def run(self, step, projections, cast) -> tuple[torch.Tensor, ...]:
         keys, values = (cast(part).clone() for part in self.cache)
         norms = [None if norm is None else cast(norm) for norm in self.head_norms]
-        vectors = [cast(v) for v in (self.x, self.delta, self.norm, self.next_norm)]
-        rotary = cast(self.cosine), cast(self.sine)
-        scale = keys.shape[-1] ** -0.5
-        sums = step(*vectors, projections, *norms, 1e-5, *rotary, keys, values, self.length, self.window, scale)
+        x, delta, norm, next_norm = (cast(v) for v in (self.x, self.delta, self.norm, self.next_norm))
+        settings = AttentionLayer(norm, next_norm, projections, 1e-5, keys.shape[-1] ** -0.5, *norms, self.window)
+        sums = step(x, delta, settings, cast(self.cosine), cast(self.sine), keys, values, self.length)
         return *sums, keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
 

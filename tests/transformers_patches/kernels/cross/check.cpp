@@ -251,18 +251,19 @@ void check_dense_ffn(const Kernels& kernels, Type type) {
   });
 }
 
-void check_by_up(const Kernels& kernels, Type type) {
+void check_by_up(const Kernels& kernels, Type type, bool gated) {
   const int64_t hidden = 96, rows = 200;
   const Weight gate = weight_of(rows, hidden, type), up = weight_of(rows, hidden, type);
   const Weight down = weight_of(rows, hidden, type), x = floats(1, hidden, Type::F32);
   const std::vector<int32_t> index = {190, 151, 170};
   const std::vector<float> size(size_t(rows), 1.0f);
-  compare("by_up", kernels, type, [&](const Kernels& variant) {
+  compare(gated ? "by_up" : "by_size", kernels, type, [&](const Kernels& variant) {
     std::vector<float> out(static_cast<size_t>(hidden));
     ByUpCall call;
     call.ffn.type = type;
     call.ffn.gate = gate.matrix;
-    call.ffn.up = up.matrix;
+    if (gated) call.ffn.up = up.matrix;
+    call.ffn.activation = gated ? Activation::SILU : Activation::RELU;
     call.ffn.down = down.matrix;
     call.ffn.rows = {150, index.data(), int64_t(index.size())};
     call.ffn.x = x.data.data();
@@ -323,7 +324,8 @@ void check_layer(const Kernels& kernels) {
     check_attention(kernels, type, quantised(type) ? 24 : 22, 0, false);
     check_attention(kernels, type, quantised(type) ? 24 : 22, 20, true);
     check_dense_ffn(kernels, type);
-    check_by_up(kernels, type);
+    check_by_up(kernels, type, true);
+    check_by_up(kernels, type, false);
   }
   for (Type type : {Type::Q8, Type::Q4})
     for (Type float_type : {Type::F32, Type::BF16, Type::F16}) check_convert(kernels, type, float_type);

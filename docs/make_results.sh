@@ -6,7 +6,8 @@
 # Usage: DATA=path/to/data [MODEL=NAME] [SIZE=full|small] sh docs/make_results.sh [profile] [fit] [tasks] [perplexity]
 #
 #   METHODS   configurations (the six of the original, and partinfer as it is now, with the fit)
-#   SIZE      of the samples. full: for a small model; small: for one of billions of parameters
+#   SIZE      of the samples. full: for a small model; small: for one of billions of parameters, which is profiled once,
+#             on the mix of texts that the fit takes, instead of for every task
 #   PYTHON    the interpreter (python3)
 set -e
 cd "$(dirname "$0")/.."
@@ -16,6 +17,7 @@ cd "$(dirname "$0")/.."
 : "${SIZE:=full}"
 : "${PYTHON:=python3}"
 : "${OUT:=results}"
+ONE=
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 NEURONS=$OUT/neurons/$MODEL
 FIT=$NEURONS/mix.fit.safetensors
@@ -53,8 +55,8 @@ tasks() {
     dataset=$1 rows=$2 fewshot=$3 task=$4
     $PYTHON evaluation/evaluate_task.py --model_name "$MODEL" --task_name "$task" --method "$METHODS" \
         --limit "$rows" --shuffle --num_fewshot "$fewshot" --batch_size 8 --data_dir "$DATA" \
-        --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
-        --model_neurons_filepath "$NEURONS/model.safetensors" --fit_filepath "$FIT" --output_path "$OUT" --skip_finished
+        --dataset_neurons_filepath "$NEURONS/${ONE:-$dataset}.safetensors" \
+        --model_neurons_filepath "$NEURONS/${ONE:-model}.safetensors" --fit_filepath "$FIT" --output_path "$OUT" --skip_finished
 }
 
 # name, neuron file, examples, data set, then arguments of evaluate_perplexity.py
@@ -65,11 +67,12 @@ perplexity() {
     $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method "$METHODS,griffin+partial" \
         --selection up --compensation none,mean,refit --fit_filepath "$FIT" \
         --dataset "$DATA/$data" --limit "$examples" --batch_size 8 \
-        --dataset_neurons_filepath "$NEURONS/$dataset.safetensors" \
-        --model_neurons_filepath "$NEURONS/model.safetensors" --json "$result" "$@"
+        --dataset_neurons_filepath "$NEURONS/${ONE:-$dataset}.safetensors" \
+        --model_neurons_filepath "$NEURONS/${ONE:-model}.safetensors" --json "$result" "$@"
 }
 
 all_neurons() {
+    [ -z "$ONE" ] || return 0
     neurons triviaqa "$TEXTS" triviaqa/triviaqa_sm_sub.jsonl --task_type QA --max_new_tokens 16
     neurons truthfulqa "$TEXTS" truthfulqa/generation.jsonl --task_type QA --max_new_tokens 16
     neurons piqa "$TEXTS" piqa/validation.jsonl --task_type QA --text_field goal --max_new_tokens 16
@@ -100,7 +103,7 @@ all_perplexities() {
 
 case $SIZE in
     full) MIX=300 TEXTS=160 PAIRS=80 QUESTIONS=48 ANSWERS=80 CHOICES=32 FEW=20 WINDOWS=40 ;;
-    small) MIX=110 TEXTS=64 PAIRS=24 QUESTIONS=16 ANSWERS=24 CHOICES=6 FEW=8 WINDOWS=10 ;;
+    small) MIX=110 ONE=mix PAIRS=24 QUESTIONS=16 ANSWERS=24 CHOICES=6 FEW=8 WINDOWS=10 ;;
     *) echo "error: SIZE must be full or small, got $SIZE" >&2 && exit 2 ;;
 esac
 [ $# -gt 0 ] || set -- profile fit tasks perplexity

@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         _check_output(arguments)
     except PartInferError as error:
         parser.error(str(error))
+    cli.wait_briefly()
     # heavy imports only now: --help and wrong usage answer at once
     from transformers_patches.running import Runner, generation_options
 

@@ -12,6 +12,7 @@ import pytest
 import partinfer
 from tests.conftest import ROOT, make_tiny_checkpoint, random_neuron_file
 from tests.tiny_tokenizer import tiny_tokenizer
+from transformers_patches import cli
 from transformers_patches.errors import PartInferError
 
 CHAT_TEMPLATE = (
@@ -191,3 +192,11 @@ def test_the_demo_model_answers_with_part_of_its_neurons(demo_model, capsys):
     original = json.loads(capsys.readouterr().out)
     assert original["computed_neurons_percent"] == original["wholly_computed_neurons_percent"]
     assert original["computed_neurons_percent"] == pytest.approx(0.4, abs=1e-3)
+
+
+@pytest.mark.parametrize("given, expected", [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5")])
+def test_threads_wait_briefly_unless_told_otherwise(given, expected, monkeypatch):
+    environment = dict(given)
+    monkeypatch.setattr(cli.os, "environ", environment)
+    cli.wait_briefly()
+    assert environment["GOMP_SPINCOUNT"] == expected

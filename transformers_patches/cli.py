@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,16 @@ import yaml
 from transformers_patches.errors import PartInferError
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def wait_briefly() -> None:
+    """Let OpenMP's threads (GNU) sleep soon where they wait for each other; only before torch is imported.
+
+    By default they spin for milliseconds, so that beside another busy program decoding falls to a hundredth of its speed
+    (docs/speed.md). Does nothing where the environment says how to wait.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -139,7 +139,10 @@ def test_questions_are_prefilled_and_answers_scored(model_folder, ranking_paths,
 
 def test_types_are_compared_with_the_first(model_folder, ranking_paths, windows, tmp_path):
     out, methods = tmp_path / "out.json", ["--method", "dense,partinfer"]
-    rows = {r["label"]: r for r in run(model_folder, ranking_paths, out, *windows, *methods, "--dtypes", "float32,int8")["rows"]}
+    rows = {
+        r["label"]: r
+        for r in run(model_folder, ranking_paths, out, *windows, *methods, "--dtypes", "float32,int8")["rows"]
+    }
     assert list(rows) == ["dense float32", "partinfer float32", "dense int8", "partinfer int8"]
     for method in ("dense", "partinfer"):
         first, second = rows[f"{method} float32"], rows[f"{method} int8"]

@@ -137,7 +137,11 @@ def test_memory_falls_by_what_is_not_loaded(big_checkpoint, settings):
 def test_peak_memory_is_the_quantized_model_and_one_tensor(big_checkpoint, tiny_checkpoints, method, dtype):
     settings = {"dtype": dtype, "method": method}
     if method == "partinfer":
-        settings |= {"start_num": 1, "end_num": 4, "dataset_neurons_filepath": str(big_checkpoint / "neurons.safetensors")}
+        settings |= {
+            "start_num": 1,
+            "end_num": 4,
+            "dataset_neurons_filepath": str(big_checkpoint / "neurons.safetensors"),
+        }
     command = [sys.executable, "-c", MEASURE_PEAK, str(tiny_checkpoints["llama"]), str(big_checkpoint)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

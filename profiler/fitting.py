@@ -9,8 +9,8 @@ e = FFN(x) - D^T h~, least squares finds M, U, V and biases for which
 is smallest. D + M are the refitted rows, U and V the low-rank map, b one bias for prefilled and one for decoded tokens.
 Inputs x are those that the already fitted layers below give (`sequential`), so a layer also learns to answer their errors.
 
-Tokens count in relation to the size of their hidden states: otherwise the few with massive activations (Sun et al. 2024, arXiv 2402.17762), often
-a text's first, would be all that some layers are fitted to.
+Tokens count in relation to the size of their hidden states: otherwise the few with massive activations (Sun et al. 2024,
+arXiv 2402.17762), often a text's first, would be all that some layers are fitted to.
 """
 
 from __future__ import annotations
@@ -83,8 +83,11 @@ class FittedLayer:
 
 @dataclass(frozen=True)
 class _Survey:
-    """Of all neurons of a layer, over a sample of the batches: mean_abs [N], mean |h|; gate_size [N], root of the mean act(gate)^2, None if plain;
-    covariance [N, N] of h, or None; float32, covariance float64."""
+    """Of all neurons of a layer, over a sample of the batches.
+
+    mean_abs [N], mean |h|; gate_size [N], root of the mean act(gate)^2, None if plain; covariance [N, N] of h, or None;
+    float32, covariance float64.
+    """
 
     mean_abs: torch.Tensor
     gate_size: torch.Tensor | None

@@ -8,7 +8,7 @@ import torch
 
 from profiler.layerwise import Batch
 from transformers_patches.prompt_evidence import PRIOR_TOKENS
-from transformers_patches.token_selection import TypicalSize
+from transformers_patches.token_selection import TypicalSize, keep_best
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SimulatedSelection:
             scores = self._scores(prompt, decoded, h, up, gate)
             if self.counts.candidates < self.counts.loaded:
                 scores[:, ~self._candidates(h[prompt])] = -1.0
-            result[decoded] = _keep_best(h[decoded], scores, self.counts.kept)
+            result[decoded] = keep_best(h[decoded], scores, self.counts.kept)
         return result
 
     def _scores(
@@ -84,9 +84,3 @@ class SimulatedSelection:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen[scores.topk(self.counts.candidates).indices] = True
         return chosen
-
-
-def _keep_best(h: torch.Tensor, scores: torch.Tensor, kept: int) -> torch.Tensor:
-    """h [.., L] with all but the `kept` best scores [.., L] of every token set to 0."""
-    best = scores.topk(kept, dim=-1, sorted=False).indices
-    return torch.zeros_like(h).scatter_(-1, best, h.gather(-1, best))

@@ -87,7 +87,7 @@ def sparse_ffn_by_up(
 ) -> tuple[Tensor, Tensor]:
     """Per token, only the candidates with the largest |up_i·x| scale_i: out like x, and how many were computed [T]."""
     dtype = _dtype_of(gate, x)
-    candidates = torch.cat([torch.arange(prefix), torch.empty(0, dtype=torch.int64) if index is None else index.long()])
+    candidates = _candidates(prefix, index)
     out, computed = torch.empty_like(x), []
     for token, place in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
         u = rows_of(up, candidates, dtype) @ token.to(dtype)
@@ -114,7 +114,7 @@ def sparse_ffn_plain_by_size(
 ) -> tuple[Tensor, Tensor]:
     """Per token, fc2 only of the candidates with the largest |act(fc1_i·x + bias1_i)| scale_i; as sparse_ffn_by_up."""
     dtype = _dtype_of(fc1, x)
-    candidates = torch.cat([torch.arange(prefix), torch.empty(0, dtype=torch.int64) if index is None else index.long()])
+    candidates = _candidates(prefix, index)
     bias = None if bias1 is None else bias1[candidates].to(dtype)
     out, computed = torch.empty_like(x), []
     for token, place in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
@@ -123,6 +123,12 @@ def sparse_ffn_plain_by_size(
         place.copy_(h[kept] @ rows_of(fc2, candidates[kept], dtype))
         computed.append(kept.numel())
     return out, torch.tensor(computed)
+
+
+def _candidates(prefix: int, index: Tensor | None) -> Tensor:
+    """int64 [C]: the first `prefix` rows and those in `index`."""
+    prefixed = torch.arange(prefix)
+    return prefixed if index is None else torch.cat([prefixed, index.long()])
 
 
 def _largest(scores: Tensor, count: int | None, threshold: float) -> Tensor:

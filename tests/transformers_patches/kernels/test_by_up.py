@@ -50,17 +50,21 @@ def test_ties_are_cut_to_the_count(variant):
     assert computed.tolist() == [20]
 
 
+def in_kind(floats, kind):
+    """Weights in a float type or in so many bits, the floats that they stand for, and how exact products are."""
+    if isinstance(kind, int):
+        packed = [kernels.quantize(weight, kind) for weight in floats]
+        return packed, [kernels.dequantize(weight) for weight in packed], 0.06
+    packed = [weight.to(kind) for weight in floats]
+    return packed, [weight.float() for weight in packed], TOLERANCE[kind]
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, 8, 4], ids=str)
 def test_other_weights(variant, kind):
     """The choice may differ where two candidates are nearly equal: few neurons of 40, so little of the result."""
     x, floats = torch.randn(1, 576), weights(3, 300, 576)
     scale = torch.rand(300)
-    if isinstance(kind, int):
-        packed = [kernels.quantize(weight, kind) for weight in floats]
-        restored, tolerance = [kernels.dequantize(weight) for weight in packed], 0.06
-    else:
-        packed = [weight.to(kind) for weight in floats]
-        restored, tolerance = [weight.float() for weight in packed], TOLERANCE[kind]
+    packed, restored, tolerance = in_kind(floats, kind)
     result, _ = kernels.sparse_ffn_by_up(x, *packed, 300, None, scale, 40)
     expected, _ = reference.sparse_ffn_by_up(x, *restored, 300, None, scale, 40, 0.0, "silu")
     assert error(result, expected) < tolerance
@@ -97,12 +101,7 @@ def test_plain_never_computes_what_relu_leaves_at_zero(variant):
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, 8, 4], ids=str)
 def test_plain_with_other_weights(variant, kind):
     x, floats, bias, scale = torch.randn(1, 576), weights(2, 300, 576), torch.randn(300), torch.rand(300)
-    if isinstance(kind, int):
-        packed = [kernels.quantize(weight, kind) for weight in floats]
-        restored, tolerance = [kernels.dequantize(weight) for weight in packed], 0.06
-    else:
-        packed = [weight.to(kind) for weight in floats]
-        restored, tolerance = [weight.float() for weight in packed], TOLERANCE[kind]
+    packed, restored, tolerance = in_kind(floats, kind)
     result, _ = kernels.sparse_ffn_plain_by_size(x, packed[0], bias, packed[1], 300, None, scale, 40)
     expected, _ = reference.sparse_ffn_plain_by_size(
         x, restored[0], bias, restored[1], 300, None, scale, 40, 0.0, "relu"

@@ -140,23 +140,70 @@ void check_float_weights(const Tensor& first, const Tensor& other, const char* n
                     " like the other weights, got ", other.scalar_type());
 }
 
-void sparse_ffn_out(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t prefix,
-                    const optional<Tensor>& index, c10::string_view activation, const optional<Tensor>& bias_gate,
-                    const optional<Tensor>& bias_up, const Tensor& out) {
-  const Input2d input = input_of(x);
+// The calls of the gated and of the plain FFN, with their weights checked.
+FfnCall gated_call(const Input2d& input, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t prefix,
+                   const optional<Tensor>& index, c10::string_view activation, const Tensor& out) {
   const int64_t rows = rows_of(gate, "gate");
   check_matrix(gate, "gate", rows, input.hidden);
   check_matrix(up, "up", rows, input.hidden);
   check_matrix(down, "down", rows, input.hidden);
   check_float_weights(gate, up, "up");
   check_float_weights(gate, down, "down");
-  check_out(out, x);
   FfnCall call = ffn_call(float_type(gate, "gate"), input, rows, prefix, index, activation, out);
   call.gate = float_matrix(gate);
   call.up = float_matrix(up);
   call.down = float_matrix(down);
-  call.gate_bias = vector_of(bias_gate, "bias_gate", rows);
-  call.up_bias = vector_of(bias_up, "bias_up", rows);
+  return call;
+}
+
+struct Packed {
+  const Tensor &data, &scales;
+};
+
+FfnCall gated_call(const Input2d& input, const Packed& gate, const Packed& up, const Packed& down, int64_t bits,
+                   int64_t prefix, const optional<Tensor>& index, c10::string_view activation, const Tensor& out) {
+  const int64_t rows = rows_of(gate.data, "gate");
+  const Type type = quant_type(bits);
+  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
+  call.gate = quant_matrix(gate.data, gate.scales, "gate", rows, input.hidden, type);
+  call.up = quant_matrix(up.data, up.scales, "up", rows, input.hidden, type);
+  call.down = quant_matrix(down.data, down.scales, "down", rows, input.hidden, type);
+  return call;
+}
+
+FfnCall plain_call(const Input2d& input, const Tensor& fc1, const optional<Tensor>& bias1, const Tensor& fc2,
+                   int64_t prefix, const optional<Tensor>& index, c10::string_view activation, const Tensor& out) {
+  const int64_t rows = rows_of(fc1, "fc1");
+  check_matrix(fc1, "fc1", rows, input.hidden);
+  check_matrix(fc2, "fc2", rows, input.hidden);
+  check_float_weights(fc1, fc2, "fc2");
+  FfnCall call = ffn_call(float_type(fc1, "fc1"), input, rows, prefix, index, activation, out);
+  call.gate = float_matrix(fc1);
+  call.down = float_matrix(fc2);
+  call.gate_bias = vector_of(bias1, "bias1", rows);
+  return call;
+}
+
+FfnCall plain_call(const Input2d& input, const Packed& fc1, const optional<Tensor>& bias1, const Packed& fc2,
+                   int64_t bits, int64_t prefix, const optional<Tensor>& index, c10::string_view activation,
+                   const Tensor& out) {
+  const int64_t rows = rows_of(fc1.data, "fc1");
+  const Type type = quant_type(bits);
+  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
+  call.gate = quant_matrix(fc1.data, fc1.scales, "fc1", rows, input.hidden, type);
+  call.down = quant_matrix(fc2.data, fc2.scales, "fc2", rows, input.hidden, type);
+  call.gate_bias = vector_of(bias1, "bias1", rows);
+  return call;
+}
+
+void sparse_ffn_out(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t prefix,
+                    const optional<Tensor>& index, c10::string_view activation, const optional<Tensor>& bias_gate,
+                    const optional<Tensor>& bias_up, const Tensor& out) {
+  const Input2d input = input_of(x);
+  check_out(out, x);
+  FfnCall call = gated_call(input, gate, up, down, prefix, index, activation, out);
+  call.gate_bias = vector_of(bias_gate, "bias_gate", gate.size(0));
+  call.up_bias = vector_of(bias_up, "bias_up", gate.size(0));
   run_ffn(*current().load(), call, at::get_num_threads());
 }
 
@@ -171,15 +218,8 @@ Tensor sparse_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const T
 Tensor sparse_ffn_plain(const Tensor& x, const Tensor& fc1, const optional<Tensor>& bias1, const Tensor& fc2,
                         int64_t prefix, const optional<Tensor>& index, c10::string_view activation) {
   const Input2d input = input_of(x);
-  const int64_t rows = rows_of(fc1, "fc1");
-  check_matrix(fc1, "fc1", rows, input.hidden);
-  check_matrix(fc2, "fc2", rows, input.hidden);
-  check_float_weights(fc1, fc2, "fc2");
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = ffn_call(float_type(fc1, "fc1"), input, rows, prefix, index, activation, out);
-  call.gate = float_matrix(fc1);
-  call.down = float_matrix(fc2);
-  call.gate_bias = vector_of(bias1, "bias1", rows);
+  const FfnCall call = plain_call(input, fc1, bias1, fc2, prefix, index, activation, out);
   run_ffn(*current().load(), call, at::get_num_threads());
   return out;
 }
@@ -189,15 +229,11 @@ Tensor quant_sparse_ffn(const Tensor& x, const Tensor& gate, const Tensor& gate_
                         int64_t prefix, const optional<Tensor>& index, c10::string_view activation,
                         const optional<Tensor>& bias_gate, const optional<Tensor>& bias_up) {
   const Input2d input = input_of(x);
-  const int64_t rows = rows_of(gate, "gate");
-  const Type type = quant_type(bits);
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
-  call.gate = quant_matrix(gate, gate_scales, "gate", rows, input.hidden, type);
-  call.up = quant_matrix(up, up_scales, "up", rows, input.hidden, type);
-  call.down = quant_matrix(down, down_scales, "down", rows, input.hidden, type);
-  call.gate_bias = vector_of(bias_gate, "bias_gate", rows);
-  call.up_bias = vector_of(bias_up, "bias_up", rows);
+  FfnCall call = gated_call(input, {gate, gate_scales}, {up, up_scales}, {down, down_scales}, bits, prefix, index,
+                            activation, out);
+  call.gate_bias = vector_of(bias_gate, "bias_gate", gate.size(0));
+  call.up_bias = vector_of(bias_up, "bias_up", gate.size(0));
   run_ffn(*current().load(), call, at::get_num_threads());
   return out;
 }
@@ -206,13 +242,9 @@ Tensor quant_sparse_ffn_plain(const Tensor& x, const Tensor& fc1, const Tensor& 
                               const optional<Tensor>& bias1, const Tensor& fc2, const Tensor& fc2_scales, int64_t bits,
                               int64_t prefix, const optional<Tensor>& index, c10::string_view activation) {
   const Input2d input = input_of(x);
-  const int64_t rows = rows_of(fc1, "fc1");
-  const Type type = quant_type(bits);
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
-  call.gate = quant_matrix(fc1, fc1_scales, "fc1", rows, input.hidden, type);
-  call.down = quant_matrix(fc2, fc2_scales, "fc2", rows, input.hidden, type);
-  call.gate_bias = vector_of(bias1, "bias1", rows);
+  const FfnCall call =
+      plain_call(input, {fc1, fc1_scales}, bias1, {fc2, fc2_scales}, bits, prefix, index, activation, out);
   run_ffn(*current().load(), call, at::get_num_threads());
   return out;
 }
@@ -274,18 +306,9 @@ std::tuple<Tensor, Tensor> sparse_ffn_by_up(const Tensor& x, const Tensor& gate,
                                             int64_t prefix, const optional<Tensor>& index, const Tensor& scale,
                                             int64_t keep, double threshold, c10::string_view activation) {
   const Input2d input = input_of(x);
-  const int64_t rows = rows_of(gate, "gate");
-  check_matrix(gate, "gate", rows, input.hidden);
-  check_matrix(up, "up", rows, input.hidden);
-  check_matrix(down, "down", rows, input.hidden);
-  check_float_weights(gate, up, "up");
-  check_float_weights(gate, down, "down");
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = ffn_call(float_type(gate, "gate"), input, rows, prefix, index, activation, out);
-  call.gate = float_matrix(gate);
-  call.up = float_matrix(up);
-  call.down = float_matrix(down);
-  return {out, run_all_by_up(call, scale, rows, keep, threshold)};
+  const FfnCall call = gated_call(input, gate, up, down, prefix, index, activation, out);
+  return {out, run_all_by_up(call, scale, gate.size(0), keep, threshold)};
 }
 
 std::tuple<Tensor, Tensor> quant_sparse_ffn_by_up(const Tensor& x, const Tensor& gate, const Tensor& gate_scales,
@@ -294,14 +317,10 @@ std::tuple<Tensor, Tensor> quant_sparse_ffn_by_up(const Tensor& x, const Tensor&
                                                   const optional<Tensor>& index, const Tensor& scale, int64_t keep,
                                                   double threshold, c10::string_view activation) {
   const Input2d input = input_of(x);
-  const int64_t rows = rows_of(gate, "gate");
-  const Type type = quant_type(bits);
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
-  call.gate = quant_matrix(gate, gate_scales, "gate", rows, input.hidden, type);
-  call.up = quant_matrix(up, up_scales, "up", rows, input.hidden, type);
-  call.down = quant_matrix(down, down_scales, "down", rows, input.hidden, type);
-  return {out, run_all_by_up(call, scale, rows, keep, threshold)};
+  FfnCall call = gated_call(input, {gate, gate_scales}, {up, up_scales}, {down, down_scales}, bits, prefix, index,
+                            activation, out);
+  return {out, run_all_by_up(call, scale, gate.size(0), keep, threshold)};
 }
 
 std::tuple<Tensor, Tensor> sparse_ffn_plain_by_size(const Tensor& x, const Tensor& fc1, const optional<Tensor>& bias1,
@@ -309,16 +328,9 @@ std::tuple<Tensor, Tensor> sparse_ffn_plain_by_size(const Tensor& x, const Tenso
                                                     const Tensor& scale, int64_t keep, double threshold,
                                                     c10::string_view activation) {
   const Input2d input = input_of(x);
-  const int64_t rows = rows_of(fc1, "fc1");
-  check_matrix(fc1, "fc1", rows, input.hidden);
-  check_matrix(fc2, "fc2", rows, input.hidden);
-  check_float_weights(fc1, fc2, "fc2");
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = ffn_call(float_type(fc1, "fc1"), input, rows, prefix, index, activation, out);
-  call.gate = float_matrix(fc1);
-  call.down = float_matrix(fc2);
-  call.gate_bias = vector_of(bias1, "bias1", rows);
-  return {out, run_all_by_up(call, scale, rows, keep, threshold)};
+  const FfnCall call = plain_call(input, fc1, bias1, fc2, prefix, index, activation, out);
+  return {out, run_all_by_up(call, scale, fc1.size(0), keep, threshold)};
 }
 
 std::tuple<Tensor, Tensor> quant_sparse_ffn_plain_by_size(const Tensor& x, const Tensor& fc1, const Tensor& fc1_scales,
@@ -327,14 +339,10 @@ std::tuple<Tensor, Tensor> quant_sparse_ffn_plain_by_size(const Tensor& x, const
                                                           const optional<Tensor>& index, const Tensor& scale,
                                                           int64_t keep, double threshold, c10::string_view activation) {
   const Input2d input = input_of(x);
-  const int64_t rows = rows_of(fc1, "fc1");
-  const Type type = quant_type(bits);
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
-  call.gate = quant_matrix(fc1, fc1_scales, "fc1", rows, input.hidden, type);
-  call.down = quant_matrix(fc2, fc2_scales, "fc2", rows, input.hidden, type);
-  call.gate_bias = vector_of(bias1, "bias1", rows);
-  return {out, run_all_by_up(call, scale, rows, keep, threshold)};
+  const FfnCall call =
+      plain_call(input, {fc1, fc1_scales}, bias1, {fc2, fc2_scales}, bits, prefix, index, activation, out);
+  return {out, run_all_by_up(call, scale, fc1.size(0), keep, threshold)};
 }
 
 ConvertTask convert_task(const Tensor& floats, const Tensor& data, const Tensor& scales, int64_t bits) {

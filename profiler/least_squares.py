@@ -60,7 +60,7 @@ class NormalEquations:
             if tokens:
                 gram -= torch.outer(sums.double(), sums.double()) / tokens
                 cross -= torch.outer(sums.double(), errors.double()) / tokens
-        total = max(sum(self.tokens), 1)
+        total = sum(self.tokens) or 1.0
         return gram / total, cross / total
 
     def biases(self, solution: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -68,12 +68,12 @@ class NormalEquations:
         biases = []
         for sums, errors, tokens in zip(self.feature_sums, self.error_sums, self.tokens, strict=True):
             explained = 0 if solution is None else sums @ solution
-            biases.append((errors - explained) / max(tokens, 1))
+            biases.append((errors - explained) / (tokens or 1.0))
         return biases
 
     def error(self, solution: torch.Tensor | None) -> float:
         """Mean squared length per token of the error that the solution and its biases leave."""
-        total = max(sum(self.tokens), 1)
+        total = sum(self.tokens) or 1.0
         left = self.squares / total
         if solution is not None:
             gram, cross = self._whole_gram() / total, self.cross.double() / total

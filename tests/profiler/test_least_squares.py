@@ -56,6 +56,14 @@ def test_a_token_of_weight_two_counts_as_two():
     assert weighted.error(solutions[1]) == pytest.approx(repeated.error(solutions[0]), rel=1e-4)
 
 
+def test_the_bias_of_a_group_of_little_weight_is_its_mean_error():
+    equations = NormalEquations(3, 2, 1, CPU)
+    errors = random(1, 2)
+    equations.add(random(1, 3, seed=1), errors, torch.tensor([0.25]), 0)
+    assert torch.allclose(equations.biases()[0], errors[0], atol=1e-6)
+    assert equations.error(None) == pytest.approx(0.0, abs=1e-6)
+
+
 def test_the_blocks_of_the_gram_matrix_make_it_whole(monkeypatch):
     monkeypatch.setattr("profiler.least_squares.BLOCK_FEATURES", 4)
     features = random(30, 11)

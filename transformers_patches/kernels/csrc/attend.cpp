@@ -71,6 +71,8 @@ void rotate(Type type, char* head, const float* cosine, const float* sine, int64
   }
 }
 
+constexpr int ADD_ROWS = FLOAT_ADD_ROWS;
+
 template <class T>
 struct AddValues {
   const AttendTask& task;
@@ -84,7 +86,7 @@ struct AddValues {
         const int64_t place = position + r - task.begin;
         factors[r][t] = position + r < task.end ? task.scores[(first + t) * task.score_stride + place] : 0.0f;
       }
-    FloatRows<T, float>::template add_rows<TOKENS>(rows, next, factors, task.y + first * task.y_stride, task.y_stride,
+    FloatRows<T, float>::template add_rows<TOKENS>(rows, next, ADD_ROWS, factors, task.y + first * task.y_stride, task.y_stride,
                                                    task.head_dim);
   }
 };

@@ -8,7 +8,6 @@ namespace partinfer {
 namespace PARTINFER_ISA {
 
 constexpr int DOT_ROWS = 8;     // rows whose products are taken together: 4 of gate and 4 of up, or 8 of fc1
-constexpr int ADD_ROWS = 4;     // rows of down added together
 constexpr int BLOCK = 256;      // neurons computed before the rows of down that ReLU left are read
 constexpr int RUN_BLOCK = 128;  // neurons computed before their rows of down are read where rows follow each other
 
@@ -53,13 +52,13 @@ inline void activations(const FfnTask& task, const RowRef* rows, const RowRef* n
 }
 
 template <class Products, int T>
-inline void add_group(const FfnTask& task, const RowRef* rows, const RowRef* next, const float* const* h,
-                      int64_t first) {
-  float factors[ADD_ROWS][T];
-  for (int i = 0; i < ADD_ROWS; ++i)
+inline void add_group(const FfnTask& task, const RowRef* rows, const RowRef* next, int64_t count,
+                      const float* const* h, int64_t first) {
+  float factors[Products::ADD_ROWS][T];
+  for (int i = 0; i < Products::ADD_ROWS; ++i)
     for (int t = 0; t < T; ++t) factors[i][t] = h[i][first + t];
   float* y = task.y + first * task.y_stride;
-  Products::template add_rows<T>(rows, next, factors, y, task.y_stride, task.x.hidden);
+  Products::template add_rows<T>(rows, next, count, factors, y, task.y_stride, task.x.hidden);
 }
 
 // Calls f<T>(first) for tokens 0 … tokens - 1 in blocks of 4, 2 and 1.
@@ -90,10 +89,11 @@ template <class Products>
 struct AddGroup {
   const FfnTask& task;
   const RowRef *rows, *next;
+  int64_t count;
   const float* const* h;
   template <int T>
   void operator()(int64_t first) const {
-    add_group<Products, T>(task, rows, next, h, first);
+    add_group<Products, T>(task, rows, next, count, h, first);
   }
 };
 
@@ -172,9 +172,10 @@ inline void list_activations(const FfnTask& task, int64_t start, int64_t count, 
 
 template <class Products>
 inline void ffn(const FfnTask& task) {
+  constexpr int ADD_ROWS = Products::ADD_ROWS;  // rows of down that are added together
   const bool run = Products::RUNS && one_run(task.rows), skips = skips_rows(task);
   const int64_t group = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
-  const int64_t block = skips ? BLOCK : run ? RUN_BLOCK : group;
+  const int64_t block = skips ? BLOCK : run ? RUN_BLOCK : group > ADD_ROWS ? group : ADD_ROWS;
   const int64_t begin = task.rows.begin, end = task.rows.end;
   float h[BLOCK * MAX_TOKENS];
   int32_t active[BLOCK + ADD_ROWS];
@@ -210,7 +211,7 @@ inline void ffn(const FfnTask& task) {
                            row_number(task.rows, smaller(start + count + ahead - actives, end - 1)));
       }
       Products::prefetch_scales(next, ADD_ROWS, task.down.row_scales);
-      token_blocks(task.x.tokens, AddGroup<Products>{task, down, next, factors});
+      token_blocks(task.x.tokens, AddGroup<Products>{task, down, next, smaller(ADD_ROWS, actives - a), factors});
     }
   }
 }

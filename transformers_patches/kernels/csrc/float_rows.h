@@ -190,10 +190,13 @@ inline void columns_in_order(int64_t begin, int64_t end, int64_t hidden, const S
   for (; j < end; j += LANES) f(j, sums(j), smaller(LANES, end - j));
 }
 
+constexpr int FLOAT_ADD_ROWS = 4;  // rows of down, or values of attention, that are added together
+
 // The products of one weight type with one input type, as the loops of ffn_loop.h and linear_loop.h use them.
 template <class W, class X>
 struct FloatRows {
   static constexpr bool RUNS = true;
+  static constexpr int ADD_ROWS = FLOAT_ADD_ROWS;
 
   static const X* input(const Input& x);
 
@@ -206,9 +209,9 @@ struct FloatRows {
   }
 
   template <int T>
-  static void add_rows(const RowRef* rows, const RowRef* next, const float (*h)[T], float* y, int64_t y_stride,
-                       int64_t hidden) {
-    add_rows_block<W, 4, T>(rows, next, h, y, y_stride, hidden);
+  static void add_rows(const RowRef* rows, const RowRef* next, int64_t, const float (*h)[T], float* y,
+                       int64_t y_stride, int64_t hidden) {
+    add_rows_block<W, ADD_ROWS, T>(rows, next, h, y, y_stride, hidden);
   }
 
   // As dot, for rows that follow each other, one after the other; `after` is what is read next.

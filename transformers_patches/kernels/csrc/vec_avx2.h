@@ -42,6 +42,9 @@ inline void store(bf16_t* p, F a) {
 inline F add(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F mul(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F divide(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+// The larger one of a, which is not negative, and |b|.
+inline F max_size(F a, F b) { return {_mm256_max_ps(a.v, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), b.v))}; }
 inline float sum(F a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -62,6 +65,18 @@ inline I8 load_bytes(const void* p) { return {_mm256_loadu_si256(static_cast<con
 inline I32 load_i32(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline I8 low_nibbles(I8 a) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(15))}; }
 inline I8 high_nibbles(I8 a) { return {_mm256_and_si256(_mm256_srli_epi16(a.v, 4), _mm256_set1_epi8(15))}; }
+inline I8 set_bytes(int8_t a) { return {_mm256_set1_epi8(a)}; }
+inline void store_bytes(void* p, I8 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a.v); }
+inline void store(int32_t* p, I32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline I32 negative(I32 a) { return {_mm256_sub_epi32(_mm256_setzero_si256(), a.v)}; }
+inline I32 round_to_i32(F a) { return {_mm256_cvtps_epi32(a.v)}; }
+// The lowest bytes of four lanes side by side.
+inline I8 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  const __m256i odd = _mm256_set1_epi16(int16_t(0xff00));
+  const __m256i low = _mm256_blendv_epi8(a.v, _mm256_slli_epi32(b.v, 8), odd);
+  const __m256i high = _mm256_blendv_epi8(c.v, _mm256_slli_epi32(d.v, 8), odd);
+  return {_mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa)};
+}
 inline I32 dot_u4(I32 acc, I8 w, I8 x) {
   const __m256i pairs = _mm256_maddubs_epi16(w.v, x.v);
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};

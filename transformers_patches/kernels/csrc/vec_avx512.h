@@ -44,6 +44,9 @@ inline void store(bf16_t* p, F a) {
 inline F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F divide(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+// The larger one of a, which is not negative, and |b|.
+inline F max_size(F a, F b) { return {_mm512_max_ps(a.v, _mm512_abs_ps(b.v))}; }
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 
 #ifdef __AVX512BF16__
@@ -69,6 +72,17 @@ inline I8 load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline I32 load_i32(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline I8 low_nibbles(I8 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline I8 high_nibbles(I8 a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+inline I8 set_bytes(int8_t a) { return {_mm512_set1_epi8(a)}; }
+inline void store_bytes(void* p, I8 a) { _mm512_storeu_si512(p, a.v); }
+inline void store(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
+inline I32 negative(I32 a) { return {_mm512_sub_epi32(_mm512_setzero_si512(), a.v)}; }
+inline I32 round_to_i32(F a) { return {_mm512_cvtps_epi32(a.v)}; }
+// The lowest bytes of four lanes side by side.
+inline I8 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  const __m512i low = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, a.v, _mm512_slli_epi32(b.v, 8));
+  const __m512i high = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, c.v, _mm512_slli_epi32(d.v, 8));
+  return {_mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_slli_epi32(high, 16))};
+}
 #ifdef __AVX512VNNI__
 // vpdpbusd wants one unsigned factor: weights go in as w + 128, and the accumulator starts at -128 * sum(x).
 constexpr int32_t S8_OFFSET = 128;
@@ -110,6 +124,14 @@ inline F spread(const float* p) {
 template <int GROUP_BYTES>
 inline I32 spread(const int32_t* p) {
   return {spread_bits<GROUP_BYTES>(p)};
+}
+#define PARTINFER_SPREAD_FROM_REGISTER 1
+// The same, from one of 16 values in a register on.
+template <int GROUP_BYTES>
+inline F spread_from(F values, int first) {
+  const __m512i lanes = GROUP_BYTES == 32 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+                                          : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return {_mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(first)), values.v)};
 }
 template <int GROUP_BYTES>
 inline I8 spread_bytes(const int32_t* p) {

@@ -43,6 +43,9 @@ inline void store(bf16_t* p, F a) {
 inline F add(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
 inline F mul(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline F divide(F a, F b) { return {vdivq_f32(a.v, b.v)}; }
+// The larger one of a, which is not negative, and |b|.
+inline F max_size(F a, F b) { return {vmaxq_f32(a.v, vabsq_f32(b.v))}; }
 inline float sum(F a) { return vaddvq_f32(a.v); }
 
 constexpr int BYTES = 16;
@@ -59,6 +62,16 @@ inline I8 load_bytes(const void* p) { return {vld1q_s8(static_cast<const int8_t*
 inline I32 load_i32(const int32_t* p) { return {vld1q_s32(p)}; }
 inline I8 low_nibbles(I8 a) { return {vandq_s8(a.v, vdupq_n_s8(15))}; }
 inline I8 high_nibbles(I8 a) { return {vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a.v), 4))}; }
+inline I8 set_bytes(int8_t a) { return {vdupq_n_s8(a)}; }
+inline void store_bytes(void* p, I8 a) { vst1q_s8(static_cast<int8_t*>(p), a.v); }
+inline void store(int32_t* p, I32 a) { vst1q_s32(p, a.v); }
+inline I32 negative(I32 a) { return {vnegq_s32(a.v)}; }
+inline I32 round_to_i32(F a) { return {vcvtnq_s32_f32(a.v)}; }
+// The lowest bytes of four lanes side by side.
+inline I8 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  const int32x4_t low = vsliq_n_s32(a.v, b.v, 8), high = vsliq_n_s32(c.v, d.v, 8);
+  return {vreinterpretq_s8_s32(vsliq_n_s32(low, high, 16))};
+}
 #ifdef __ARM_FEATURE_DOTPROD
 inline I32 dot_s8(I32 acc, I8 w, I8 x) { return {vdotq_s32(acc.v, w.v, x.v)}; }
 #else

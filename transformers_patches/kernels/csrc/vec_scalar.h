@@ -50,6 +50,18 @@ inline F fma(F a, F b, F c) {
   VEC_LOOP c.v[i] += a.v[i] * b.v[i];
   return c;
 }
+inline F divide(F a, F b) {
+  VEC_LOOP a.v[i] /= b.v[i];
+  return a;
+}
+// The larger one of a, which is not negative, and |b|.
+inline F max_size(F a, F b) {
+  VEC_LOOP {
+    const float size = b.v[i] < 0 ? -b.v[i] : b.v[i];
+    a.v[i] = size > a.v[i] ? size : a.v[i];
+  }
+  return a;
+}
 inline float sum(F a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 
 // Integers: 16 bytes and the 4 int32 lanes that they sum into, 4 neighbouring bytes each.
@@ -76,6 +88,30 @@ inline I8 low_nibbles(I8 a) {
 inline I8 high_nibbles(I8 a) {
   for (int i = 0; i < 16; ++i) a.v[i] = int8_t(uint8_t(a.v[i]) >> 4);
   return a;
+}
+inline I8 set_bytes(int8_t a) {
+  I8 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = a;
+  return r;
+}
+inline void store_bytes(void* p, I8 a) { __builtin_memcpy(p, a.v, 16); }
+inline void store(int32_t* p, I32 a) { __builtin_memcpy(p, a.v, 16); }
+inline I32 negative(I32 a) { return I32{{-a.v[0], -a.v[1], -a.v[2], -a.v[3]}}; }
+inline I32 round_to_i32(F a) {
+  I32 r;
+  VEC_LOOP r.v[i] = int32_t(__builtin_rintf(a.v[i]));
+  return r;
+}
+// The lowest bytes of four lanes side by side.
+inline I8 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  I8 r;
+  VEC_LOOP {
+    r.v[4 * i] = int8_t(a.v[i]);
+    r.v[4 * i + 1] = int8_t(b.v[i]);
+    r.v[4 * i + 2] = int8_t(c.v[i]);
+    r.v[4 * i + 3] = int8_t(d.v[i]);
+  }
+  return r;
 }
 inline I32 dot_s8(I32 acc, I8 w, I8 x) {
   for (int i = 0; i < 16; ++i) acc.v[i / 4] += int32_t(w.v[i]) * x.v[i];

@@ -8,14 +8,12 @@ namespace {
 int64_t groups_of(int64_t hidden) { return (hidden + GROUP - 1) / GROUP; }
 int64_t q_stride_of(int64_t hidden) { return groups_of(hidden) * GROUP + 2 * PAD; }
 int64_t scale_stride_of(int64_t hidden) { return groups_of(hidden) + PAD; }
-int64_t offset_stride_of(int64_t hidden) { return groups_of(hidden) * GROUP / 4 + PAD; }
 
 }  // namespace
 
 size_t input_bytes(int64_t tokens, int64_t hidden) {
   return Scratch::padded(size_t(tokens * hidden) * sizeof(float)) + Scratch::padded(size_t(tokens * q_stride_of(hidden))) +
-         Scratch::padded(size_t(tokens * scale_stride_of(hidden)) * sizeof(float)) +
-         Scratch::padded(size_t(tokens * offset_stride_of(hidden)) * sizeof(int32_t));
+         2 * Scratch::padded(size_t(tokens * scale_stride_of(hidden)) * sizeof(float));
 }
 
 Input prepare(const Kernels& kernels, Type weights, const char* x, Type x_type, int64_t first, int64_t tokens,
@@ -38,18 +36,17 @@ Input prepare(const Kernels& kernels, Type weights, const char* x, Type x_type, 
   if (weights != Type::Q8 && weights != Type::Q4) return input;
   input.q_stride = q_stride_of(hidden);
   input.scale_stride = scale_stride_of(hidden);
-  input.offset_stride = offset_stride_of(hidden);
   // Zeroed, because kernels read whole vectors past the last group.
   int8_t* q = scratch.take<int8_t>(tokens * input.q_stride);
   float* scales = scratch.take<float>(tokens * input.scale_stride);
-  int32_t* offsets = scratch.take<int32_t>(tokens * input.offset_stride);
+  float* corrections = scratch.take<float>(tokens * input.scale_stride);
   std::memset(q, 0, size_t(tokens * input.q_stride));
   std::memset(scales, 0, size_t(tokens * input.scale_stride) * sizeof(float));
-  std::memset(offsets, 0, size_t(tokens * input.offset_stride) * sizeof(int32_t));
-  kernels.prepare_quant(weights, input.f32, tokens, hidden, input, q, scales, offsets);
+  std::memset(corrections, 0, size_t(tokens * input.scale_stride) * sizeof(float));
+  kernels.prepare_quant(weights, input.f32, tokens, hidden, input, q, scales, corrections);
   input.q = q;
   input.scales = scales;
-  input.offsets = offsets;
+  input.corrections = corrections;
   return input;
 }
 

@@ -64,6 +64,8 @@ inline f16_t to_f16(float a) {
 #include "vec_scalar.h"
 #endif
 
+constexpr int32_t U4_OFFSET = 8;  // 4-bit weights are stored as value + 8
+
 // The last `count` < LANES elements of a row, and zeros.
 template <class T>
 inline F load_tail(const T* p, int64_t count) {

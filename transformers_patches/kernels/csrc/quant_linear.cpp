@@ -27,24 +27,23 @@ inline float quantise_group(const float* x, int8_t* q) {
   return largest * (1.0f / 127.0f);
 }
 
-inline int32_t sum4(const int8_t* q) { return int32_t(q[0]) + q[1] + q[2] + q[3]; }
-
 void prepare_quant(Type weights, const float* x, int64_t tokens, int64_t hidden, const Input& layout, int8_t* q,
-                   float* scales, int32_t* offsets) {
+                   float* scales, float* corrections) {
   const int64_t half = hidden / 2;
   for (int64_t t = 0; t < tokens; ++t) {
     int8_t* row = q + t * layout.q_stride;
-    int32_t* offset = offsets + t * layout.offset_stride;
     for (int64_t g = 0; g < hidden / GROUP; ++g) {
       int8_t group[GROUP];
-      scales[t * layout.scale_stride + g] = quantise_group(x + t * hidden + g * GROUP, group);
+      const float scale = quantise_group(x + t * hidden + g * GROUP, group);
+      int32_t sum = 0;
+      for (int i = 0; i < GROUP; ++i) sum += group[i];
+      scales[t * layout.scale_stride + g] = scale;
+      corrections[t * layout.scale_stride + g] = -float(sum * (weights == Type::Q8 ? S8_OFFSET : U4_OFFSET)) * scale;
       if (weights == Type::Q8) {
         __builtin_memcpy(row + g * GROUP, group, GROUP);
-        for (int i = 0; i < 8; ++i) offset[g * 8 + i] = -S8_OFFSET * sum4(group + 4 * i);
       } else {
         __builtin_memcpy(row + g * 16, group, 16);
         __builtin_memcpy(row + half + g * 16, group + 16, 16);
-        for (int i = 0; i < 4; ++i) offset[g * 4 + i] = -8 * (sum4(group + 4 * i) + sum4(group + 16 + 4 * i));
       }
     }
   }

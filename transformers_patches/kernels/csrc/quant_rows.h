@@ -11,50 +11,36 @@ namespace PARTINFER_ISA {
 
 constexpr int64_t SCALE_BLOCK = 16;  // groups whose scales are worked out together
 
+constexpr int32_t NO_SUM[LANES] = {};
+
 template <int BITS>
 struct Packing {
   static constexpr int GROUP_BYTES = BITS == 8 ? 32 : 16;
   static constexpr int PARTS = BITS == 8 ? 1 : 2;  // vectors that one vector of packed bytes unpacks to
 };
 
-// The float16 scales of up to 16 groups as float32, zeros behind them.
-inline void load_scales(const uint16_t* scales, int64_t count, float* out) {
-  const f16_t* p = reinterpret_cast<const f16_t*>(scales);
-  for (int64_t g = 0; g < SCALE_BLOCK; g += LANES) {
-    F value = zero();
-    if (g + LANES <= count)
-      value = load(p + g);
-    else if (g < count)
-      value = load_tail(p + g, count - g);
-    store(out + g, value);
-  }
-}
-
-// Scales of 16 groups, and what spreads some of them over the lanes that the groups' bytes sum into: from a register
-// where one holds all 16, else from memory.
+// The float16 scales of 16 groups times `with`, and acc += those scales * `corrections`; 0 for groups from `here` on.
+// In a register where one holds all 16, else in memory.
 #ifdef PARTINFER_SPREAD_FROM_REGISTER
-struct ScaleBlock {
-  F v;
-};
-inline ScaleBlock scale_products(const float* a, const float* b) { return {mul(load(a), load(b))}; }
-template <int GROUP_BYTES>
-inline F spread(const ScaleBlock& scales, int64_t group) {
-  return spread_from<GROUP_BYTES>(scales.v, int(group));
-}
+using ScaleBlock = F;
+inline void store_scales(ScaleBlock& block, int64_t, F value) { block = value; }
 #else
 struct ScaleBlock {
   alignas(64) float v[SCALE_BLOCK];
 };
-inline ScaleBlock scale_products(const float* a, const float* b) {
-  ScaleBlock result;
-  for (int64_t i = 0; i < SCALE_BLOCK; i += LANES) store(result.v + i, mul(load(a + i), load(b + i)));
-  return result;
-}
+inline void store_scales(ScaleBlock& block, int64_t i, F value) { store(block.v + i, value); }
 template <int GROUP_BYTES>
-inline F spread(const ScaleBlock& scales, int64_t group) {
-  return spread<GROUP_BYTES>(scales.v + group);
+inline F spread_from(const ScaleBlock& block, int64_t first) {
+  return spread<GROUP_BYTES>(block.v + first);
 }
 #endif
+
+template <bool FULL>
+inline F load_scales(const RowRef& row, int64_t g, int64_t left) {
+  const f16_t* scales = reinterpret_cast<const f16_t*>(row.scales) + g;
+  if (FULL || left >= LANES) return load(scales);
+  return left > 0 ? load_tail(scales, left) : zero();
+}
 
 template <int BITS>
 inline I32 dot_part(I32 sum, I8 w, I8 x) {
@@ -80,34 +66,46 @@ inline I8 load_packed(const char* place, int64_t left) {
   return FULL || left >= BYTES ? load_bytes(place) : load_bytes_tail(place, left);
 }
 
-// `here` groups from group g on, added to acc. FULL: there are SCALE_BLOCK of them, which the compiler unrolls.
-template <int BITS, int R, int T, bool FULL>
+// The scales of `here` groups of some rows times those of some tokens, and the corrections added to acc.
+template <int R, int T, bool FULL>
+inline void multiply_scales(const RowRef* rows, const Input& x, int64_t first, int64_t g, int64_t here,
+                            ScaleBlock (&scales)[R][T], F (&acc)[R][T]) {
+  PARTINFER_UNROLL
+  for (int r = 0; r < R; ++r) {
+    PARTINFER_UNROLL
+    for (int64_t i = 0; i < SCALE_BLOCK; i += LANES) {
+      const F own = load_scales<FULL>(rows[r], g + i, here - i);
+      PARTINFER_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const int64_t place = (first + t) * x.scale_stride + g + i;
+        store_scales(scales[r][t], i, mul(own, load(x.scales + place)));
+        acc[r][t] = fma(own, load(x.corrections + place), acc[r][t]);
+      }
+    }
+  }
+}
+
+// acc[r][t] += `here` groups from group g on of rows[r] · x[first + t]. FULL: there are SCALE_BLOCK groups, which is
+// known to the compiler. RUN: the rows follow each other and are read one after the other.
+template <int BITS, int R, int T, bool FULL, bool RUN>
 inline void dot_groups(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, int64_t g, int64_t here,
                        F (&acc)[R][T]) {
   constexpr int GROUP_BYTES = Packing<BITS>::GROUP_BYTES, PARTS = Packing<BITS>::PARTS;
   const int64_t half = x.hidden / 2, start = g * GROUP_BYTES, bytes = (FULL ? SCALE_BLOCK : here) * GROUP_BYTES;
   ScaleBlock scales[R][T];
-  PARTINFER_UNROLL
-  for (int r = 0; r < R; ++r) {
-    alignas(64) float own[SCALE_BLOCK];
-    load_scales(rows[r].scales + g, FULL ? SCALE_BLOCK : here, own);
-    PARTINFER_UNROLL
-    for (int t = 0; t < T; ++t) scales[r][t] = scale_products(own, x.scales + (first + t) * x.scale_stride + g);
-  }
+  multiply_scales<R, T, FULL>(rows, x, first, g, here, scales, acc);
   PARTINFER_UNROLL
   for (int64_t b = 0; b < bytes; b += BYTES) {
     if (b % 64 == 0) {
       PARTINFER_UNROLL
-      for (int r = 0; r < R; ++r) prefetch(next[r].data + start + b);
+      for (int r = 0; r < R; ++r) prefetch(RUN ? rows[r].data + start + b + RUN_AHEAD : next[r].data + start + b);
     }
     I8 xv[T][PARTS];
-    I32 offset[T];
     PARTINFER_UNROLL
     for (int t = 0; t < T; ++t) {
       const int8_t* xq = x.q + (first + t) * x.q_stride + start + b;
       PARTINFER_UNROLL
       for (int p = 0; p < PARTS; ++p) xv[t][p] = load_bytes(xq + p * half);
-      offset[t] = load_i32(x.offsets + (first + t) * x.offset_stride + (start + b) / 4);
     }
     PARTINFER_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -115,17 +113,17 @@ inline void dot_groups(const RowRef* rows, const RowRef* next, const Input& x, i
       unpack<BITS>(load_packed<FULL>(rows[r].data + start + b, bytes - b), w);
       PARTINFER_UNROLL
       for (int t = 0; t < T; ++t) {
-        I32 sum = offset[t];
+        I32 sum = load_i32(NO_SUM);
         PARTINFER_UNROLL
         for (int p = 0; p < PARTS; ++p) sum = dot_part<BITS>(sum, w[p], xv[t][p]);
-        acc[r][t] = fma(to_float(sum), spread<GROUP_BYTES>(scales[r][t], b / GROUP_BYTES), acc[r][t]);
+        acc[r][t] = fma(to_float(sum), spread_from<GROUP_BYTES>(scales[r][t], b / GROUP_BYTES), acc[r][t]);
       }
     }
   }
 }
 
 // out[r][t] = rows[r] · x[first + t]
-template <int BITS, int R, int T>
+template <int BITS, int R, int T, bool RUN>
 inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, float (*out)[T]) {
   const int64_t groups = x.hidden / GROUP;
   F acc[R][T];
@@ -134,19 +132,17 @@ inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input&
     for (int t = 0; t < T; ++t) acc[r][t] = zero();
   int64_t g = 0;
   for (; g + SCALE_BLOCK <= groups; g += SCALE_BLOCK)
-    dot_groups<BITS, R, T, true>(rows, next, x, first, g, SCALE_BLOCK, acc);
-  if (g < groups) dot_groups<BITS, R, T, false>(rows, next, x, first, g, groups - g, acc);
+    dot_groups<BITS, R, T, true, RUN>(rows, next, x, first, g, SCALE_BLOCK, acc);
+  if (g < groups) dot_groups<BITS, R, T, false, RUN>(rows, next, x, first, g, groups - g, acc);
   PARTINFER_UNROLL
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) out[r][t] = sum(acc[r][t]);
 }
 
 constexpr int QUAD = 4;           // rows whose bytes are taken side by side
-constexpr int QUANT_ADD_ROWS = 16;  // rows whose sum is taken as integers, with one scale per group of columns
+constexpr int QUANT_ADD_ROWS = 8;  // rows whose sum is taken as integers, with one scale per group of columns
 
-constexpr int32_t NO_OFFSET[LANES] = {};
-
-// h[r] * scale[r][group] as int8 with a scale per group that is common to up to 16 rows.
+// h[r] * scale[r][group] as int8 with a scale per group that is common to up to 8 rows.
 struct Factors {
   alignas(64) int32_t packed[QUANT_ADD_ROWS / QUAD][SCALE_BLOCK];  // the int8 factors of four rows and a group
   alignas(64) int32_t offsets[SCALE_BLOCK];                        // what unsigned weights add too much
@@ -155,18 +151,18 @@ struct Factors {
 
 // The factors of 16 groups from `scales[r]` on, `here` of which there are. No factor of a group may be above 127 of its
 // scale, so that small ones lose most; llama.cpp's blocks of 32 activations do the same.
-template <int BITS, int T>
+template <int BITS, int T, bool FULL>
 inline void quantise_factors(const RowRef* rows, int quads, const float (*h)[T], int t, int64_t g, int64_t here,
                              Factors& out) {
-  const I8 nothing = set_bytes(BITS == 8 ? 0 : 8);  // weights of 0 as they are stored
-  for (int64_t i = 0; i < here; i += LANES) {
+  const I8 nothing = set_bytes(BITS == 8 ? 0 : U4_OFFSET);  // weights of 0 as they are stored
+  for (int64_t i = 0; i < (FULL ? SCALE_BLOCK : here); i += LANES) {
     F products[QUANT_ADD_ROWS], largest = set1(1e-30f);
     for (int r = 0; r < quads * QUAD; ++r) {
-      products[r] = mul(load_part(reinterpret_cast<const f16_t*>(rows[r].scales) + g + i, here - i), set1(h[r][t]));
+      products[r] = mul(load_scales<FULL>(rows[r], g + i, here - i), set1(h[r][t]));
       largest = max_size(largest, products[r]);
     }
     const F inverse = divide(set1(127.0f), largest);
-    I32 offset = load_i32(NO_OFFSET);
+    I32 offset = load_i32(NO_SUM);
     for (int quad = 0; quad < quads; ++quad) {
       const F* four = products + quad * QUAD;
       const I8 packed = join_bytes(round_to_i32(mul(four[0], inverse)), round_to_i32(mul(four[1], inverse)),
@@ -187,7 +183,7 @@ inline void add_groups(const RowRef* rows, const RowRef* next, int quads, const 
   const int64_t bytes = (FULL ? SCALE_BLOCK : here) * GROUP_BYTES, start = g * GROUP_BYTES;
   Factors factors[T];
   for (int t = 0; t < T; ++t)
-    quantise_factors<BITS, T>(rows, quads, h, t, g, FULL ? SCALE_BLOCK : here, factors[t]);
+    quantise_factors<BITS, T, FULL>(rows, quads, h, t, g, FULL ? SCALE_BLOCK : here, factors[t]);
   PARTINFER_UNROLL
   for (int64_t b = 0; b < bytes; b += BYTES) {
     I32 sums[T][PARTS][QUAD];
@@ -230,7 +226,7 @@ inline void add_groups(const RowRef* rows, const RowRef* next, int quads, const 
   }
 }
 
-// y[t] += sum over up to 16 rows, a multiple of four, of h[r][t] * rows[r]. Columns are taken four rows at a time as
+// y[t] += sum over up to 8 rows, a multiple of four, of h[r][t] * rows[r]. Columns are taken four rows at a time as
 // integers, which needs the rows' bytes side by side; y keeps the order that this gives (finish_quant puts it right).
 template <int BITS, int T>
 inline void quant_add_rows(const RowRef* rows, const RowRef* next, int quads, const float (*h)[T], float* y,
@@ -244,13 +240,21 @@ inline void quant_add_rows(const RowRef* rows, const RowRef* next, int quads, co
 
 template <int BITS>
 struct QuantRows {
-  static constexpr bool RUNS = false;  // whether there is a dot_run: what unpacks leaves the prefetchers too little ahead
+  static constexpr bool RUNS = BITS == 8;  // 4-bit rows are short, and arithmetic needs several at a time
 
   template <int R, int T>
   static void dot(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, float (*out)[T]) {
-    // Besides the sums, T * PARTS input vectors and as many offsets want a register.
+    // Besides the sums, T * PARTS input vectors want a register.
     constexpr int BLOCK = R * T <= MAX_ACCUMULATORS / 2 ? R : (MAX_ACCUMULATORS / 2 / T > 0 ? MAX_ACCUMULATORS / 2 / T : 1);
-    for (int r = 0; r < R; r += BLOCK) quant_dot_block<BITS, BLOCK, T>(rows + r, next + r, x, first, out + r);
+    for (int r = 0; r < R; r += BLOCK)
+      quant_dot_block<BITS, BLOCK, T, false>(rows + r, next + r, x, first, out + r);
+  }
+
+  // As dot, for rows that follow each other, one after the other. What is prefetched past the last one is what follows
+  // it in memory, not what is read next: one KB of a run's many.
+  template <int R, int T>
+  static void dot_run(const RowRef* rows, const RowRef&, const Input& x, int64_t first, float (*out)[T]) {
+    for (int r = 0; r < R; ++r) quant_dot_block<BITS, 1, T, true>(rows + r, nullptr, x, first, out + r);
   }
 
   static constexpr int ADD_ROWS = QUANT_ADD_ROWS;

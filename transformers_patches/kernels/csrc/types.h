@@ -42,8 +42,8 @@ struct Input {
   const bf16_t* bf16 = nullptr;   // [tokens, hidden] if the caller's input is bfloat16, else null
   const int8_t* q = nullptr;      // [tokens, q_stride] int8 of groups of 32; for Q4 first all low halves, then all high
   const float* scales = nullptr;  // [tokens, scale_stride]
-  const int32_t* offsets = nullptr;  // [tokens, offset_stride]: what unsigned weights add too much, per 4 weight bytes
-  int64_t q_stride = 0, scale_stride = 0, offset_stride = 0;
+  const float* corrections = nullptr;  // [tokens, scale_stride]: minus what unsigned weights add too much to a group
+  int64_t q_stride = 0, scale_stride = 0;
 };
 
 // Positions [begin, end) of the active set: position p is row p below `prefix`, else row index[p - prefix].
@@ -143,9 +143,9 @@ struct Kernels {
   void (*ffn_quant)(const FfnTask&);
   void (*linear_quant)(const LinearTask&);
   void (*finish_quant)(const FinishTask&);
-  // x [tokens, hidden] -> int8, scales and offsets, in the strides of `layout`.
+  // x [tokens, hidden] -> int8, scales and corrections, in the strides of `layout`.
   void (*prepare_quant)(Type weights, const float* x, int64_t tokens, int64_t hidden, const Input& layout, int8_t* q,
-                        float* scales, int32_t* offsets);
+                        float* scales, float* corrections);
   void (*quantise_rows)(const ConvertTask&);
   void (*dequantise_rows)(const ConvertTask&);
 };

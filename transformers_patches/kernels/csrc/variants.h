@@ -25,7 +25,7 @@
   void ffn_quant(const FfnTask&);                                           \
   void linear_quant(const LinearTask&);                                     \
   void finish_quant(const FinishTask&);                                     \
-  void prepare_quant(Type, const float*, int64_t, int64_t, const Input&, int8_t*, float*, int32_t*); \
+  void prepare_quant(Type, const float*, int64_t, int64_t, const Input&, int8_t*, float*, float*); \
   void quantise_rows(const ConvertTask&);                                   \
   void dequantise_rows(const ConvertTask&);                                 \
   }                                                                         \

@@ -128,10 +128,10 @@ inline I32 spread(const int32_t* p) {
 #define PARTINFER_SPREAD_FROM_REGISTER 1
 // The same, from one of 16 values in a register on.
 template <int GROUP_BYTES>
-inline F spread_from(F values, int first) {
+inline F spread_from(F values, int64_t first) {
   const __m512i lanes = GROUP_BYTES == 32 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                                           : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return {_mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(first)), values.v)};
+  return {_mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(int(first))), values.v)};
 }
 template <int GROUP_BYTES>
 inline I8 spread_bytes(const int32_t* p) {

@@ -30,6 +30,7 @@ from transformers_patches.one_token import speed_up_one_token
 from transformers_patches.packing import Pack
 from transformers_patches.phase import RequestState
 from transformers_patches.quantized import (
+    HEAD_BITS,
     QuantizedEmbedding,
     QuantizedWeight,
     quantize_modules,
@@ -172,6 +173,8 @@ def load_from(
     plan = build_load_plan(settings, config, dataset_neurons, model_neurons, fit)
     fit_bytes = 0 if fit is None else sum(layer.nbytes for layer in fit.layers.values())
     device, (dtype, bits) = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
+    if bits is None and settings.head_dtype != "auto":
+        raise PartInferError(f"head_dtype {settings.head_dtype} belongs to quantised weights: give --dtype int4 with it")
     if settings.memory_limit and device.type == "cpu":
         raise PartInferError("memory_limit moves active neurons to a GPU, but there is none: leave it out")
 
@@ -180,7 +183,8 @@ def load_from(
     native = native_kernels_wanted(settings.kernels, device, dtype)
     sources = swap_ffns(model, spec, plan, settings, state, dtype, bits, native=native, neurons=base, fit=fit)
     if bits is not None:
-        quantize_modules(model, bits, dtype, native=native)
+        head_bits = HEAD_BITS if settings.head_dtype == "auto" else int(settings.head_dtype.removeprefix("int"))
+        quantize_modules(model, bits, head_bits, dtype, native=native)
     _stream_weights(
         model,
         weights,

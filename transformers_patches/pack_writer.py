@@ -186,6 +186,7 @@ def _fill(folder: Path, source: Path, settings: PartInferConfig, *neurons: Neuro
         "version": VERSION,
         "made_from": model_name(source),
         "dtype": settings.dtype if quantized else str(loaded.model.dtype).removeprefix("torch."),
+        "head_dtype": settings.head_dtype,
         "settings": made | {"start_num": layers[0], "end_num": layers[-1]},
         "bytes": recorder.bytes_written,
         "bytes_dense": loaded.report.bytes_dense,

@@ -84,7 +84,17 @@ class Pack(Checkpoint):
                 f"{self.source} holds {ours} weights, got --dtype {settings.dtype}: leave it out, or pack the model "
                 f"again with --dtype {settings.dtype}"
             )
-        return replace(settings, dtype=ours) if settings.dtype == "auto" else settings
+        if settings.dtype == "auto":
+            settings = replace(settings, dtype=ours)
+        if not ours.startswith("int"):
+            return settings
+        head = self._description.get("head_dtype", "auto")
+        if "int4" in (head, settings.head_dtype) and settings.head_dtype not in ("auto", head):
+            raise PartInferError(
+                f"{self.source} holds its output projection in {'int8' if head == 'auto' else head}, got --head_dtype "
+                f"{settings.head_dtype}: leave it out, or pack the model again"
+            )
+        return replace(settings, head_dtype=head)
 
     def neuron_files(self) -> dict[str, NeuronFile]:
         """The neuron files that the pack was made with, as load_model takes them."""

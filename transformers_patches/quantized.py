@@ -10,7 +10,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import GROUP, QuantizedTensor
 
 FEW_TOKENS = 32  # up to here the kernels, which read packed weights for 8 tokens at a time; above, unpacking them pays
-HEAD_BITS = 8  # of the output projection and the embeddings: every token passes them, and they suffer most from 4 bits
+HEAD_BITS = 8  # of output projection and embeddings, unless told: every token passes them, and 4 bits cost most there
 
 
 class QuantizedWeight(nn.Module):
@@ -89,10 +89,10 @@ class QuantizedEmbedding(nn.Module):
         return rows.view(*ids.shape, self.embedding_dim)
 
 
-def quantize_modules(model: nn.Module, bits: int, dtype: torch.dtype, *, native: bool) -> None:
+def quantize_modules(model: nn.Module, bits: int, head_bits: int, dtype: torch.dtype, *, native: bool) -> None:
     """Put quantised modules, still without memory, in place of a meta model's nn.Linears, embeddings and head.
 
-    bits: of the linears; embeddings and head have at least 8. Tied ones stay tied. Weights whose columns are no
+    bits: of the linears; head_bits: of embeddings and head. Tied ones stay tied. Weights whose columns are no
     multiple of 32 stay floats; PartInferError if that is so for the hidden size.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -105,10 +105,10 @@ def quantize_modules(model: nn.Module, bits: int, dtype: torch.dtype, *, native:
         if type(module) is nn.Linear and module.in_features % GROUP == 0 and module is not head:
             weight = QuantizedWeight(*module.weight.shape, bits)
             model.set_submodule(name, QuantizedLinear(weight, module.bias, native=native))
-    packed = QuantizedWeight(*embedding.weight.shape, HEAD_BITS)
+    packed = QuantizedWeight(*embedding.weight.shape, head_bits)
     scale = getattr(embedding, "scalar_embed_scale", None)
     model.set_input_embeddings(QuantizedEmbedding(packed, dtype, scale))
-    head_weight = packed if model.config.tie_word_embeddings else QuantizedWeight(*head.weight.shape, HEAD_BITS)
+    head_weight = packed if model.config.tie_word_embeddings else QuantizedWeight(*head.weight.shape, head_bits)
     model.set_output_embeddings(QuantizedLinear(head_weight, head.bias, native=native))
 
 

@@ -177,6 +177,31 @@ def test_what_is_quantized(checkpoint):
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def test_the_head_has_4_bits_if_told(tiny_checkpoints):
+    for family in ("llama", "opt"):  # tied and not
+        whole, ours = (load(tiny_checkpoints[family], "int4", head_dtype=name) for name in ("auto", "int4"))
+        embedding, head = ours.model.get_input_embeddings(), ours.model.get_output_embeddings()
+        assert embedding.weight.packed.bits == head.weight.packed.bits == 4
+        saved = (embedding.weight.data.nbytes * 2 - embedding.weight.data.nbytes) * len({embedding.weight, head.weight})
+        assert whole.report.bytes_resident - ours.report.bytes_resident == saved
+        exact = kernels.dequantize(head.weight.packed)
+        values = torch.randn(1, HIDDEN).bfloat16()
+        close = torch.nn.functional.cosine_similarity(head(values).float(), values.float() @ exact.T)
+        assert close.item() > 0.999
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_head_of_4_bits_needs_int4(dtype):
+    with pytest.raises(PartInferError, match=f"head_dtype int4 belongs to dtype int4, got dtype {dtype}"):
+        PartInferConfig(dtype=dtype, head_dtype="int4")
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_float_model_has_no_head_type(checkpoint, name):
+    with pytest.raises(PartInferError, match=f"head_dtype {name} belongs to quantised weights: give --dtype int4"):
+        load_model(checkpoint, PartInferConfig(method="dense", head_dtype=name, device="cpu"))
+
+
 def test_generates(checkpoint):
     ours = load(checkpoint, "int8", kernels="auto")
     input_ids, attention_mask = padded_prompts([7, 3, 1], "left")

@@ -157,6 +157,17 @@ def test_another_type_is_an_error(packs, other):
         load_model(packs("llama", "int4"), settings(dtype=other))
 
 
+def test_a_pack_keeps_the_type_of_its_head(packs, tiny_checkpoints, tmp_path):
+    options = settings(dtype="int4", head_dtype="int4")
+    write_pack(tiny_checkpoints["llama"], tmp_path / "pack", options, DATASET, MODEL)
+    partial = load_model(tiny_checkpoints["llama"], options, DATASET, MODEL)
+    assert partial.model.get_output_embeddings().weight.packed.bits == 4
+    assert_same(load_model(tmp_path / "pack", settings()), partial)
+    for pack, held, asked in ((tmp_path / "pack", "int4", "int8"), (packs("llama", "int4"), "int8", "int4")):
+        with pytest.raises(PartInferError, match=f"output projection in {held}, got --head_dtype {asked}: leave it out"):
+            load_model(pack, settings(head_dtype=asked))
+
+
 @pytest.mark.parametrize("lost", ["data.", "scales."])
 def test_missing_and_cut_off_parts_are_told(packs, tmp_path, lost):
     folder = tmp_path / "pack"

@@ -133,7 +133,9 @@ class PartInferConfig:
         self._check_choice("dtype", DTYPES)
         self._check_choice("head_dtype", ("auto", *QUANTIZED_DTYPES))
         if self.head_dtype == "int4" and self.dtype not in ("auto", "int4"):
-            raise PartInferError(f"head_dtype int4 belongs to dtype int4, got dtype {self.dtype}: leave one of them out")
+            raise PartInferError(
+                f"head_dtype int4 belongs to dtype int4, got dtype {self.dtype}: leave one of them out"
+            )
         self._check_choice("kernels", KERNELS)
         self._check_choice("selection", SELECTIONS)
         self._check_choice("budget", BUDGETS)

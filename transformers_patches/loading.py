@@ -174,7 +174,9 @@ def load_from(
     fit_bytes = 0 if fit is None else sum(layer.nbytes for layer in fit.layers.values())
     device, (dtype, bits) = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
     if bits is None and settings.head_dtype != "auto":
-        raise PartInferError(f"head_dtype {settings.head_dtype} belongs to quantised weights: give --dtype int4 with it")
+        raise PartInferError(
+            f"head_dtype {settings.head_dtype} belongs to quantised weights: give --dtype int4 with it"
+        )
     if settings.memory_limit and device.type == "cpu":
         raise PartInferError("memory_limit moves active neurons to a GPU, but there is none: leave it out")
 

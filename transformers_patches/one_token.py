@@ -1,4 +1,4 @@
-"""A decoder's pass over one token through a few native operations per layer, in place of transformers' many small ones.
+"""A decoder's pass over one token through one native call for many layers, in place of transformers' many small operations.
 
 For one sequence, on a CPU, with the native kernels and a cache that has room (kv_cache.py). Anything else, and
 everything that somebody watches with a hook, goes through transformers' own forward.
@@ -15,8 +15,9 @@ from transformers_patches import kernels
 from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import FastLinear
 from transformers_patches.kv_cache import GrowingLayer, growing_cache
+from transformers_patches.phase import DECODE
 from transformers_patches.quantized import QuantizedLinear
-from transformers_patches.sparse_ffn import KERNEL_ACTIVATIONS
+from transformers_patches.sparse_ffn import KERNEL_ACTIVATIONS, SparseFFN
 
 # Decoder layers of these families are: norm, attention with rotary embeddings, residual, norm, gated FFN, residual.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -40,12 +41,21 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 class OneTokenPass:
-    """The forward of a decoder (LlamaModel and its like)."""
+    """The forward of a decoder (LlamaModel and its like).
+
+    Layers that follow each other and that the native decoder knows how to compute are one call; the others are an
+    operation for attention and their own FFN module.
+    """
 
     def __init__(self, decoder: nn.Module) -> None:
         self.decoder, self.original = decoder, decoder.forward
         self.layers = [_Layer(layer, decoder.config) for layer in decoder.layers]
-        self.watched = [decoder, *(module for layer in decoder.layers for module in layer.modules())]
+        modules = [decoder, *(module for layer in decoder.layers for module in layer.modules())]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.rotary = RotaryTable(decoder.rotary_emb)
+        self.native: kernels.Decoder | None = None
+        self.runs: list[range] = []  # of layers in one call; in between, layers of one
+        self.choices: list[object] = [None] * len(self.layers)  # those of the sparse layers that `native` knows
 
     def __call__(
         self,
@@ -76,21 +86,98 @@ class OneTokenPass:
             and all(type(layer) is GrowingLayer and layer.length for layer in cache.layers)
             and (mask is None or (mask.ndim == 2 and bool(mask.all())))
             and not any(value for name, value in options.items() if name.startswith("output_"))
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in self.watched)
+            and not any(self.hooks)
         )
 
     def _pass(self, ids: torch.Tensor, positions: torch.Tensor | None, cache: DynamicCache) -> BaseModelOutputWithPast:
         decoder = self.decoder
-        if positions is None:
-            positions = torch.tensor([[cache.layers[0].length]])
+        position = cache.layers[0].length if positions is None else int(positions)
         x = decoder.embed_tokens(ids)  # [1, 1, H]
-        cosine, sine = decoder.rotary_emb(x, positions)  # [1, 1, head size]
+        turns = self.rotary.at(x, position)
+        self._follow_choices(x)
         delta = None
-        for layer, store in zip(self.layers, cache.layers, strict=True):
-            x, normed = layer.attend(x, delta, cosine, sine, store)
-            delta = layer.ffn(normed)
+        for run in self.runs:
+            if self.layers[run.start].native:
+                x, delta = self._run(run, x, delta, turns, cache)
+            else:
+                layer = self.layers[run.start]
+                x, normed = layer.attend(x, delta, *turns, cache.layers[run.start])
+                delta = layer.ffn(normed)
         hidden = kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.variance_epsilon)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _run(self, run: range, x, delta, turns, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+        stores = cache.layers[run.start : run.stop]
+        keys, values = zip(*(store.room_for_one() for store in stores), strict=True)
+        x, delta, computed = self.native.run(run, x, delta, *turns, list(keys), list(values), stores[0].length)
+        for store in stores:
+            store.length += 1
+        for number, neurons in zip(run, computed.tolist(), strict=True):
+            ffn = self.layers[number].sparse
+            if ffn is not None:
+                ffn.count(1, neurons, ffn.selection.rows_read(neurons))
+        return x, delta
+
+    def _follow_choices(self, x: torch.Tensor) -> None:
+        """Tell the native decoder what sparse layers compute from now on, where that has changed."""
+        if self.native is None:
+            self.native = self._new_native()
+        changed = not self.runs
+        for number, layer in enumerate(self.layers):
+            ffn = layer.sparse
+            if ffn is None or ffn.choice is self.choices[number]:
+                continue
+            active = ffn.active_neurons(x) if ffn.state.phase == DECODE else None
+            if active is not None:
+                self.native.set_active(number, active)
+            # a pass that belongs to the prompt leaves evidence: the layer's own module runs it, and it is asked again
+            self.choices[number] = None if ffn.state.phase != DECODE else ffn.choice
+            changed |= layer.native != (active is not None)
+            layer.native = active is not None
+        if changed:
+            self.runs = _runs([layer.native for layer in self.layers])
+
+    def _new_native(self) -> kernels.Decoder:
+        native = kernels.Decoder()
+        for number, layer in enumerate(self.layers):
+            native.add_layer(layer.attention, layer.head_size)
+            if layer.dense is not None and layer.activation is not None:
+                native.set_whole(number, layer.dense, layer.activation)
+                layer.native = True
+        return native
+
+
+def _runs(native: list[bool]) -> list[range]:
+    """Native layers that follow each other together, others alone."""
+    runs: list[range] = []
+    for number, ours in enumerate(native):
+        if ours and runs and native[number - 1]:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
+
+
+class RotaryTable:
+    """The rotary embedding's cosines and sines, kept for blocks of positions where they don't depend on the length."""
+
+    STATIC = ("default", "linear", "llama3", "yarn")
+    BLOCK = 256
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self.rotary = rotary
+        self.static = getattr(rotary, "rope_type", None) in self.STATIC
+        self.blocks: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def at(self, x: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, 1, D] each, of x's type."""
+        if not self.static:
+            return self.rotary(x, torch.tensor([[position]]))
+        number, place = divmod(position, self.BLOCK)
+        if (number, x.dtype) not in self.blocks:
+            start = number * self.BLOCK
+            self.blocks[number, x.dtype] = self.rotary(x, torch.arange(start, start + self.BLOCK)[None])
+        return tuple(part[:, place : place + 1] for part in self.blocks[number, x.dtype])
 
 
 class _Layer:
@@ -98,7 +185,10 @@ class _Layer:
 
     def __init__(self, layer: nn.Module, config) -> None:
         self.attention = _attention_of(layer, config)
+        self.head_size = layer.self_attn.head_dim
         self.mlp, self.dense = layer.mlp, None
+        self.sparse = layer.mlp if isinstance(layer.mlp, SparseFFN) else None
+        self.native = False  # whether the native decoder knows the layer's FFN
         if hasattr(layer.mlp, "gate_proj"):
             self.dense = kernels.Projections.of(
                 [_weight(getattr(layer.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]

@@ -100,6 +100,20 @@ class PromptSelection:
         neurons = sum(computed) * x.shape[1]
         return Decoded(y, neurons, neurons * self.ffn.matrices)
 
+    def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
+        """Of a single sequence, for the native decoder; None if there are several, or nothing was chosen yet. x: any
+        hidden states."""
+        ffn = self.ffn
+        if self.observes and (self.selected is None or len(self.selected) != 1):
+            return None
+        index = self.selected[0] if self.selects else None
+        added = (self._left_out_outputs(x)[0],) if self.compensates else ()
+        return kernels.ActiveNeurons(ffn.projections(), ffn.kernel_activation, ffn.plan.base_count, index, added=added)
+
+    def rows_read(self, computed: int) -> int:
+        """By one token that computes so many neurons."""
+        return computed * self.ffn.matrices
+
     def _left_out_outputs(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H]: what each sequence's loaded but not computed neurons write on average."""
         if self._left_out is None:

@@ -6,6 +6,8 @@ neuron, base neurons first. B batch, T tokens, H hidden, L loaded, K active (com
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -95,6 +97,7 @@ class SparseFFN(nn.Module):
 
     def reset(self) -> None:
         """Forget the request."""
+        self.choice = object()  # another one whenever decoding is about to compute something else
         self.selection.reset()
         if self.refresh is not None:
             self.refresh.reset()
@@ -142,14 +145,39 @@ class SparseFFN(nn.Module):
             parts = (None if part is None else part[sequence][real] for part in (values.first, values.up, values.h))
             self.selection.observe(sequence, Activations(*parts))
         self.selection.choose()
+        self.choice = object()
 
     def _decode(self, x: torch.Tensor) -> torch.Tensor:
         result = self.selection.decode(x) if self.refresh is None else self.refresh.decode(x)
-        tokens = x.shape[0] * x.shape[1]
-        self.decoded_tokens += tokens
-        self.computed_neurons += result.computed
-        self.read_rows += result.rows + self.lowrank_rows * tokens
+        self.count(x.shape[0] * x.shape[1], result.computed, result.rows)
         return result.y
+
+    def count(self, tokens: int, computed: int, rows: int) -> None:
+        """Note that decoded tokens computed so many neurons and read so many rows of weights, the low-rank map's aside."""
+        self.decoded_tokens += tokens
+        self.computed_neurons += computed
+        self.read_rows += rows + self.lowrank_rows * tokens
+
+    def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
+        """What one token of a single sequence computes, for the native decoder; None where that is more than it knows.
+
+        x: any hidden states [..., H], for their type.
+        """
+        lowrank = self.compensation is not None and self.compensation.lowrank_in is not None
+        more = lowrank or self.refresh is not None or self.output_bias is not None
+        if self.kernel_activation is None or not self.gated or more:
+            return None
+        active = self.selection.active_neurons(x)
+        if active is None:
+            return None
+        decoding = () if self.compensation is None else (self.compensation.bias_decode,)
+        return replace(active, added=(*active.added, *decoding))
+
+    def projections(self) -> kernels.Projections:
+        """The stored rows of gate, up and down, with their biases."""
+        biases = (self.gate_bias, self.up_bias) if self.input_bias else (None, None)
+        names = ("gate", "up", "down")
+        return kernels.Projections.of([(self.weight(n), b) for n, b in zip(names, (*biases, None), strict=True)])
 
     def native_fits(self, x: torch.Tensor) -> bool:
         """Whether the native kernels are there for x [B, T, H], and faster."""

@@ -158,9 +158,31 @@ class TokenSelection:
         one = self._native if self._kernel_fits(x) else self._few if x.shape[1] <= FEW_TOKENS else self._many
         parts, kept = zip(*(one(sequence, part) for sequence, part in enumerate(x)), strict=True)
         y = parts[0][None] if len(parts) == 1 else torch.stack(parts)
-        computed, matrices = sum(kept), self.ffn.matrices
-        read = self.ffn.plan.candidate_count * x.shape[0] * x.shape[1]
-        return Decoded(y, computed, read + computed * (matrices - 1))
+        computed, tokens = sum(kept), x.shape[0] * x.shape[1]
+        return Decoded(y, computed, self.rows_read(computed) + (tokens - 1) * self.ffn.plan.candidate_count)
+
+    def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
+        """Of a single sequence, for the native decoder; None if it can't choose so, or nothing was chosen yet. x: any
+        hidden states."""
+        ffn = self.ffn
+        if self.by != "up" or ffn.input_bias or len(self.scales) != 1:
+            return None
+        choice, rest = self._choice(0)
+        return kernels.ActiveNeurons(ffn.projections(), ffn.kernel_activation, *choice, **rest)
+
+    def rows_read(self, computed: int) -> int:
+        """By one token that computes so many neurons."""
+        return self.ffn.plan.candidate_count + computed * (self.ffn.matrices - 1)
+
+    def _choice(self, sequence: int) -> tuple[tuple[int, torch.Tensor | None, torch.Tensor], dict]:
+        """Candidates and sizes, and how many are kept, as the kernels take them."""
+        plan = self.ffn.plan
+        prefix, index = plan.candidate_count, None
+        if self.selected is not None:
+            prefix, index = plan.base_count, self.selected[sequence]
+        threshold = self.thresholds[sequence]
+        rest = {"keep_count": plan.computed_count} if threshold is None else {"threshold": threshold}
+        return (prefix, index, self.scales[sequence]), rest
 
     def _kernel_fits(self, x: torch.Tensor) -> bool:
         made_for = self.by == "plain" or (self.by == "up" and not self.ffn.input_bias)
@@ -168,14 +190,9 @@ class TokenSelection:
 
     def _native(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Output [T, H] and neurons computed for one sequence's x [T, H]; nothing is gathered."""
-        ffn, plan = self.ffn, self.ffn.plan
-        prefix, index = plan.candidate_count, None
-        if self.selected is not None:
-            prefix, index = plan.base_count, self.selected[sequence]
-        threshold = self.thresholds[sequence]
-        rest = {"keep_count": plan.computed_count} if threshold is None else {"threshold": threshold}
+        ffn = self.ffn
+        choice, rest = self._choice(sequence)
         rest["activation"] = ffn.kernel_activation
-        choice = (prefix, index, self.scales[sequence])
         up, down = ffn.weight("up"), ffn.weight("down")
         if self.by == "plain":
             bias = ffn.weight("up_bias") if ffn.input_bias else None

@@ -4,16 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.conftest import FAMILIES
+from tests.transformers_patches.made_up_files import with_statistics
 from tests.transformers_patches.model_passes import DATASET, MODEL
 from transformers_patches import kernels
+from transformers_patches.compensation import Compensation
 from transformers_patches.config import PartInferConfig
 from transformers_patches.kv_cache import GrowingLayer, growing_cache
 from transformers_patches.loading import load_model
 from transformers_patches.one_token import FAMILIES as NATIVE
-from transformers_patches.one_token import OneTokenPass, new_cache
+from transformers_patches.one_token import OneTokenPass, RotaryTable, new_cache
+from transformers_patches.sparse_ffn import SparseFFN
 
 PROMPT = torch.arange(3, 23)[None]
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.why_not()}")
@@ -59,6 +63,98 @@ def test_sparse_layers_stay_what_they_are(tiny_checkpoints, family, dtype, close
     assert (natively - ordinary).float().pow(2).mean().sqrt() < close * scale
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "dense"},
+        {"method": "partinfer", "selection": "core"},
+        {"method": "partinfer", "selection": "core", "compensation": "mean"},
+        {"method": "partinfer", "selection": "up"},
+        {"method": "partinfer", "selection": "up", "token_count": "average"},
+        {"method": "partinfer", "selection": "up", "candidates": 0.5, "base_neurons_percent": 0.2},
+        {"method": "coreinfer", "use_partial_loading": False},
+    ],
+    ids=lambda options: " ".join(str(value) for value in options.values()),
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
+def test_layers_in_one_call_are_layers_one_by_one(tiny_checkpoints, monkeypatch, options, dtype):
+    ranking = with_statistics(3)
+    config = PartInferConfig(**options, dtype=dtype, start_num=1, end_num=4, device="cpu", kernels="native")
+    loaded = load_model(tiny_checkpoints["qwen2"], config, ranking, MODEL)
+    forward = loaded.model.model.forward
+    results = {}
+    for together in (True, False):
+        with monkeypatch.context() as patch:
+            if not together:
+                patch.setattr(SparseFFN, "active_neurons", lambda *_: None)
+                patch.setattr(OneTokenPass, "_follow_choices", _nothing_native)
+            loaded.reset_counters()
+            logits = [decode(loaded.model, new_cache(loaded.model)) for _ in range(2)]  # two requests
+            assert torch.equal(*logits)
+            counts = [(f.decoded_tokens, f.computed_neurons, f.read_rows) for f in loaded.state.layers]
+            results[together] = logits[0], counts, forward.runs
+    assert torch.equal(results[True][0], results[False][0])
+    assert results[True][1] == results[False][1]
+    alone = [range(n, n + 1) for n in range(6)]
+    if dtype == "int4":  # whole layers hold a down projection in bfloat16 here: its columns are no groups of 32
+        assert results[True][2] == (alone if options["method"] == "dense" else [range(1), range(1, 5), range(5, 6)])
+    else:
+        assert results[True][2] == [range(6)]
+    assert results[False][2] == alone
+
+
+def _nothing_native(forward: OneTokenPass, _) -> None:
+    for layer in forward.layers:
+        layer.native = False
+    forward.runs = [range(n, n + 1) for n in range(len(forward.layers))]
+
+
+def test_a_prompt_of_several_passes_is_evidence_to_its_last_token(tiny_checkpoints):
+    loaded = load(tiny_checkpoints["llama"], "partinfer", dtype="float32", selection="core")
+    expected = decode(loaded.model, new_cache(loaded.model))
+    cache, logits = new_cache(loaded.model), []
+    with torch.inference_mode():
+        with loaded.state.expect_prompt(PROMPT.shape[1]):
+            for part in (PROMPT[:, :-1], PROMPT[:, -1:]):  # the second pass has one token, and is no decoding
+                loaded.model(part, past_key_values=cache, use_cache=True)
+        for token in range(40, 46):
+            output = loaded.model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            logits.append(output.logits[0, -1])
+    torch.testing.assert_close(torch.stack(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_the_native_call_does_not_know_runs_between_others(tiny_checkpoints):
+    loaded = load(tiny_checkpoints["llama"], "partinfer", dtype="float32", selection="core")
+    expected = decode(loaded.model, new_cache(loaded.model))
+    ffn = loaded.state.layers[1]
+    hidden = loaded.model.config.hidden_size
+    nothing = torch.zeros(hidden)
+    ffn.compensation = Compensation(nothing, nothing, torch.zeros(2, hidden), torch.zeros(2, hidden))
+    ours = decode(loaded.model, new_cache(loaded.model))
+    assert loaded.model.model.forward.runs == [range(2), range(2, 3), range(3, 6)]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rope", [None, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}]
+)
+def test_kept_rotary_embeddings_are_those_of_the_module(rope):
+    config = LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=300,
+        rope_parameters=rope and rope | {"rope_theta": 10000.0},
+    )
+    rotary = LlamaRotaryEmbedding(config)
+    table = RotaryTable(rotary)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(1, 1, 32, dtype=dtype)
+        for position in (0, 7, 255, 256, 290, 1000):
+            expected = rotary(x, torch.tensor([[position]]))
+            assert all(torch.equal(a, b) for a, b in zip(table.at(x, position), expected, strict=True))
+    assert bool(table.blocks) == (rope is None or rope["rope_type"] != "dynamic")
+
+
 def test_the_native_pass_is_taken_and_left_for_hooks(tiny_checkpoints, monkeypatch):
     loaded = load(tiny_checkpoints["llama"], "dense", dtype="float32")
     taken = []
@@ -82,6 +178,7 @@ def test_a_sliding_window_hides_what_is_before_it(tiny_checkpoints):
     loaded.model.model.forward.original.__self__.config.sliding_window = 8
     for layer in loaded.model.model.forward.layers:
         layer.attention = replace(layer.attention, window=8)
+    loaded.model.model.forward.native = None  # is made again
     narrow = decode(loaded.model, new_cache(loaded.model))
     torch.testing.assert_close(narrow, decode(plain, DynamicCache()), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(wide, narrow, atol=1e-2)

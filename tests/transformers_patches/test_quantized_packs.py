@@ -164,7 +164,9 @@ def test_a_pack_keeps_the_type_of_its_head(packs, tiny_checkpoints, tmp_path):
     assert partial.model.get_output_embeddings().weight.packed.bits == 4
     assert_same(load_model(tmp_path / "pack", settings()), partial)
     for pack, held, asked in ((tmp_path / "pack", "int4", "int8"), (packs("llama", "int4"), "int8", "int4")):
-        with pytest.raises(PartInferError, match=f"output projection in {held}, got --head_dtype {asked}: leave it out"):
+        with pytest.raises(
+            PartInferError, match=f"output projection in {held}, got --head_dtype {asked}: leave it out"
+        ):
             load_model(pack, settings(head_dtype=asked))
 
 

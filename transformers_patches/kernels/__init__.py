@@ -13,12 +13,15 @@ from transformers_patches.kernels import blockwise, quantization, reference
 from transformers_patches.kernels import layer as _layer
 from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
+from transformers_patches.kernels.decoder import ActiveNeurons, Decoder
 from transformers_patches.kernels.layer import AttentionLayer, Projections
 from transformers_patches.kernels.quantization import GROUP, QuantizedTensor
 
 __all__ = [
     "GROUP",
+    "ActiveNeurons",
     "AttentionLayer",
+    "Decoder",
     "Projections",
     "QuantizedTensor",
     "Weight",

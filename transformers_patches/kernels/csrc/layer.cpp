@@ -78,6 +78,17 @@ void attend_all(const Kernels& kernels, const AttentionCall& call, const char* q
 
 }  // namespace
 
+void add_vector(const Kernels& kernels, Type type, char* y, const char* added, int64_t count) {
+  static thread_local Scratch scratch;
+  scratch.reserve(2 * Scratch::padded(size_t(count) * sizeof(float)));
+  float* sum = scratch.take<float>(count);
+  float* other = scratch.take<float>(count);
+  kernels.widen(type, y, count, sum);
+  kernels.widen(type, added, count, other);
+  for (int64_t i = 0; i < count; ++i) sum[i] += other[i];
+  narrow(kernels, sum, count, type, y);
+}
+
 void run_attention(const Kernels& kernels, const AttentionCall& call, int threads) {
   static thread_local Scratch scratch;
   const int64_t size = element_size(call.type), head_bytes = call.head_dim * size;

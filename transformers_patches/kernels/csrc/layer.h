@@ -38,6 +38,8 @@ struct DenseFfnCall {
   char* out = nullptr;
 };
 
+// y += added, both [count] of one type, rounded to it.
+void add_vector(const Kernels& kernels, Type type, char* y, const char* added, int64_t count);
 void run_attention(const Kernels& kernels, const AttentionCall& call, int threads);
 void run_dense_ffn(const Kernels& kernels, const DenseFfnCall& call, int threads);
 

@@ -1,0 +1,323 @@
+// From tensors to the drivers' calls: what the ops and the decoder have in common, and what their arguments must be.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/string_view.h>
+
+#include <atomic>
+#include <optional>
+
+#include "dispatch.h"
+#include "layer.h"
+#include "threads.h"
+
+namespace partinfer {
+
+using at::Tensor;
+using std::optional;
+
+inline std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> kernels{fastest_variant()};
+  return kernels;
+}
+
+inline Type float_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Type::F32;
+    case at::kBFloat16:
+      return Type::BF16;
+    case at::kHalf:
+      return Type::F16;
+    default:
+      TORCH_CHECK_VALUE(false, name, " must be float32, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+inline const char* pointer(const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); }
+
+inline void check_matrix(const Tensor& weight, const char* name, int64_t rows, int64_t columns) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows,
+                    ", ", columns, "], got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.is_contiguous(), name, " must be contiguous, got strides ", weight.strides());
+}
+
+inline Matrix float_matrix(const Tensor& weight) {
+  return {pointer(weight), nullptr, weight.size(1) * int64_t(weight.element_size()), 0};
+}
+
+inline Type quant_type(int64_t bits) {
+  TORCH_CHECK_VALUE(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
+  return bits == 8 ? Type::Q8 : Type::Q4;
+}
+
+inline Matrix quant_matrix(const Tensor& data, const Tensor& scales, const char* name, int64_t rows, int64_t hidden,
+                    Type type) {
+  TORCH_CHECK_VALUE(hidden % GROUP == 0, "quantised rows are groups of ", GROUP, " columns, got ", hidden, " columns");
+  TORCH_CHECK_VALUE(data.scalar_type() == (type == Type::Q8 ? at::kChar : at::kByte), name,
+                    type == Type::Q8 ? " must be int8, got " : " must be uint8, got ", data.scalar_type());
+  TORCH_CHECK_VALUE(scales.scalar_type() == at::kHalf, name, "'s scales must be float16, got ", scales.scalar_type());
+  check_matrix(data, name, rows, type == Type::Q8 ? hidden : hidden / 2);
+  check_matrix(scales, name, rows, hidden / GROUP);
+  return {pointer(data), reinterpret_cast<const uint16_t*>(pointer(scales)), data.size(1), scales.size(1)};
+}
+
+inline Vector vector_of(const optional<Tensor>& tensor, const char* name, int64_t size) {
+  if (!tensor.has_value()) return {};
+  TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == size && tensor->is_contiguous(), name,
+                    " must be contiguous and [", size, "], got ", tensor->sizes());
+  return {pointer(*tensor), float_type(*tensor, name)};
+}
+
+inline Activation activation_of(c10::string_view name) {
+  if (name == "silu") return Activation::SILU;
+  if (name == "relu") return Activation::RELU;
+  if (name == "gelu") return Activation::GELU;
+  if (name == "gelu_tanh") return Activation::GELU_TANH;
+  TORCH_CHECK_VALUE(false, "activation must be silu, gelu, gelu_tanh or relu, got ", name);
+}
+
+inline ActiveRows active_rows(int64_t prefix, const optional<Tensor>& index, int64_t rows) {
+  TORCH_CHECK_VALUE(prefix >= 0 && prefix <= rows, "prefix must be in [0, ", rows, "], got ", prefix);
+  ActiveRows active;
+  active.prefix = prefix;
+  if (!index.has_value()) return active;
+  TORCH_CHECK_VALUE(index->scalar_type() == at::kInt && index->dim() == 1 && index->is_contiguous(),
+                    "index must be a contiguous list of int32, got ", index->scalar_type(), " ", index->sizes());
+  active.index = index->const_data_ptr<int32_t>();
+  active.count = index->numel();
+  int32_t lowest = int32_t(prefix), highest = -1;
+  for (int64_t i = 0; i < active.count; ++i) {
+    lowest = std::min(lowest, active.index[i]);
+    highest = std::max(highest, active.index[i]);
+  }
+  TORCH_CHECK_VALUE(lowest >= prefix && highest < rows, "index must be in [prefix, rows) = [", prefix, ", ", rows,
+                    "), got values from ", lowest, " to ", highest);
+  return active;
+}
+
+struct Input2d {
+  Tensor x;
+  int64_t tokens, hidden;
+};
+
+inline Input2d input_of(const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least one dimension, got a scalar");
+  const int64_t hidden = x.size(-1);
+  return {x.contiguous(), hidden == 0 ? 0 : x.numel() / hidden, hidden};
+}
+
+inline void check_out(const Tensor& out, const Tensor& x) {
+  TORCH_CHECK_VALUE(out.sizes() == x.sizes() && out.scalar_type() == x.scalar_type() && out.is_contiguous(),
+                    "out must be contiguous and like x, ", x.scalar_type(), " ", x.sizes(), ", got ",
+                    out.scalar_type(), " ", out.sizes());
+}
+
+// What all FFN ops share: x, out, the activation and the active rows.
+inline FfnCall ffn_call(Type type, const Input2d& input, int64_t rows, int64_t prefix, const optional<Tensor>& index,
+                 c10::string_view activation, const Tensor& out) {
+  FfnCall call;
+  call.type = type;
+  call.activation = activation_of(activation);
+  call.rows = active_rows(prefix, index, rows);
+  call.x = pointer(input.x);
+  call.x_type = float_type(input.x, "x");
+  call.tokens = input.tokens;
+  call.hidden = input.hidden;
+  call.out = static_cast<char*>(out.data_ptr());
+  return call;
+}
+
+inline int64_t rows_of(const Tensor& weight, const char* name) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, name, " must have two dimensions, got ", weight.sizes());
+  return weight.size(0);
+}
+
+inline void check_float_weights(const Tensor& first, const Tensor& other, const char* name) {
+  TORCH_CHECK_VALUE(first.scalar_type() == other.scalar_type(), name, " must be ", first.scalar_type(),
+                    " like the other weights, got ", other.scalar_type());
+}
+
+// The calls of the gated and of the plain FFN, with their weights checked.
+inline FfnCall gated_call(const Input2d& input, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t prefix,
+                   const optional<Tensor>& index, c10::string_view activation, const Tensor& out) {
+  const int64_t rows = rows_of(gate, "gate");
+  check_matrix(gate, "gate", rows, input.hidden);
+  check_matrix(up, "up", rows, input.hidden);
+  check_matrix(down, "down", rows, input.hidden);
+  check_float_weights(gate, up, "up");
+  check_float_weights(gate, down, "down");
+  FfnCall call = ffn_call(float_type(gate, "gate"), input, rows, prefix, index, activation, out);
+  call.gate = float_matrix(gate);
+  call.up = float_matrix(up);
+  call.down = float_matrix(down);
+  return call;
+}
+
+struct Packed {
+  const Tensor &data, &scales;
+};
+
+inline FfnCall gated_call(const Input2d& input, const Packed& gate, const Packed& up, const Packed& down, int64_t bits,
+                   int64_t prefix, const optional<Tensor>& index, c10::string_view activation, const Tensor& out) {
+  const int64_t rows = rows_of(gate.data, "gate");
+  const Type type = quant_type(bits);
+  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
+  call.gate = quant_matrix(gate.data, gate.scales, "gate", rows, input.hidden, type);
+  call.up = quant_matrix(up.data, up.scales, "up", rows, input.hidden, type);
+  call.down = quant_matrix(down.data, down.scales, "down", rows, input.hidden, type);
+  return call;
+}
+
+inline FfnCall plain_call(const Input2d& input, const Tensor& fc1, const optional<Tensor>& bias1, const Tensor& fc2,
+                   int64_t prefix, const optional<Tensor>& index, c10::string_view activation, const Tensor& out) {
+  const int64_t rows = rows_of(fc1, "fc1");
+  check_matrix(fc1, "fc1", rows, input.hidden);
+  check_matrix(fc2, "fc2", rows, input.hidden);
+  check_float_weights(fc1, fc2, "fc2");
+  FfnCall call = ffn_call(float_type(fc1, "fc1"), input, rows, prefix, index, activation, out);
+  call.gate = float_matrix(fc1);
+  call.down = float_matrix(fc2);
+  call.gate_bias = vector_of(bias1, "bias1", rows);
+  return call;
+}
+
+inline FfnCall plain_call(const Input2d& input, const Packed& fc1, const optional<Tensor>& bias1, const Packed& fc2,
+                   int64_t bits, int64_t prefix, const optional<Tensor>& index, c10::string_view activation,
+                   const Tensor& out) {
+  const int64_t rows = rows_of(fc1.data, "fc1");
+  const Type type = quant_type(bits);
+  FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
+  call.gate = quant_matrix(fc1.data, fc1.scales, "fc1", rows, input.hidden, type);
+  call.down = quant_matrix(fc2.data, fc2.scales, "fc2", rows, input.hidden, type);
+  call.gate_bias = vector_of(bias1, "bias1", rows);
+  return call;
+}
+
+// weight [rows, columns], quantised if there are scales.
+inline LayerWeight layer_weight(const Tensor& weight, const Tensor* scales, const optional<Tensor>& bias, int64_t bits,
+                         int64_t columns, const char* name) {
+  LayerWeight layer;
+  layer.rows = rows_of(weight, name);
+  layer.columns = columns;
+  if (scales != nullptr) {
+    layer.type = quant_type(bits);
+    layer.matrix = quant_matrix(weight, *scales, name, layer.rows, columns, layer.type);
+  } else {
+    check_matrix(weight, name, layer.rows, columns);
+    layer.type = float_type(weight, name);
+    layer.matrix = float_matrix(weight);
+  }
+  layer.bias = vector_of(bias, name, layer.rows);
+  return layer;
+}
+
+// A vector of x's type, or null.
+inline const char* vector_like(const optional<Tensor>& tensor, const Tensor& x, int64_t size, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(tensor->numel() == size && tensor->is_contiguous() && tensor->scalar_type() == x.scalar_type(),
+                    name, " must be contiguous, [", size, "] and ", x.scalar_type(), " like x, got ", tensor->sizes(),
+                    " ", tensor->scalar_type());
+  return pointer(*tensor);
+}
+
+inline void check_lists(at::TensorList weights, at::TensorList scales, const c10::List<optional<Tensor>>& biases,
+                 size_t count) {
+  TORCH_CHECK_VALUE(weights.size() == count && biases.size() == count && (scales.empty() || scales.size() == count),
+                    "expected ", count, " weights and biases and as many scales or none, got ", weights.size(), ", ",
+                    biases.size(), " and ", scales.size());
+}
+
+inline void check_one_token(const Tensor& x, const Tensor& like, const char* name) {
+  const int64_t hidden = like.numel();
+  TORCH_CHECK_VALUE(x.is_contiguous() && x.numel() == hidden && x.size(-1) == hidden &&
+                        x.scalar_type() == like.scalar_type(),
+                    name, " must be one token of ", hidden, " ", like.scalar_type(), ", got ", x.sizes(), " ",
+                    x.scalar_type());
+}
+
+// A layer's attention without what belongs to a token: x, delta, cosine, sine, sum, next and the cache's place.
+inline AttentionCall attention_call(const Tensor& norm, const Tensor& next_norm, at::TensorList weights,
+                                    at::TensorList scales, const c10::List<optional<Tensor>>& biases, int64_t bits,
+                                    const optional<Tensor>& q_norm, const optional<Tensor>& k_norm, double eps,
+                                    int64_t window, double scale, int64_t head_dim) {
+  check_lists(weights, scales, biases, 4);
+  const int64_t hidden = norm.numel();
+  AttentionCall call;
+  call.type = float_type(norm, "norm");
+  call.hidden = hidden;
+  call.head_dim = head_dim;
+  const auto weight = [&](int i, int64_t columns, const char* name) {
+    return layer_weight(weights[i], scales.empty() ? nullptr : &scales[i], biases.get(i), bits, columns, name);
+  };
+  call.q = weight(0, hidden, "q");
+  call.k = weight(1, hidden, "k");
+  call.v = weight(2, hidden, "v");
+  call.o = weight(3, call.q.rows, "o");
+  call.heads = call.q.rows / head_dim;
+  call.kv_heads = call.k.rows / head_dim;
+  TORCH_CHECK_VALUE(call.kv_heads > 0 && call.heads > 0 && call.heads % call.kv_heads == 0 &&
+                        call.heads * head_dim == call.q.rows && call.k.rows == call.kv_heads * head_dim &&
+                        call.v.rows == call.k.rows && call.o.rows == hidden && head_dim % 2 == 0,
+                    "the projections don't fit heads of ", head_dim, ": q has ", call.q.rows, " rows, k ", call.k.rows,
+                    ", v ", call.v.rows, ", o ", call.o.rows);
+  call.norm = vector_like(norm, norm, hidden, "norm");
+  call.next_norm = vector_like(next_norm, norm, hidden, "next_norm");
+  call.q_norm = vector_like(q_norm, norm, head_dim, "q_norm");
+  call.k_norm = vector_like(k_norm, norm, head_dim, "k_norm");
+  call.eps = float(eps);
+  call.window = window;
+  call.scale = float(scale);
+  return call;
+}
+
+// Where the token's keys and values go: [1, heads, capacity, head size], of which `length` positions are filled.
+inline void place_in_cache(AttentionCall& call, const Tensor& keys, const Tensor& values, int64_t length) {
+  const auto fits = [&](const Tensor& part) {
+    return part.dim() == 4 && part.size(0) == 1 && part.size(1) == call.kv_heads && part.size(3) == call.head_dim &&
+           part.is_contiguous() && float_type(part, "the cache") == call.type;
+  };
+  TORCH_CHECK_VALUE(fits(keys) && fits(values) && keys.size(2) == values.size(2), "keys and values must be contiguous [1, ",
+                    call.kv_heads, ", capacity, ", call.head_dim, "] of x's type, got ", keys.sizes(), " and ",
+                    values.sizes());
+  call.capacity = keys.size(2);
+  TORCH_CHECK_VALUE(length >= 0 && length < call.capacity, "length must be in [0, ", call.capacity, "), got ", length);
+  call.keys = static_cast<char*>(keys.data_ptr());
+  call.values = static_cast<char*>(values.data_ptr());
+  call.length = length;
+}
+
+// The FFN of a layer that is computed whole, without x and out. type: that of both.
+inline DenseFfnCall dense_call(Type type, int64_t hidden, at::TensorList weights, at::TensorList scales,
+                               const c10::List<optional<Tensor>>& biases, int64_t bits, c10::string_view activation) {
+  check_lists(weights, scales, biases, 3);
+  DenseFfnCall call;
+  const auto weight = [&](int i, int64_t columns, const char* name) {
+    return layer_weight(weights[i], scales.empty() ? nullptr : &scales[i], biases.get(i), bits, columns, name);
+  };
+  call.gate = weight(0, hidden, "gate");
+  call.up = weight(1, hidden, "up");
+  call.down = weight(2, call.gate.rows, "down");
+  TORCH_CHECK_VALUE(call.up.rows == call.gate.rows && call.down.rows == hidden, "gate, up and down don't fit: ",
+                    weights[0].sizes(), ", ", weights[1].sizes(), ", ", weights[2].sizes());
+  call.activation = activation_of(activation);
+  call.type = type;
+  return call;
+}
+
+inline const float* sizes_of(const Tensor& scale, int64_t rows) {
+  TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == rows &&
+                        scale.is_contiguous(),
+                    "scale must be contiguous float32 [", rows, "], got ", scale.scalar_type(), " ", scale.sizes());
+  return scale.const_data_ptr<float>();
+}
+
+// call: without x and out.
+inline ByUpCall by_up_call(const FfnCall& call, const Tensor& scale, int64_t rows, int64_t keep, double threshold) {
+  const int64_t candidates = call.rows.prefix + call.rows.count;
+  TORCH_CHECK_VALUE(keep <= candidates, "keep_count must be at most the ", candidates, " candidates, got ", keep);
+  return {call, sizes_of(scale, rows), keep, float(threshold)};
+}
+
+}  // namespace partinfer

@@ -1,0 +1,172 @@
+// The decoder layers of a model as one object that takes a token through any run of them in a single call. Between
+// small operations of Python, caches that weights have just flushed make every step slow; here nothing is looked up.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "arguments.h"
+
+namespace {
+
+using namespace partinfer;
+using Biases = c10::List<optional<Tensor>>;
+
+enum class Ffn { NONE, WHOLE, ROWS, BY_UP };
+
+struct Layer {
+  AttentionCall attention;
+  Ffn kind = Ffn::NONE;
+  DenseFfnCall whole;
+  ByUpCall rows;                  // the FFN of ROWS, too
+  std::vector<const char*> added;  // [hidden] each: what is added to the FFN's output, one after the other
+  Tensor norm;                    // says type and size
+  std::vector<Tensor> attention_weights, ffn_weights;  // kept alive
+};
+
+void keep(std::vector<Tensor>& kept, const optional<Tensor>& tensor) {
+  if (tensor.has_value()) kept.push_back(*tensor);
+}
+
+void keep(std::vector<Tensor>& kept, at::TensorList weights, at::TensorList scales, const Biases& biases) {
+  kept.insert(kept.end(), weights.begin(), weights.end());
+  kept.insert(kept.end(), scales.begin(), scales.end());
+  for (size_t i = 0; i < biases.size(); ++i) keep(kept, biases.get(i));
+}
+
+class Decoder : public torch::CustomClassHolder {
+ public:
+  // The attention of the next layer, as in the op attention_step.
+  void add_layer(const Tensor& norm, const Tensor& next_norm, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                 Biases biases, int64_t bits, const optional<Tensor>& q_norm, const optional<Tensor>& k_norm, double eps,
+                 int64_t window, double scale, int64_t head_dim) {
+    Layer layer;
+    layer.norm = norm;
+    layer.attention = attention_call(norm, next_norm, weights, scales, biases, bits, q_norm, k_norm, eps, window, scale,
+                                     head_dim);
+    keep(layer.attention_weights, weights, scales, biases);
+    for (const optional<Tensor>& other : {optional<Tensor>(next_norm), q_norm, k_norm})
+      keep(layer.attention_weights, other);
+    layers_.push_back(std::move(layer));
+  }
+
+  // A layer's FFN is computed whole, as in the op dense_ffn.
+  void set_whole(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales, Biases biases, int64_t bits,
+                 std::string activation) {
+    Layer& layer = at(number);
+    layer.whole = dense_call(layer.attention.type, layer.attention.hidden, weights, scales, biases, bits, activation);
+    layer.kind = Ffn::WHOLE;
+    layer.ffn_weights.clear();
+    keep(layer.ffn_weights, weights, scales, biases);
+  }
+
+  // A layer's FFN is that of some rows of gate, up and down, as in the op sparse_ffn; with `size` the token keeps
+  // `keep_count` of them, or those above `threshold`, as in sparse_ffn_by_up. added: [hidden] each, onto the output.
+  void set_rows(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales, Biases biases, int64_t bits,
+                std::string activation, int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size,
+                int64_t keep_count, double threshold, std::vector<Tensor> added) {
+    Layer& layer = at(number);
+    check_lists(weights, scales, biases, 3);
+    const Input2d like = input_of(layer.norm);  // x and out are set for every token
+    FfnCall call =
+        scales.empty()
+            ? gated_call(like, weights[0], weights[1], weights[2], prefix, index, activation, layer.norm)
+            : gated_call(like, {weights[0], scales[0]}, {weights[1], scales[1]}, {weights[2], scales[2]}, bits, prefix,
+                         index, activation, layer.norm);
+    const int64_t rows = weights[0].size(0);
+    call.gate_bias = vector_of(biases.get(0), "bias_gate", rows);
+    call.up_bias = vector_of(biases.get(1), "bias_up", rows);
+    layer.rows = size.has_value() ? by_up_call(call, *size, rows, keep_count, threshold) : ByUpCall{call};
+    layer.added.clear();
+    for (const Tensor& one : added)
+      layer.added.push_back(vector_like(one, layer.norm, layer.attention.hidden, "added"));
+    layer.kind = size.has_value() ? Ffn::BY_UP : Ffn::ROWS;
+    layer.ffn_weights = std::move(added);
+    keep(layer.ffn_weights, weights, scales, biases);
+    keep(layer.ffn_weights, index);
+    keep(layer.ffn_weights, size);
+  }
+
+  // Takes one token, x [1, 1, hidden] plus the output `delta` of the layer before, through the layers first … last - 1.
+  // keys, values: of those layers, [1, heads, capacity, head size], filled up to `length`. Returns what comes out as x
+  // and delta, and for every layer the neurons that its FFN computed, int64 (0 for one that is whole).
+  std::tuple<Tensor, Tensor, Tensor> run(int64_t first, int64_t last, const Tensor& x, const optional<Tensor>& delta,
+                                         const Tensor& cosine, const Tensor& sine, std::vector<Tensor> keys,
+                                         std::vector<Tensor> values, int64_t length) {
+    TORCH_CHECK_VALUE(0 <= first && first < last && last <= int64_t(layers_.size()) &&
+                          int64_t(keys.size()) == last - first && keys.size() == values.size(),
+                      "expected keys and values of some of ", layers_.size(), " layers, got layers ", first, " to ",
+                      last, ", ", keys.size(), " keys and ", values.size(), " values");
+    const Tensor& like = at(first).norm;
+    check_one_token(x, like, "x");
+    Tensor sum = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
+    Tensor next = at::empty(x.sizes(), x.options());
+    Tensor computed = at::empty({last - first}, x.options().dtype(at::kLong));
+    const char* from = pointer(x);
+    const char* add = vector_like(delta, x, x.numel(), "delta");
+    const Kernels& kernels = *current().load();
+    const int threads = at::get_num_threads();
+    for (int64_t number = first; number < last; ++number) {
+      Layer& layer = at(number);
+      AttentionCall& call = layer.attention;
+      place_in_cache(call, keys[size_t(number - first)], values[size_t(number - first)], length);
+      call.x = from;
+      call.delta = add;
+      call.cosine = vector_like(cosine, x, call.head_dim, "cosine");
+      call.sine = vector_like(sine, x, call.head_dim, "sine");
+      call.sum = static_cast<char*>(sum.data_ptr());
+      call.next = static_cast<char*>(next.data_ptr());
+      run_attention(kernels, call, threads);
+      computed.mutable_data_ptr<int64_t>()[number - first] =
+          ffn(kernels, layer, call.next, static_cast<char*>(out.data_ptr()), threads);
+      from = call.sum;
+      add = pointer(out);
+    }
+    return {sum, out, computed};
+  }
+
+ private:
+  Layer& at(int64_t number) {
+    TORCH_CHECK_VALUE(number >= 0 && number < int64_t(layers_.size()), "there are ", layers_.size(),
+                      " layers, got number ", number);
+    return layers_[size_t(number)];
+  }
+
+  static int64_t ffn(const Kernels& kernels, Layer& layer, const char* x, char* out, int threads) {
+    int64_t computed = 0;
+    FfnCall& rows = layer.rows.ffn;
+    rows.x = layer.whole.x = x;
+    rows.out = layer.whole.out = out;
+    switch (layer.kind) {
+      case Ffn::WHOLE:
+        run_dense_ffn(kernels, layer.whole, threads);
+        return 0;
+      case Ffn::ROWS:
+        run_ffn(kernels, rows, threads);
+        computed = rows.rows.prefix + rows.rows.count;
+        break;
+      case Ffn::BY_UP:
+        computed = run_by_up(kernels, layer.rows, threads);
+        break;
+      default:
+        TORCH_CHECK_VALUE(false, "a layer has no FFN yet: call set_whole or set_rows");
+    }
+    for (const char* added : layer.added) add_vector(kernels, layer.attention.type, out, added, rows.hidden);
+    return computed;
+  }
+
+  std::vector<Layer> layers_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(partinfer, m) {
+  m.class_<Decoder>("Decoder")
+      .def(torch::init<>())
+      .def("add_layer", &Decoder::add_layer)
+      .def("set_whole", &Decoder::set_whole)
+      .def("set_rows", &Decoder::set_rows)
+      .def("run", &Decoder::run);
+}

@@ -1,0 +1,87 @@
+"""The decoder layers of a model in one native object, which takes a token through a run of them in a single call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from transformers_patches.kernels.layer import AttentionLayer, Projections
+
+
+@dataclass(frozen=True)
+class ActiveNeurons:
+    """A gated FFN as one token computes it: what `sparse_ffn` takes, and with `size` what `sparse_ffn_by_up` takes.
+
+    projections: gate, up and down [L, H], neuron-major; prefix, index: the active neurons, or the candidates; size
+    float32 [L], keep_count, threshold: how a token chooses among candidates; added: [H] each, onto the output.
+    """
+
+    projections: Projections
+    activation: str
+    prefix: int
+    index: Tensor | None = None
+    size: Tensor | None = None
+    keep_count: int | None = None
+    threshold: float = 0.0
+    added: Sequence[Tensor] = field(default_factory=tuple)
+
+
+class Decoder:
+    """Layers are added once; what their FFNs compute can be set again and again, for every prompt.
+
+    Only where the native kernels are. Raises ValueError for what doesn't fit.
+    """
+
+    def __init__(self) -> None:
+        self._native = torch.classes.partinfer.Decoder()
+
+    def add_layer(self, layer: AttentionLayer, head_size: int) -> None:
+        """The attention of the next layer; its FFN has still to be set."""
+        p = layer.projections
+        norms = (layer.q_norm, layer.k_norm, layer.eps)
+        self._native.add_layer(
+            layer.norm,
+            layer.next_norm,
+            p.weights,
+            p.scales,
+            p.biases,
+            p.bits,
+            *norms,
+            layer.window,
+            layer.scale,
+            head_size,
+        )
+
+    def set_whole(self, number: int, projections: Projections, activation: str) -> None:
+        """The FFN of layer `number` is computed whole; projections: gate, up and down, as nn.Linear has them."""
+        p = projections
+        self._native.set_whole(number, p.weights, p.scales, p.biases, p.bits, activation)
+
+    def set_active(self, number: int, ffn: ActiveNeurons) -> None:
+        """The FFN of layer `number` is computed for some neurons."""
+        p, keep = ffn.projections, -1 if ffn.keep_count is None else ffn.keep_count
+        self._native.set_rows(
+            number, p.weights, p.scales, p.biases, p.bits, ffn.activation, ffn.prefix, ffn.index, ffn.size, keep,
+            ffn.threshold, list(ffn.added),
+        )  # fmt: skip
+
+    def run(
+        self,
+        layers: range,
+        x: Tensor,
+        delta: Tensor | None,
+        cosine: Tensor,
+        sine: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        length: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, x [1, 1, H] and the output `delta` of the FFN before, through `layers`, which follow each other.
+
+        cosine, sine [1, 1, D]; keys, values: of each layer [1, heads, capacity, D], filled up to `length`: the token's are
+        written there. Returns x, delta and the neurons that each FFN computed (0 where it is whole), int64 [layers].
+        """
+        return self._native.run(layers.start, layers.stop, x, delta, cosine, sine, keys, values, length)

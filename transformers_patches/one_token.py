@@ -103,8 +103,9 @@ class OneTokenPass:
                 layer = self.layers[run.start]
                 x, normed = layer.attend(x, delta, *turns, cache.layers[run.start])
                 delta = layer.ffn(normed)
-        hidden = kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.variance_epsilon)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        if not self.layers[-1].native:
+            delta = kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.variance_epsilon)
+        return BaseModelOutputWithPast(last_hidden_state=delta, past_key_values=cache)
 
     def _run(self, run: range, x, delta, turns, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
         stores = cache.layers[run.start : run.stop]
@@ -144,6 +145,7 @@ class OneTokenPass:
             if layer.dense is not None and layer.activation is not None:
                 native.set_whole(number, layer.dense, layer.activation)
                 layer.native = True
+        native.set_norm(self.decoder.norm.weight.detach(), self.decoder.norm.variance_epsilon)
         return native
 
 

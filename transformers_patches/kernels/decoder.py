@@ -68,6 +68,10 @@ class Decoder:
             ffn.threshold, list(ffn.added),
         )  # fmt: skip
 
+    def set_norm(self, norm: Tensor, eps: float) -> None:
+        """The RMSNorm after the last layer, weight [H]; all layers have been added."""
+        self._native.set_norm(norm, eps)
+
     def run(
         self,
         layers: range,
@@ -82,6 +86,7 @@ class Decoder:
         """One token, x [1, 1, H] and the output `delta` of the FFN before, through `layers`, which follow each other.
 
         cosine, sine [1, 1, D]; keys, values: of each layer [1, heads, capacity, D], filled up to `length`: the token's are
-        written there. Returns x, delta and the neurons that each FFN computed (0 where it is whole), int64 [layers].
+        written there. Returns x, delta and the neurons that each FFN computed (0 where it is whole), int64 [layers]; after
+        the last layer x + delta, and the norm of it in place of delta.
         """
         return self._native.run(layers.start, layers.stop, x, delta, cosine, sine, keys, values, length)

@@ -89,9 +89,17 @@ class Decoder : public torch::CustomClassHolder {
     keep(layer.ffn_weights, size);
   }
 
+  // The norm after the last layer.
+  void set_norm(const Tensor& norm, double eps) {
+    check_one_token(norm, at(0).norm, "norm");
+    norm_ = norm;
+    norm_eps_ = float(eps);
+  }
+
   // Takes one token, x [1, 1, hidden] plus the output `delta` of the layer before, through the layers first … last - 1.
   // keys, values: of those layers, [1, heads, capacity, head size], filled up to `length`. Returns what comes out as x
-  // and delta, and for every layer the neurons that its FFN computed, int64 (0 for one that is whole).
+  // and delta, after the last layer x + delta and the norm of it, and for every layer the neurons that its FFN computed,
+  // int64 (0 for one that is whole).
   std::tuple<Tensor, Tensor, Tensor> run(int64_t first, int64_t last, const Tensor& x, const optional<Tensor>& delta,
                                          const Tensor& cosine, const Tensor& sine, std::vector<Tensor> keys,
                                          std::vector<Tensor> values, int64_t length) {
@@ -123,6 +131,11 @@ class Decoder : public torch::CustomClassHolder {
           ffn(kernels, layer, call.next, static_cast<char*>(out.data_ptr()), threads);
       from = call.sum;
       add = pointer(out);
+    }
+    if (last == int64_t(layers_.size())) {
+      TORCH_CHECK_VALUE(norm_.defined(), "the last layer needs a norm behind it: call set_norm");
+      kernels.norm({float_type(x, "x"), from, add, static_cast<char*>(sum.data_ptr()), pointer(norm_), norm_eps_,
+                    x.numel(), static_cast<char*>(out.data_ptr())});
     }
     return {sum, out, computed};
   }
@@ -158,6 +171,8 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   std::vector<Layer> layers_;
+  Tensor norm_;
+  float norm_eps_ = 0.0f;
 };
 
 }  // namespace
@@ -168,5 +183,6 @@ TORCH_LIBRARY_FRAGMENT(partinfer, m) {
       .def("add_layer", &Decoder::add_layer)
       .def("set_whole", &Decoder::set_whole)
       .def("set_rows", &Decoder::set_rows)
+      .def("set_norm", &Decoder::set_norm)
       .def("run", &Decoder::run);
 }

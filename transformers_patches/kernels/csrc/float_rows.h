@@ -18,13 +18,6 @@ struct Step {
 };
 
 #ifdef PARTINFER_BF16_DOT
-inline BF load_pairs_tail(const bf16_t* p, int64_t count) {
-  bf16_t lanes[2 * LANES];
-  __builtin_memset(lanes, 0, sizeof(lanes));
-  __builtin_memcpy(lanes, p, size_t(count) * sizeof(bf16_t));
-  return load_pairs(lanes);
-}
-
 template <>
 struct Step<bf16_t, bf16_t> {
   static constexpr int N = 2 * LANES;
@@ -41,10 +34,9 @@ template <class W, class X, int R, int T>
 inline void dot_block(const RowRef* rows, const RowRef* next, const X* x, int64_t hidden, float (*out)[T]) {
   using S = Step<W, X>;
   constexpr int LINE = 64 / sizeof(W);  // elements per cache line: one prefetch for each
-  F acc[R][T];
+  F acc[R * T];
   PARTINFER_UNROLL
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) acc[r][t] = zero();
+  for (int i = 0; i < R * T; ++i) acc[i] = zero();
   int64_t j = 0;
   for (; j + LINE <= hidden; j += LINE) {
     PARTINFER_UNROLL
@@ -58,7 +50,7 @@ inline void dot_block(const RowRef* rows, const RowRef* next, const X* x, int64_
       for (int r = 0; r < R; ++r) {
         const auto w = S::weights(reinterpret_cast<const W*>(rows[r].data) + j + v);
         PARTINFER_UNROLL
-        for (int t = 0; t < T; ++t) acc[r][t] = S::accumulate(w, xv[t], acc[r][t]);
+        for (int t = 0; t < T; ++t) acc[r * T + t] = S::accumulate(w, xv[t], acc[r * T + t]);
       }
     }
   }
@@ -66,12 +58,10 @@ inline void dot_block(const RowRef* rows, const RowRef* next, const X* x, int64_
     const int64_t count = smaller(S::N, hidden - j);
     for (int r = 0; r < R; ++r) {
       const auto w = S::weights_tail(reinterpret_cast<const W*>(rows[r].data) + j, count);
-      for (int t = 0; t < T; ++t) acc[r][t] = S::accumulate(w, S::input_tail(x + t * hidden + j, count), acc[r][t]);
+      for (int t = 0; t < T; ++t) acc[r * T + t] = S::accumulate(w, S::input_tail(x + t * hidden + j, count), acc[r * T + t]);
     }
   }
-  PARTINFER_UNROLL
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) out[r][t] = sum(acc[r][t]);
+  sums(acc, &out[0][0]);
 }
 
 // The columns of a row that are added to y together. y has bfloat16 columns in another order, as long as they fill
@@ -131,10 +121,10 @@ inline void add_rows_block(const RowRef* rows, const RowRef* next, const float (
   }
 }
 
-// out[t] = row · x[t] for a row inside a run of rows that follow each other; `next` is read afterwards. Few instructions
+// The sum of result[t] is row · x[t], for a row inside a run of rows that follow each other; `next` is read afterwards. Few instructions
 // for each cache line, so that the processor itself looks far ahead.
 template <class W, class X, int T>
-inline void dot_row(const char* row, const char* next, const X* x, int64_t hidden, float* out) {
+inline void dot_row(const char* row, const char* next, const X* x, int64_t hidden, F* result) {
   using S = Step<W, X>;
   constexpr int LINE = 64 / sizeof(W);
   constexpr int SUMS = MAX_ACCUMULATORS / T < 4 ? MAX_ACCUMULATORS / T : 4;  // additions wait for each other else
@@ -160,7 +150,11 @@ inline void dot_row(const char* row, const char* next, const X* x, int64_t hidde
       }
     }
   }
-  for (; j < hidden; j += S::N) {
+  for (; j + S::N <= hidden; j += S::N) {
+    const auto w = S::weights(reinterpret_cast<const W*>(row) + j);
+    for (int t = 0; t < T; ++t) acc[0][t] = S::accumulate(w, S::input(x + t * hidden + j), acc[0][t]);
+  }
+  if (j < hidden) {
     const int64_t count = smaller(S::N, hidden - j);
     const auto w = S::weights_tail(reinterpret_cast<const W*>(row) + j, count);
     for (int t = 0; t < T; ++t) acc[0][t] = S::accumulate(w, S::input_tail(x + t * hidden + j, count), acc[0][t]);
@@ -168,7 +162,7 @@ inline void dot_row(const char* row, const char* next, const X* x, int64_t hidde
   PARTINFER_UNROLL
   for (int t = 0; t < T; ++t) {
     for (int a = 1; a < SUMS; ++a) acc[0][t] = add(acc[0][t], acc[a][t]);
-    out[t] = sum(acc[0][t]);
+    result[t] = acc[0][t];
   }
 }
 
@@ -217,8 +211,11 @@ struct FloatRows {
   // As dot, for rows that follow each other, one after the other; `after` is what is read next.
   template <int R, int T>
   static void dot_run(const RowRef* rows, const RowRef& after, const Input& x, int64_t first, float (*out)[T]) {
+    F products[R * T];
     for (int r = 0; r < R; ++r)
-      dot_row<W, X, T>(rows[r].data, (r + 1 < R ? rows[r + 1] : after).data, input(x) + first * x.hidden, x.hidden, out[r]);
+      dot_row<W, X, T>(rows[r].data, (r + 1 < R ? rows[r + 1] : after).data, input(x) + first * x.hidden, x.hidden,
+                       products + r * T);
+    sums(products, &out[0][0]);
   }
 
   static void prefetch_scales(const RowRef*, int, int64_t) {}

@@ -66,6 +66,16 @@ inline f16_t to_f16(float a) {
 
 constexpr int32_t U4_OFFSET = 8;  // 4-bit weights are stored as value + 8
 
+template <int N>
+inline void sums(const F (&vectors)[N], float* out) {
+  constexpr int EIGHTS = N / 8 * 8;
+  PARTINFER_UNROLL
+  for (int i = 0; i < EIGHTS; i += 8) sum8(vectors + i, out + i);
+  PARTINFER_UNROLL
+  for (int i = EIGHTS; i < N; ++i) out[i] = sum(vectors[i]);
+}
+
+#ifndef PARTINFER_MASKED_TAILS
 // The last `count` < LANES elements of a row, and zeros.
 template <class T>
 inline F load_tail(const T* p, int64_t count) {
@@ -74,6 +84,13 @@ inline F load_tail(const T* p, int64_t count) {
   __builtin_memcpy(lanes, p, size_t(count) * sizeof(T));
   return load(lanes);
 }
+inline I8 load_bytes_tail(const char* p, int64_t count) {
+  char bytes[BYTES];
+  __builtin_memset(bytes, 0, sizeof(bytes));
+  __builtin_memcpy(bytes, p, size_t(count));
+  return load_bytes(bytes);
+}
+#endif
 
 template <class T>
 inline void store_tail(T* p, F a, int64_t count) {
@@ -89,13 +106,6 @@ inline F load_part(const T* p, int64_t count) {
 template <class T>
 inline void store_part(T* p, F a, int64_t count) {
   count < LANES ? store_tail(p, a, count) : store(p, a);
-}
-
-inline I8 load_bytes_tail(const char* p, int64_t count) {
-  char bytes[BYTES];
-  __builtin_memset(bytes, 0, sizeof(bytes));
-  __builtin_memcpy(bytes, p, size_t(count));
-  return load_bytes(bytes);
 }
 
 // Into the second-level cache: the rows that come next are too big for the first, and this is what hides DRAM.

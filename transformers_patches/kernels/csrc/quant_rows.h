@@ -122,11 +122,10 @@ inline void dot_groups(const RowRef* rows, const RowRef* next, const Input& x, i
   }
 }
 
-// out[r][t] = rows[r] · x[first + t]
+// The sums of acc[r][t] are rows[r] · x[first + t].
 template <int BITS, int R, int T, bool RUN>
-inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, float (*out)[T]) {
+inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, F (&acc)[R][T]) {
   const int64_t groups = x.hidden / GROUP;
-  F acc[R][T];
   PARTINFER_UNROLL
   for (int r = 0; r < R; ++r)
     for (int t = 0; t < T; ++t) acc[r][t] = zero();
@@ -134,9 +133,6 @@ inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input&
   for (; g + SCALE_BLOCK <= groups; g += SCALE_BLOCK)
     dot_groups<BITS, R, T, true, RUN>(rows, next, x, first, g, SCALE_BLOCK, acc);
   if (g < groups) dot_groups<BITS, R, T, false, RUN>(rows, next, x, first, g, groups - g, acc);
-  PARTINFER_UNROLL
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) out[r][t] = sum(acc[r][t]);
 }
 
 constexpr int QUAD = 4;           // rows whose bytes are taken side by side
@@ -246,15 +242,24 @@ struct QuantRows {
   static void dot(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, float (*out)[T]) {
     // Besides the sums, T * PARTS input vectors want a register.
     constexpr int BLOCK = R * T <= MAX_ACCUMULATORS / 2 ? R : (MAX_ACCUMULATORS / 2 / T > 0 ? MAX_ACCUMULATORS / 2 / T : 1);
-    for (int r = 0; r < R; r += BLOCK)
-      quant_dot_block<BITS, BLOCK, T, false>(rows + r, next + r, x, first, out + r);
+    for (int r = 0; r < R; r += BLOCK) {
+      F acc[BLOCK][T];
+      quant_dot_block<BITS, BLOCK, T, false>(rows + r, next + r, x, first, acc);
+      sums(reinterpret_cast<F(&)[BLOCK * T]>(acc), out[r]);
+    }
   }
 
   // As dot, for rows that follow each other, one after the other. What is prefetched past the last one is what follows
   // it in memory, not what is read next: one KB of a run's many.
   template <int R, int T>
   static void dot_run(const RowRef* rows, const RowRef&, const Input& x, int64_t first, float (*out)[T]) {
-    for (int r = 0; r < R; ++r) quant_dot_block<BITS, 1, T, true>(rows + r, nullptr, x, first, out + r);
+    F acc[R][T];
+    for (int r = 0; r < R; ++r) {
+      F one[1][T];
+      quant_dot_block<BITS, 1, T, true>(rows + r, nullptr, x, first, one);
+      for (int t = 0; t < T; ++t) acc[r][t] = one[0][t];
+    }
+    sums(reinterpret_cast<F(&)[R * T]>(acc), out[0]);
   }
 
   static constexpr int ADD_ROWS = QUANT_ADD_ROWS;

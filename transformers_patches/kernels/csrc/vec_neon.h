@@ -47,6 +47,11 @@ inline F divide(F a, F b) { return {vdivq_f32(a.v, b.v)}; }
 // The larger one of a, which is not negative, and |b|.
 inline F max_size(F a, F b) { return {vmaxq_f32(a.v, vabsq_f32(b.v))}; }
 inline float sum(F a) { return vaddvq_f32(a.v); }
+// The sums of eight vectors.
+inline void sum8(const F* v, float* out) {
+  vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0].v, v[1].v), vpaddq_f32(v[2].v, v[3].v)));
+  vst1q_f32(out + 4, vpaddq_f32(vpaddq_f32(v[4].v, v[5].v), vpaddq_f32(v[6].v, v[7].v)));
+}
 
 constexpr int BYTES = 16;
 constexpr int32_t S8_OFFSET = 0;

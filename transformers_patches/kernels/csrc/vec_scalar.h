@@ -63,6 +63,9 @@ inline F max_size(F a, F b) {
   return a;
 }
 inline float sum(F a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+inline void sum8(const F* v, float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = sum(v[i]);
+}
 
 // Integers: 16 bytes and the 4 int32 lanes that they sum into, 4 neighbouring bytes each.
 constexpr int BYTES = 16;

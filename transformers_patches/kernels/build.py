@@ -28,7 +28,7 @@ from transformers_patches.files import write_text_atomic
 
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "partinfer_kernels"
-FLOAT_SOURCES = ("sparse_ffn", "linear", "attend", "read")
+FLOAT_SOURCES = ("sparse_ffn", "linear", "attend", "choose", "read")
 QUANT_SOURCES = ("quant_ffn", "quant_linear", "quant_convert")
 DRIVERS = ("bindings", "decoder", "threads", "layer", "core_counts", "by_up", "dispatch", "input", "probe")
 COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")

@@ -3,11 +3,8 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <vector>
 
-#include "select.h"
 #include "shared_ffn.h"
 
 namespace partinfer {
@@ -18,12 +15,7 @@ struct Selection {
   std::vector<float> ones;             // [candidates], what a plain FFN's activations are multiplied with
   std::vector<int32_t> rows;           // of the kept ones, with room for all
   std::vector<float> kept_values;      // likewise
-  std::vector<float> space;            // to search the cut in
 };
-
-int64_t row_of(const ActiveRows& candidates, int64_t position) {
-  return position < candidates.prefix ? position : candidates.index[position - candidates.prefix];
-}
 
 const Matrix& first_of(const FfnCall& call) { return call.up.data != nullptr ? call.up : call.gate; }
 
@@ -41,23 +33,7 @@ void score(const Kernels& kernels, const ByUpCall& call, const Input& x, Range r
   if (!gated)
     kernels.gate_values(call.ffn.activation, &selection.values[size_t(range.begin)], selection.ones.data(),
                         range.end - range.begin);
-  for (int64_t p = range.begin; p < range.end; ++p)
-    selection.scores[size_t(p)] = std::fabs(selection.values[size_t(p)]) * call.size[row_of(call.ffn.rows, p)];
-}
-
-// Returns how many are kept. Without branches on what is kept, which no processor could foresee.
-int64_t choose(const ByUpCall& call, Selection& selection) {
-  const Cut cut = call.keep < 0 ? Cut{call.threshold, 0} : cut_for(selection.scores, call.keep, selection.space);
-  int64_t ties = cut.ties, kept = 0;
-  for (size_t p = 0; p < selection.scores.size(); ++p) {
-    const float s = selection.scores[p];
-    const bool tie = s == cut.above && ties > 0 && s != 0.0f;
-    ties -= tie;
-    selection.rows[size_t(kept)] = int32_t(row_of(call.ffn.rows, int64_t(p)));
-    selection.kept_values[size_t(kept)] = selection.values[p];
-    kept += int64_t(s > cut.above && s != 0.0f) | int64_t(tie);
-  }
-  return kept;
+  kernels.score_candidates(task.rows, selection.values.data(), call.size, selection.scores.data());
 }
 
 }  // namespace
@@ -71,8 +47,8 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
   const int64_t y_count = useful * y_stride_of(call.ffn.hidden);
   selection.values.resize(size_t(candidates));
   selection.scores.resize(size_t(candidates));
-  selection.rows.resize(size_t(candidates) + 1);
-  selection.kept_values.resize(size_t(candidates) + 1);
+  selection.rows.resize(size_t(candidates + KEEP_ROOM));
+  selection.kept_values.resize(size_t(candidates + KEEP_ROOM));
   scratch.reserve(input_bytes(1, call.ffn.hidden) + Scratch::padded(size_t(y_count) * sizeof(float)));
   const Input x = prepare(kernels, call.ffn.type, call.ffn.x, call.ffn.x_type, 0, 1, call.ffn.hidden, scratch);
   SharedFfn shared = share_ffn(call.ffn, x, 0, scratch.take<float>(y_count));
@@ -87,7 +63,10 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
     if (worker < computing) score(kernels, call, x, share(candidates, ROW_BLOCK, worker, computing), selection);
     wait_for_all(workers);
     if (worker == 0) {
-      shared.positions = choose(call, selection);
+      shared.positions =
+          kernels.keep_candidates(rows_of(call.ffn.rows, {0, candidates}), selection.values.data(),
+                                  selection.scores.data(), call.keep, call.threshold, selection.rows.data(),
+                                  selection.kept_values.data());
       shared.task.rows = {0, selection.rows.data(), 0, shared.positions};
       shared.task.up_values = selection.kept_values.data();
     }

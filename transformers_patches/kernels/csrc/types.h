@@ -127,6 +127,8 @@ struct AttendTask {
 
 constexpr int64_t COLUMN_BLOCK = 128;  // columns are reordered only inside blocks of this many
 
+constexpr int64_t KEEP_ROOM = 16;
+
 // One instruction set's kernels. Single-threaded; threads.cpp shares the work out.
 struct Kernels {
   const char* name;
@@ -139,6 +141,12 @@ struct Kernels {
   void (*rotate)(Type type, char* head, const float* cosine, const float* sine, int64_t head_dim);
   void (*attend)(const AttendTask&);
   void (*gate_values)(Activation, float* gate, const float* up, int64_t count);  // gate = activation(gate) * up
+  // scores[p] = |values[p]| * size[row of p], for the positions of `rows`
+  void (*score_candidates)(const Rows& rows, const float* values, const float* size, float* scores);
+  // The rows and values of the `keep` best of positions 0 … rows.end - 1 (keep below 0: of all above `threshold`), in
+  // order, with room for KEEP_ROOM more than there are positions. Returns how many.
+  int64_t (*keep_candidates)(const Rows& rows, const float* values, const float* scores, int64_t keep, float threshold,
+                             int32_t* kept_rows, float* kept_values);
   const bool* bf16_input;  // whether bfloat16 weights are multiplied with a raw bfloat16 input
   void (*ffn_quant)(const FfnTask&);
   void (*linear_quant)(const LinearTask&);

@@ -15,6 +15,8 @@
   void rotate(Type, char*, const float*, const float*, int64_t);  \
   void attend(const AttendTask&);          \
   void gate_values(Activation, float*, const float*, int64_t);    \
+  void score_candidates(const Rows&, const float*, const float*, float*);  \
+  int64_t keep_candidates(const Rows&, const float*, const float*, int64_t, float, int32_t*, float*);  \
   extern const bool bf16_input;            \
   }                                        \
   }

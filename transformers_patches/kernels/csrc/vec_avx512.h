@@ -77,6 +77,19 @@ inline void sum8(const F* v, float* out) {
   _mm_storeu_ps(out + 4, _mm512_extractf32x4_ps(all, 2));
 }
 
+#define PARTINFER_COMPRESS 1
+using Lanes = __mmask16;
+inline Lanes larger(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+inline Lanes same(F a, F b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+// The chosen of LANES numbers from `first` on, and of the values, side by side; LANES of each are written. How many.
+inline int compress(Lanes chosen, int32_t first, F values, int32_t* numbers, float* out) {
+  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i all = _mm512_add_epi32(_mm512_set1_epi32(first), steps);
+  _mm512_storeu_si512(numbers, _mm512_maskz_compress_epi32(chosen, all));
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(chosen, values.v));
+  return __builtin_popcount(chosen);
+}
+
 #ifdef __AVX512BF16__
 // 32 bfloat16 at once, products exact and summed in float32.
 #define PARTINFER_BF16_DOT 1

@@ -71,17 +71,6 @@ inline void pack_group(const float* values, char* out) {
   }
 }
 
-// A group's 32 values as int8; int4 goes through `space`.
-template <int BITS>
-inline const int8_t* unpack_group(const char* bytes, int8_t* space) {
-  if constexpr (BITS == 8) return reinterpret_cast<const int8_t*>(bytes);
-  for (int i = 0; i < GROUP / 2; ++i) {
-    space[i] = int8_t((bytes[i] & 15) - 8);
-    space[i + GROUP / 2] = int8_t((uint8_t(bytes[i]) >> 4) - 8);
-  }
-  return space;
-}
-
 inline void load_group(const char* floats, Type type, int64_t at, float* out) {
   for (int i = 0; i < GROUP; i += LANES) {
     if (type == Type::F32)
@@ -108,16 +97,33 @@ void quantise(const ConvertTask& task) {
   }
 }
 
+template <class T>
+inline void unpack_group(const int8_t* values, F scale, T* out) {
+  for (int i = 0; i < GROUP; i += LANES) store(out + i, mul(load(values + i), scale));
+}
+
+// (q - 8) * scale as q * scale - 8 * scale, which is exact until it is rounded once.
+template <class T>
+inline void unpack_group(const char* nibbles, F scale, T* out) {
+  const F least = mul(scale, set1(-float(U4_OFFSET)));
+  for (int i = 0; i < GROUP / 2; i += LANES) {
+    F low, high;
+    load_nibbles(nibbles + i, low, high);
+    store(out + i, fma(low, scale, least));
+    store(out + GROUP / 2 + i, fma(high, scale, least));
+  }
+}
+
 template <int BITS, class T>
 void dequantise_to(const ConvertTask& task) {
-  constexpr int GROUP_BYTES = BITS == 8 ? 32 : 16;
   const int64_t groups = task.hidden / GROUP;
   for (int64_t group = task.begin * groups; group < task.end * groups; ++group) {
-    int8_t space[GROUP];
-    const int8_t* values = unpack_group<BITS>(task.data + group * GROUP_BYTES, space);
     const F scale = set1(to_float(f16_t{task.scales[group]}));
     T* out = reinterpret_cast<T*>(task.floats) + group * GROUP;
-    for (int i = 0; i < GROUP; i += LANES) store(out + i, mul(load(values + i), scale));
+    if constexpr (BITS == 8)
+      unpack_group(reinterpret_cast<const int8_t*>(task.data) + group * GROUP, scale, out);
+    else
+      unpack_group(task.data + group * (GROUP / 2), scale, out);
   }
 }
 

@@ -84,6 +84,12 @@ inline I8 join_bytes(I32 a, I32 b, I32 c, I32 d) {
   const __m256i high = _mm256_blendv_epi8(c.v, _mm256_slli_epi32(d.v, 8), odd);
   return {_mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa)};
 }
+// The low and the high four bits of LANES bytes as floats.
+inline void load_nibbles(const char* p, F& low, F& high) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  low.v = _mm256_cvtepi32_ps(_mm256_and_si256(wide, _mm256_set1_epi32(15)));
+  high.v = _mm256_cvtepi32_ps(_mm256_srli_epi32(wide, 4));
+}
 inline I32 dot_u4(I32 acc, I8 w, I8 x) {
   const __m256i pairs = _mm256_maddubs_epi16(w.v, x.v);
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};

@@ -126,6 +126,12 @@ inline I8 join_bytes(I32 a, I32 b, I32 c, I32 d) {
   const __m512i high = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, c.v, _mm512_slli_epi32(d.v, 8));
   return {_mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_slli_epi32(high, 16))};
 }
+// The low and the high four bits of LANES bytes as floats.
+inline void load_nibbles(const char* p, F& low, F& high) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  low.v = _mm512_cvtepi32_ps(_mm512_and_si512(wide, _mm512_set1_epi32(15)));
+  high.v = _mm512_cvtepi32_ps(_mm512_srli_epi32(wide, 4));
+}
 #ifdef __AVX512VNNI__
 // vpdpbusd wants one unsigned factor: weights go in as w + 128, and the accumulator starts at -128 * sum(x).
 constexpr int32_t S8_OFFSET = 128;

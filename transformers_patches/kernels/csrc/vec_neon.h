@@ -77,6 +77,14 @@ inline I8 join_bytes(I32 a, I32 b, I32 c, I32 d) {
   const int32x4_t low = vsliq_n_s32(a.v, b.v, 8), high = vsliq_n_s32(c.v, d.v, 8);
   return {vreinterpretq_s8_s32(vsliq_n_s32(low, high, 16))};
 }
+// The low and the high four bits of LANES bytes as floats.
+inline void load_nibbles(const char* p, F& low, F& high) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  const uint8x8_t bytes = vcreate_u8(four);
+  low.v = vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vand_u8(bytes, vdup_n_u8(15))))));
+  high.v = vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vshr_n_u8(bytes, 4)))));
+}
 #ifdef __ARM_FEATURE_DOTPROD
 inline I32 dot_s8(I32 acc, I8 w, I8 x) { return {vdotq_s32(acc.v, w.v, x.v)}; }
 #else

@@ -116,6 +116,13 @@ inline I8 join_bytes(I32 a, I32 b, I32 c, I32 d) {
   }
   return r;
 }
+// The low and the high four bits of LANES bytes as floats.
+inline void load_nibbles(const char* p, F& low, F& high) {
+  VEC_LOOP {
+    low.v[i] = float(p[i] & 15);
+    high.v[i] = float(uint8_t(p[i]) >> 4);
+  }
+}
 inline I32 dot_s8(I32 acc, I8 w, I8 x) {
   for (int i = 0; i < 16; ++i) acc.v[i / 4] += int32_t(w.v[i]) * x.v[i];
   return acc;

@@ -17,7 +17,7 @@ PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass")  # once per prompt; fo
 TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selection.py
 SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
 COMPENSATIONS = ("mean", "lowrank", "refit")
-BUDGETS = ("uniform", "per_layer")
+BUDGETS = ("auto", "uniform", "per_layer")
 TOKEN_COUNTS = ("exact", "average")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
@@ -98,7 +98,10 @@ class PartInferConfig:
     )
     fit_filepath: str | None = _option(None, "fit file of python -m profiler fit (the one beside the neuron file)")
     budget: str = _option(
-        "uniform", "the same gamma and phi for every sparse layer, or those of the fit file", choices=BUDGETS
+        "auto",
+        "the same gamma and phi for every sparse layer, or for the same bytes in all those of the fit file; auto: the "
+        "fit file's if it has some for this --sparsity",
+        choices=BUDGETS,
     )
     refresh: int | None = _option(
         None, "choose again every so many decoded tokens, from the loaded neurons (never)", type=int

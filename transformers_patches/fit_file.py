@@ -91,6 +91,11 @@ class FitFile:
         return float(self.metadata["loaded_neurons_percent"])
 
     @property
+    def sparsity(self) -> float:
+        """phi that the fit was made for, or, spread by layers, their budget's."""
+        return float(self.metadata["sparsity"])
+
+    @property
     def layer_sparsity(self) -> dict[int, float]:
         """phi of every layer if the budget was spread by layers, else empty."""
         return {int(layer): float(phi) for layer, phi in json.loads(self.metadata.get("layer_sparsity", "{}")).items()}

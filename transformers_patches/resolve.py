@@ -38,6 +38,8 @@ def resolve_settings(
     """
     if settings.method != "partinfer":
         settings = _baseline(settings)
+    if settings.budget == "auto":
+        settings = dataclasses.replace(settings, budget=_budget(settings, fit))
     reason = "there is none" if fit is None else _why_unfit(settings, num_layers, fit)
     usable = fit if reason is None else None
     statistics = base is not None and base.has_spread and settings.use_partial_loading
@@ -81,6 +83,20 @@ def _baseline(settings: PartInferConfig) -> PartInferConfig:
     return dataclasses.replace(settings, selection=selection, compensation=compensation)
 
 
+def _budget(settings: PartInferConfig, fit: FitFile | None) -> str:
+    """What `auto` means: the fit file's shares for the layers, where they are for what the settings ask for."""
+    uses_fit = settings.compensation == "auto" or settings.compensations & FITTED
+    if settings.method != "partinfer" or fit is None or not uses_fit or not _spread_for(settings, fit):
+        return "uniform"
+    same_layers = settings.start_num in (None, min(fit.layers)) and settings.end_num in (None, max(fit.layers))
+    return "per_layer" if same_layers else "uniform"
+
+
+def _spread_for(settings: PartInferConfig, fit: FitFile) -> bool:
+    """Whether a fit file has shares of every layer for the settings' sparsity."""
+    return bool(fit.layer_sparsity) and abs(fit.sparsity - settings.sparsity) < 1e-6
+
+
 def _why_unfit(settings: PartInferConfig, num_layers: int, fit: FitFile) -> str | None:
     """Why a fit file does not belong to these settings; None if it does."""
     if not settings.use_partial_loading:
@@ -90,8 +106,10 @@ def _why_unfit(settings: PartInferConfig, num_layers: int, fit: FitFile) -> str 
             f"{fit.source} was made for loaded_neurons_percent {fit.loaded_neurons_percent:g}, "
             f"not {settings.loaded_neurons_percent:g}"
         )
-    if settings.budget == "uniform" and (
-        fit.layer_sparsity or sorted(fit.layers) != list(settings.resolve_layers(num_layers))
-    ):
-        return f"{fit.source} was made for other layers or --budget per_layer"
+    if settings.budget == "uniform" and fit.layer_sparsity:
+        return f"{fit.source} has shares of every layer for sparsity {fit.sparsity:g} (--budget per_layer, all layers)"
+    if settings.budget == "uniform" and sorted(fit.layers) != list(settings.resolve_layers(num_layers)):
+        return f"{fit.source} was made for other layers"
+    if settings.budget == "per_layer" and fit.layer_sparsity and not _spread_for(settings, fit):
+        return f"{fit.source} has shares of every layer for sparsity {fit.sparsity:g}, not {settings.sparsity:g}"
     return None

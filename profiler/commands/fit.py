@@ -81,10 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fit.add_argument(
         "--budget",
-        choices=BUDGETS,
-        default="uniform",
+        choices=BUDGETS[1:],
         help="the same gamma and phi for every sparse layer, or, for the same bytes in all, those of each layer that cost "
-        "least by an estimate, over all layers of the model (uniform)",
+        "least by an estimate, over all layers of the model (per_layer; uniform if sparse layers are given)",
     )
     fit.add_argument("--ridge", type=float, default=0.03, help="pull towards the original rows (0.03)")
     fit.add_argument(
@@ -178,6 +177,8 @@ def _fit(
         raise PartInferError("the model does not fit on the GPUs: use --device cpu")
     identity = profiled_settings(arguments, source, loaded)
     neurons.check_fits(model.config, identity["fingerprint"], loaded.name)
+    given = arguments.start_num is not None or arguments.end_num is not None
+    budget = arguments.budget or ("uniform" if given else "per_layer")
     layers = PartInferConfig(start_num=arguments.start_num, end_num=arguments.end_num).resolve_layers(
         model.config.num_hidden_layers
     )
@@ -191,7 +192,7 @@ def _fit(
         quiet=arguments.quiet,
     )
     shares = dict.fromkeys(layers)
-    if arguments.budget == "per_layer":
+    if budget == "per_layer":
         shares = _spread(model, texts.batches, layers, fit_settings)
         if not shares:
             raise PartInferError("nothing would be left out: lower --loaded_neurons_percent or --sparsity")
@@ -201,7 +202,7 @@ def _fit(
         "choose": arguments.choose,
         "start_num": layers[0],
         "end_num": layers[-1],
-        "budget": arguments.budget,
+        "budget": budget,
         "texts_sha256": texts.digest,
     }
     run = FitRun(
@@ -221,7 +222,7 @@ def _fit(
         "error_before": f"{_mean(run.errors, 0):.4f}",
         "error_after": f"{_mean(run.errors, 1):.4f}",
     }
-    if arguments.budget == "per_layer":
+    if budget == "per_layer":
         fit.metadata["layer_sparsity"] = json.dumps({layer: share.sparsity for layer, share in shares.items()})
     with interrupts_deferred():
         fit.save(output)

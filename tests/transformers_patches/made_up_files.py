@@ -45,4 +45,5 @@ def made_up_fit(compensation: str, layers=range(1, 5), loaded: int = 56, rank: i
         if "lowrank" in compensation:
             fit.lowrank_in, fit.lowrank_out = draw(rank, HIDDEN), draw(rank, HIDDEN)
         fits[layer] = fit
-    return FitFile(fits, INTERMEDIATE, {"compensation": compensation, "loaded_neurons_percent": "0.7", **metadata})
+    made_for = {"compensation": compensation, "loaded_neurons_percent": "0.7", "sparsity": "0.4"}
+    return FitFile(fits, INTERMEDIATE, made_for | metadata)

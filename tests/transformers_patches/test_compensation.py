@@ -172,6 +172,20 @@ def test_every_layer_can_have_its_own_budget(tiny_checkpoints, tmp_path):
     assert ours.bytes_fraction() == pytest.approx(2.5 / 6)
     even = load_model(tiny_checkpoints["llama"], PartInferConfig(start_num=1, end_num=4, **settings))
     assert even.settings.compensation == "mean"  # the fit is for another budget
+    found = load_model(tiny_checkpoints["llama"], PartInferConfig(**settings)).settings
+    assert (found.budget, found.compensation) == ("per_layer", "refit")
+    for compensation in ("none", "mean"):  # what does not use the fit leaves its shares alone, too
+        plain = load_model(tiny_checkpoints["llama"], PartInferConfig(compensation=compensation, **settings))
+        assert plain.settings.budget == "uniform"
+    other = load_model(tiny_checkpoints["llama"], PartInferConfig(sparsity=0.5, **settings)).settings
+    assert (other.budget, other.compensation) == ("uniform", "mean")
+    original = PartInferConfig(selection="core", compensation="none", budget="uniform", **settings)
+    assert load_model(tiny_checkpoints["llama"], original).plan.layers[3].computed_count == 32
+    with pytest.raises(PartInferError, match="has shares of every layer for sparsity 0.4, not 0.5"):
+        load_model(
+            tiny_checkpoints["llama"],
+            PartInferConfig(sparsity=0.5, budget="per_layer", compensation="refit", **settings),
+        )
 
 
 AUTO = [

@@ -76,7 +76,7 @@ def test_fractions_not_given_follow_sparsity():
         ),
         ({"selection": "best"}, "selection must be one of auto, core, griffin, blend, glass, up, gate, got 'best'"),
         ({"compensation": "mean+rank"}, r"some of mean, lowrank, refit joined by \+, got 'mean\+rank'"),
-        ({"budget": "even"}, "budget must be one of uniform, per_layer, got 'even'"),
+        ({"budget": "even"}, "budget must be one of auto, uniform, per_layer, got 'even'"),
         ({"refresh": 0}, "refresh must be at least 1 token, got 0"),
         ({"candidates": 0.5, "selection": "core"}, "candidates belongs to selection up or gate, got selection core"),
         ({"token_count": "average", "selection": "core"}, "token_count average belongs to selection up or gate, got"),

@@ -228,7 +228,7 @@ Tensor core_counts(const Tensor& h, int64_t k) {
   TORCH_CHECK_VALUE(h.dim() == 2 && k >= 1, "h must be [tokens, neurons] and k at least 1, got ", h.sizes(), " and ", k);
   const Tensor values = h.contiguous();
   Tensor counts = at::empty({h.size(1)}, h.options().dtype(at::kLong));
-  count_core_neurons(float_type(values, "h"), pointer(values), h.size(0), h.size(1), k,
+  count_core_neurons(*current().load(), float_type(values, "h"), pointer(values), h.size(0), h.size(1), k,
                      counts.mutable_data_ptr<int64_t>(), at::get_num_threads());
   return counts;
 }

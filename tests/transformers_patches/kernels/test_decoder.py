@@ -1,0 +1,153 @@
+"""Layers in one native call, against the operations that they are made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.kernels import ActiveNeurons, AttentionLayer, Decoder, Projections
+
+HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, NEURONS, LENGTH = 64, 4, 2, 16, 96, 5
+native = pytest.mark.skipif(not kernels.available(), reason="no native kernels")
+KINDS = {"float32": None, "bfloat16": None, "int8": 8, "int4": 4}
+
+
+@pytest.fixture(params=KINDS)
+def model(request, variant):
+    if variant == "reference":
+        pytest.skip("there is no decoder without the native kernels")
+    return Model(request.param)
+
+
+class Model:
+    """Three layers: whole, some neurons, neurons chosen by the token."""
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(0)
+        self.bits = KINDS[kind]
+        self.dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        queries, keys = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
+        self.layers = [
+            AttentionLayer(
+                self.norm(),
+                self.norm(),
+                self.projections((queries, HIDDEN), (keys, HIDDEN), (keys, HIDDEN), (HIDDEN, queries)),
+                1e-5,
+                HEAD_SIZE**-0.5,
+            )
+            for _ in range(3)
+        ]
+        self.whole = self.projections((NEURONS, HIDDEN), (NEURONS, HIDDEN), (HIDDEN, NEURONS))
+        self.rows = self.projections(*[(NEURONS, HIDDEN)] * 3)
+        self.index = torch.tensor([40, 90, 33], dtype=torch.int32)
+        self.size, self.added = torch.rand(NEURONS), torch.randn(2, HIDDEN).to(self.dtype)
+        self.last_norm = self.norm()
+        self.x, self.first_delta = torch.randn(2, 1, 1, HIDDEN).to(self.dtype)
+        angles = torch.rand(1, 1, HEAD_SIZE)
+        self.turns = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        self.caches = torch.randn(2, 3, 1, KV_HEADS, LENGTH + 2, HEAD_SIZE).to(self.dtype)
+
+    def norm(self) -> torch.Tensor:
+        return (1 + torch.randn(HIDDEN) / 10).to(self.dtype)
+
+    def projections(self, *shapes: tuple[int, int]) -> Projections:
+        weights = [torch.randn(shape) * shape[1] ** -0.5 for shape in shapes]
+        kept = [kernels.quantize(w, self.bits) if self.bits else w.to(self.dtype) for w in weights]
+        return Projections.of([(weight, None) for weight in kept])
+
+    def native(self) -> Decoder:
+        decoder = Decoder()
+        for layer in self.layers:
+            decoder.add_layer(layer, HEAD_SIZE)
+        decoder.set_whole(0, self.whole, "silu")
+        decoder.set_active(1, ActiveNeurons(self.rows, "silu", 30, self.index, added=list(self.added)))
+        decoder.set_active(2, ActiveNeurons(self.rows, "silu", 80, None, self.size, 25))
+        decoder.set_norm(self.last_norm, 1e-6)
+        return decoder
+
+    def run(self, decoder: Decoder, layers: range, x, delta, caches):
+        keys, values = ([part[n] for n in layers] for part in caches)
+        return decoder.run(layers, x, delta, *self.turns, keys, values, LENGTH)
+
+    def one_by_one(self, caches) -> tuple[torch.Tensor, torch.Tensor]:
+        x, delta = self.x, self.first_delta
+        weights = [
+            kernels.QuantizedTensor(w, s, self.bits)
+            for w, s in zip(self.rows.weights, self.rows.scales or [None] * 3, strict=True)
+        ]
+        rows = weights if self.bits else self.rows.weights
+        ffns = [
+            lambda x: kernels.dense_ffn(x, self.whole, "silu"),
+            lambda x: kernels.sparse_ffn(x, *rows, 30, self.index, "silu") + self.added[0] + self.added[1],
+            lambda x: kernels.sparse_ffn_by_up(x, *rows, 80, None, self.size, 25)[0],
+        ]
+        for number, (layer, ffn) in enumerate(zip(self.layers, ffns, strict=True)):
+            x, normed = kernels.attention_step(
+                x, delta, layer, *self.turns, caches[0][number], caches[1][number], LENGTH
+            )
+            delta = ffn(normed)
+        return x + delta, kernels.add_norm(x, delta, self.last_norm, 1e-6)
+
+
+def test_equals_the_operations_bit_for_bit(model):
+    expected_cache, cache = model.caches.clone(), model.caches.clone()
+    expected = model.one_by_one(expected_cache)
+    decoder = model.native()
+    x, hidden, computed = model.run(decoder, range(3), model.x, model.first_delta, cache)
+    assert torch.equal(x, expected[0])
+    assert torch.equal(hidden, expected[1])
+    assert torch.equal(cache, expected_cache)
+    assert computed.tolist() == [0, 33, 25]
+
+
+def test_parts_are_the_whole(model):
+    cache = model.caches.clone()
+    _, expected, _ = model.run(model.native(), range(3), model.x, model.first_delta, model.caches.clone())
+    decoder = model.native()
+    x, delta, _ = model.run(decoder, range(1), model.x, model.first_delta, cache)
+    _, hidden, _ = model.run(decoder, range(1, 3), x, delta, cache)
+    assert torch.equal(hidden, expected)
+
+
+def test_what_a_layer_computes_can_be_set_again(model):
+    decoder = model.native()
+    _, _, before = model.run(decoder, range(3), model.x, None, model.caches.clone())
+    decoder.set_active(1, ActiveNeurons(model.rows, "silu", 7))
+    decoder.set_active(2, ActiveNeurons(model.rows, "silu", 80, None, model.size, threshold=1e30))
+    _, _, after = model.run(decoder, range(3), model.x, None, model.caches.clone())
+    assert (before.tolist(), after.tolist()) == ([0, 33, 25], [0, 7, 0])
+
+
+@native
+def test_weights_live_as_long_as_the_decoder():
+    model = Model("float32")
+    expected = model.run(model.native(), range(3), model.x, None, model.caches.clone())[1]
+    decoder = model.native()
+    model.rows = model.whole = model.layers = model.last_norm = model.size = model.index = model.added = None
+    assert torch.equal(model.run(decoder, range(3), model.x, None, model.caches.clone())[1], expected)
+
+
+@native
+def test_what_does_not_fit_is_an_error():
+    model = Model("float32")
+    decoder, cache = model.native(), model.caches
+    with pytest.raises(ValueError, match="there are 3 layers, got number 3"):
+        decoder.set_whole(3, model.whole, "silu")
+    with pytest.raises(ValueError, match="expected keys and values of some of 3 layers, got layers 2 to 4"):
+        decoder.run(range(2, 4), model.x, None, *model.turns, [cache[0][0]] * 2, [cache[1][0]] * 2, LENGTH)
+    with pytest.raises(ValueError, match="x must be one token of 64 Float"):
+        model.run(decoder, range(3), model.x.bfloat16(), None, cache)
+    with pytest.raises(ValueError, match=r"length must be in \[0, 7\), got 7"):
+        decoder.run(range(1), model.x, None, *model.turns, [cache[0][0]], [cache[1][0]], LENGTH + 2)
+    with pytest.raises(ValueError, match="index must be in"):
+        decoder.set_active(1, ActiveNeurons(model.rows, "silu", 50, model.index))
+    with pytest.raises(ValueError, match="keep_count must be at most the 80 candidates, got 81"):
+        decoder.set_active(2, ActiveNeurons(model.rows, "silu", 80, None, model.size, 81))
+    unfinished = Decoder()
+    unfinished.add_layer(model.layers[0], HEAD_SIZE)
+    with pytest.raises(ValueError, match="a layer has no FFN yet"):
+        model.run(unfinished, range(1), model.x, None, cache)
+    unfinished.set_whole(0, model.whole, "silu")
+    with pytest.raises(ValueError, match="needs a norm behind it"):
+        model.run(unfinished, range(1), model.x, None, cache)

@@ -82,8 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument(
         "--budget",
         choices=BUDGETS[1:],
+        default="uniform",
         help="the same gamma and phi for every sparse layer, or, for the same bytes in all, those of each layer that cost "
-        "least by an estimate, over all layers of the model (per_layer; uniform if sparse layers are given)",
+        "least by an estimate, over all layers of the model (uniform)",
     )
     fit.add_argument("--ridge", type=float, default=0.03, help="pull towards the original rows (0.03)")
     fit.add_argument(
@@ -177,8 +178,6 @@ def _fit(
         raise PartInferError("the model does not fit on the GPUs: use --device cpu")
     identity = profiled_settings(arguments, source, loaded)
     neurons.check_fits(model.config, identity["fingerprint"], loaded.name)
-    given = arguments.start_num is not None or arguments.end_num is not None
-    budget = arguments.budget or ("uniform" if given else "per_layer")
     layers = PartInferConfig(start_num=arguments.start_num, end_num=arguments.end_num).resolve_layers(
         model.config.num_hidden_layers
     )
@@ -192,7 +191,7 @@ def _fit(
         quiet=arguments.quiet,
     )
     shares = dict.fromkeys(layers)
-    if budget == "per_layer":
+    if arguments.budget == "per_layer":
         shares = _spread(model, texts.batches, layers, fit_settings)
         if not shares:
             raise PartInferError("nothing would be left out: lower --loaded_neurons_percent or --sparsity")
@@ -202,7 +201,7 @@ def _fit(
         "choose": arguments.choose,
         "start_num": layers[0],
         "end_num": layers[-1],
-        "budget": budget,
+        "budget": arguments.budget,
         "texts_sha256": texts.digest,
     }
     run = FitRun(
@@ -222,7 +221,7 @@ def _fit(
         "error_before": f"{_mean(run.errors, 0):.4f}",
         "error_after": f"{_mean(run.errors, 1):.4f}",
     }
-    if budget == "per_layer":
+    if arguments.budget == "per_layer":
         fit.metadata["layer_sparsity"] = json.dumps({layer: share.sparsity for layer, share in shares.items()})
     with interrupts_deferred():
         fit.save(output)

@@ -24,12 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from profiler.collect import Collector, pad
 from profiler.placement import load_for_profiling
 from profiler.sequences import Encoder, windows
-from profiler.statistics import ActivationStatistics
 from profiler.templates import TASK_TYPES, TEXT
 from profiler.texts import TextSource
 from transformers_patches.config import FLOAT_DTYPES
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,8 +74,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     (window,) = islice(windows(encoder.sequences(source.prompts()), arguments.limit), 1)
     batches = [[sequence.ids for sequence in batch] for batch in window.batches(size)]
     tokens = sum(len(ids) for batch in batches for ids in batch)
-    sums = ActivationStatistics(model.config.num_hidden_layers, ffn_spec(model.config).intermediate_size(model.config))
-    collector = Collector(model, sums, max_new_tokens=0)
+    collector = Collector.of(model, max_new_tokens=0)
+    sums = collector.statistics
 
     def profile(batch: list[list[int]]) -> None:
         sums.commit(collector.observe(batch))

@@ -27,6 +27,15 @@ class Collector:
         self._spec = ffn_spec(model.config)
         self._counted: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, max_new_tokens: int) -> Collector:
+        """With statistics for everything that can be watched in the model."""
+        config, spec = model.config, ffn_spec(model.config)
+        widths = {name: linear.in_features for name, linear in watched_linears(model, 0).items()}
+        widths["head"] = model.get_output_embeddings().in_features
+        statistics = ActivationStatistics(config.num_hidden_layers, spec.intermediate_size(config), widths)
+        return cls(model, statistics, max_new_tokens)
+
     @torch.no_grad()
     def observe(self, batch: list[list[int]]) -> int:
         """Add a batch to the pending statistics; returns how many tokens were counted."""
@@ -36,15 +45,20 @@ class Collector:
         self._counted = None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
         with self._watched():
             # The body alone: logits are not needed. No mask: padding is on the right, and attention is causal.
-            self.model.base_model(input_ids=inputs, use_cache=False)
+            output = self.model.base_model(input_ids=inputs, use_cache=False)
+        if "head" in self.statistics.inputs:
+            self.statistics.observe_input("head", 0, self._counted_rows(output.last_hidden_state))
         return int(mask.sum())
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        handles = [
-            self._spec.down_projection(self.model, layer).register_forward_pre_hook(self._hook(layer))
-            for layer in range(self.statistics.num_layers)
-        ]
+        handles = []
+        for layer in range(self.statistics.num_layers):
+            down = self._spec.down_projection(self.model, layer)
+            handles.append(down.register_forward_pre_hook(self._hook(layer)))
+            for name, linear in watched_linears(self.model, layer).items():
+                if name in self.statistics.inputs:
+                    handles.append(linear.register_forward_pre_hook(self._input_hook(name, layer)))
         try:
             yield
         finally:
@@ -53,12 +67,28 @@ class Collector:
 
     def _hook(self, layer: int):
         def count(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
-            h = args[0].reshape(-1, args[0].shape[-1])  # [B*T, N]; OPT's is already
-            if self._counted is not None:
-                h = h.index_select(0, self._counted.to(h.device))
-            self.statistics.observe(layer, h)
+            self.statistics.observe(layer, self._counted_rows(args[0]))
 
         return count
+
+    def _input_hook(self, name: str, layer: int):
+        def count(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+            self.statistics.observe_input(name, layer, self._counted_rows(args[0]))
+
+        return count
+
+    def _counted_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """[T, width] of the tokens that are counted."""
+        values = values.reshape(-1, values.shape[-1])  # OPT's are already
+        return values if self._counted is None else values.index_select(0, self._counted.to(values.device))
+
+
+def watched_linears(model: PreTrainedModel, layer: int) -> dict[str, torch.nn.Linear]:
+    """By names of INPUT_SQUARES, a linear layer that each of them enters, for those that the layer has."""
+    spec = ffn_spec(model.config)
+    children = dict(spec.decoder_layers(model)[layer].named_modules())
+    there = {name: [place for place in places if place in children] for name, places in spec.inputs().items()}
+    return {name: children[places[0]] for name, places in there.items() if places}
 
 
 def with_continuations(model: PreTrainedModel, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:

@@ -12,17 +12,21 @@ from transformers_patches.neuron_file import STATISTICS, NeuronFile
 def merge(files: list[NeuronFile], score: str, task_type: str) -> NeuronFile:
     """One neuron file from several of the same model; every data set has equal weight, whatever its tokens.
 
-    A file that is itself merged weighs as many times as it has data sets. Raises PartInferError for files without
-    statistics and of different models.
+    A file that is itself merged weighs as many times as it has data sets. Statistics of inputs that not all files have
+    are left out. Raises PartInferError for files without statistics and of different models.
     """
     first = files[0]
     for file in files:
         _check(file, first)
     weights = torch.tensor([int(file.metadata.get("datasets", 1)) for file in files], dtype=torch.float64)
-    statistics = {}
-    for name in STATISTICS:
-        values = torch.stack([file.statistics[name].double() for file in files])  # [files, layers, N]
-        statistics[name] = torch.einsum("f,fln->ln", weights / weights.sum(), values).float()
+
+    def mean(parts: list[torch.Tensor]) -> torch.Tensor:
+        values = torch.stack([part.double() for part in parts])  # [files, layers, N]
+        return torch.einsum("f,fln->ln", weights / weights.sum(), values).float()
+
+    statistics = {name: mean([file.statistics[name] for file in files]) for name in STATISTICS}
+    inputs = [name for name in first.input_squares if all(name in file.input_squares for file in files)]
+    squares = {name: mean([file.input_squares[name] for file in files]) for name in inputs}
     shared = {k: v for k, v in first.metadata.items() if k in ("model_name", "model_type", "fingerprint")}
     metadata = {
         **shared,
@@ -32,7 +36,7 @@ def merge(files: list[NeuronFile], score: str, task_type: str) -> NeuronFile:
         "tokens": str(sum(file.tokens for file in files)),
         "texts": str(sum(int(file.metadata.get("texts", 0)) for file in files)),
     }
-    return rank(statistics, score, metadata)
+    return rank(statistics, score, metadata, input_squares=squares)
 
 
 def _check(file: NeuronFile, first: NeuronFile) -> None:

@@ -20,6 +20,11 @@ def from_main(value: object, processes: PartialState) -> object:
         return broadcast_object_list([value])[0]
 
 
+def totals(values: dict[str, torch.Tensor], processes: PartialState) -> dict[str, torch.Tensor]:
+    """`total` of each of them; the names are the same in every process."""
+    return {name: total(part, processes) for name, part in values.items()}
+
+
 def total(values: torch.Tensor, processes: PartialState) -> torch.Tensor:
     """The sum of all processes' tensors, on the CPU, in every process."""
     if processes.num_processes == 1:

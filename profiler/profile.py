@@ -10,7 +10,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from profiler.collect import Collector
-from profiler.processes import from_main, total
+from profiler.processes import from_main, total, totals
 from profiler.sequences import Sequence, Window
 from profiler.statistics import ActivationStatistics, NonFiniteActivation
 from profiler.store import CheckpointFile, Progress, interrupts_deferred
@@ -127,10 +127,12 @@ class ProfilingRun:
         """Move the sums of all processes to the main one."""
         if self.processes.num_processes == 1:
             return
-        sums = total(self.statistics.sums(), self.processes)
+        sums = totals(self.statistics.sums(), self.processes)
         tokens = int(total(torch.tensor(self.statistics.tokens), self.processes))
         main = self.processes.is_main_process
-        self.statistics.restore(sums if main else torch.zeros_like(sums), tokens if main else 0)
+        if not main:
+            sums = {name: torch.zeros_like(values) for name, values in sums.items()}
+        self.statistics.restore(sums, tokens if main else 0)
 
     def _save(self) -> None:
         if self.processes.is_main_process:

@@ -46,11 +46,19 @@ def score_neurons(statistics: dict[str, torch.Tensor], score: str, source: str =
 
 
 def rank(
-    statistics: dict[str, torch.Tensor], score: str, metadata: dict[str, str], source: str = "the statistics"
+    statistics: dict[str, torch.Tensor],
+    score: str,
+    metadata: dict[str, str],
+    source: str = "the statistics",
+    input_squares: dict[str, torch.Tensor] | None = None,
 ) -> NeuronFile:
-    """The neuron file of a score: ranking, scores, and all the statistics it can be derived from again."""
-    scores = score_neurons(statistics, score, source)
-    return NeuronFile(ranking_from_scores(scores), scores, dict(statistics), {**metadata, "score": score})
+    """The neuron file of a score: ranking, scores, and all the statistics it can be derived from again.
+
+    input_squares: what else the file is to hold.
+    """
+    scores, metadata = score_neurons(statistics, score, source), {**metadata, "score": score}
+    ranking = ranking_from_scores(scores)
+    return NeuronFile(ranking, scores, dict(statistics), metadata, input_squares=dict(input_squares or {}))
 
 
 def down_norms(model: nn.Module) -> torch.Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from transformers_patches.neuron_file import ACTIVATION_STATISTICS
 
+ACTIVATIONS = "activations"  # the name of h's sums, beside those of inputs
 # How much of h is reduced at a time. On a CPU a block stays in the cache between its passes (2 MB of float32), yet is
 # large enough that starting the threads of a pass costs little.
 CPU_ELEMENTS, CPU_ROWS, GPU_ROWS = 2**19, 1024, 8192
@@ -20,33 +23,52 @@ class NonFiniteActivation(ArithmeticError):
 
 
 class ActivationStatistics:
-    """Sums over tokens of |h|, h, h^2 and of the same for h / ||h||_2, for every layer and neuron.
+    """Sums over tokens of |h|, h, h^2 and of the same for h / ||h||_2, for every layer and neuron; of inputs, of x^2.
 
-    What `observe` adds is pending until `commit`, so that an interrupted batch leaves no trace. The sums of a block
+    What is observed is pending until `commit`, so that an interrupted batch leaves no trace. The sums of a block
     of rows are taken in float32, everything beyond a block in float64. Each layer's sums lie on the device of its
     activations: `[6, N]`, rows in the order of ACTIVATION_STATISTICS. Memory does not grow with the texts.
+
+    input_widths: of the inputs that are observed too, by their names in INPUT_SQUARES.
     """
 
-    def __init__(self, num_layers: int, intermediate_size: int) -> None:
+    def __init__(self, num_layers: int, intermediate_size: int, input_widths: dict[str, int] | None = None) -> None:
         self.num_layers, self.intermediate_size = num_layers, intermediate_size
         self.tokens = 0
-        self._sums: list[torch.Tensor | None] = [None] * num_layers
-        self._pending: list[torch.Tensor | None] = [None] * num_layers
-        self._scratch: dict[torch.device, torch.Tensor] = {}
+        self._shapes = {ACTIVATIONS: (num_layers, len(ACTIVATION_STATISTICS), intermediate_size)}
+        for name, width in (input_widths or {}).items():
+            self._shapes[name] = (1 if name == "head" else num_layers, width)
+        self._sums: dict[tuple[str, int], torch.Tensor] = {}
+        self._pending: dict[tuple[str, int], torch.Tensor] = {}
+        self._scratch: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of what `observe_input` takes."""
+        return [name for name in self._shapes if name != ACTIVATIONS]
 
     def observe(self, layer: int, h: torch.Tensor) -> None:
         """Add activations h [T, N] of counted tokens (no padding) to the pending sums of a layer."""
-        if self._pending[layer] is None:
-            self._pending[layer] = _zeros(self.intermediate_size, h.device)
-        pending = self._pending[layer]
-        for rows in h.split(block_rows(h)):
-            pending += block_sums(rows, self._scratch_for(rows))
+        self._observe(ACTIVATIONS, layer, h, block_sums)
+
+    def observe_input(self, name: str, layer: int, x: torch.Tensor) -> None:
+        """Add inputs x [T, width] of linear layers to the pending sums; the output projection's layer is 0."""
+        self._observe(name, layer, x, block_squares)
+
+    def _observe(
+        self, name: str, layer: int, values: torch.Tensor, reduce: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> None:
+        pending = self._pending.get((name, layer))
+        if pending is None:
+            pending = self._pending[name, layer] = _zeros(self._shapes[name][1:], values.device)
+        for rows in values.split(block_rows(values)):
+            pending += reduce(rows, self._scratch_for(rows))
 
     def _scratch_for(self, rows: torch.Tensor) -> torch.Tensor:
-        scratch = self._scratch.get(rows.device)
-        if scratch is None or len(scratch) < len(rows):
-            scratch = self._scratch[rows.device] = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-        return scratch
+        key = rows.device, rows.shape[1]
+        if key not in self._scratch or len(self._scratch[key]) < len(rows):
+            self._scratch[key] = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        return self._scratch[key]
 
     def commit(self, tokens: int) -> None:
         """Take the pending sums, which are over `tokens` tokens, into the totals.
@@ -54,45 +76,57 @@ class ActivationStatistics:
         Raises NonFiniteActivation, and takes nothing, if a sum is NaN or Inf.
         """
         self.check_pending()
-        for layer, pending in enumerate(self._pending):
-            if pending is None:
-                continue
-            if self._sums[layer] is None:
-                self._sums[layer] = _zeros(self.intermediate_size, pending.device)
-            self._sums[layer] += pending
+        for key, pending in self._pending.items():
+            if key not in self._sums:
+                self._sums[key] = torch.zeros_like(pending)
+            self._sums[key] += pending
         self.tokens += tokens
         self.discard()
 
     def check_pending(self) -> None:
         """Raise NonFiniteActivation if a pending sum is NaN or Inf."""
-        for layer, pending in enumerate(self._pending):
-            if pending is not None and not bool(torch.isfinite(pending.sum())):  # NaN and Inf survive a sum
-                raise NonFiniteActivation(layer)
+        bad = [key for key, pending in self._pending.items() if not bool(torch.isfinite(pending.sum()))]
+        if bad:  # NaN and Inf survive a sum
+            raise NonFiniteActivation(min(self.num_layers - 1 if name == "head" else layer for name, layer in bad))
 
     def discard(self) -> None:
         """Forget the pending sums."""
-        for pending in self._pending:
-            if pending is not None:
-                pending.zero_()
+        for pending in self._pending.values():
+            pending.zero_()
 
-    def sums(self) -> torch.Tensor:
-        """The totals: float64 [layers, 6, N] on the CPU."""
-        empty = torch.zeros(len(ACTIVATION_STATISTICS), self.intermediate_size, dtype=torch.float64)
-        return torch.stack([empty if s is None else s.to("cpu", torch.float64) for s in self._sums])
+    def sums(self) -> dict[str, torch.Tensor]:
+        """The totals, float64 on the CPU: of activations [layers, 6, N], of inputs [layers or 1, width]."""
+        return {name: self._stacked(name) for name in self._shapes}
 
-    def restore(self, sums: torch.Tensor, tokens: int) -> None:
-        """Replace the totals by those of `sums` [layers, 6, N] over `tokens` tokens; pending sums are forgotten."""
+    def _stacked(self, name: str) -> torch.Tensor:
+        stacked = torch.zeros(self._shapes[name], dtype=torch.float64)
+        for layer, row in enumerate(stacked):
+            if (name, layer) in self._sums:
+                row.copy_(self._sums[name, layer])
+        return stacked
+
+    def restore(self, sums: dict[str, torch.Tensor], tokens: int) -> None:
+        """Replace the totals by those that `sums` gave over `tokens` tokens; pending sums are forgotten."""
         self.discard()
-        for layer, values in enumerate(sums):
-            self._sums[layer] = values.clone() if self._sums[layer] is None else values.to(self._sums[layer])
+        for name, stacked in sums.items():
+            for layer, values in enumerate(stacked):
+                before = self._sums.get((name, layer))
+                self._sums[name, layer] = values.clone() if before is None else values.to(before)
         self.tokens = tokens
 
     def means(self) -> dict[str, torch.Tensor]:
         """Per-token means by name: float32 [layers, N] on the CPU. Needs at least one counted token."""
+        means = self._mean(ACTIVATIONS)
+        return {name: means[:, row].contiguous() for row, name in enumerate(ACTIVATION_STATISTICS)}
+
+    def input_squares(self) -> dict[str, torch.Tensor]:
+        """Per-token means of x^2 by name, as INPUT_SQUARES has them: float32 on the CPU."""
+        return {name: self._mean(name) for name in self.inputs}
+
+    def _mean(self, name: str) -> torch.Tensor:
         if not self.tokens:
             raise ValueError("no tokens were counted, so there are no means")
-        means = (self.sums() / self.tokens).float()
-        return {name: means[:, row].contiguous() for row, name in enumerate(ACTIVATION_STATISTICS)}
+        return (self._stacked(name) / self.tokens).float()
 
 
 def block_rows(h: torch.Tensor) -> int:
@@ -119,6 +153,12 @@ def block_sums(h: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     return torch.stack([absolute, signed, squared], dim=1).flatten(0, 1)
 
 
-def _zeros(intermediate_size: int, device: torch.device) -> torch.Tensor:
+def block_squares(x: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Sums over the tokens of x^2, x [T, width]: [width]. scratch: as in block_sums."""
+    values = scratch[: x.shape[0]].copy_(x)
+    return values.new_ones(len(values)) @ values.square_()
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    return torch.zeros(len(ACTIVATION_STATISTICS), intermediate_size, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=device)

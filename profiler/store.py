@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import save_tensors_atomic
 
-FORMAT = "partinfer-profiler-checkpoint"
+FORMAT = "partinfer-profiler-checkpoint-2"
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,26 @@ class CheckpointFile:
     def exists(self) -> bool:
         return self.path.exists()
 
-    def save(self, progress: Progress, sums: torch.Tensor, tokens: int, settings: dict) -> None:
-        """Replace the checkpoint. sums: float64 [layers, 6, N] over `tokens`; settings: what decides the result."""
+    def save(self, progress: Progress, sums: dict[str, torch.Tensor], tokens: int, settings: dict) -> None:
+        """Replace the checkpoint. sums: float64, by name, over `tokens`; settings: what decides the result."""
         metadata = {
             "format": FORMAT,
             "progress": json.dumps(vars(progress)),
             "tokens": str(tokens),
             "settings": json.dumps(settings),
         }
-        save_tensors_atomic(self.path, {"sums": sums}, metadata)
+        save_tensors_atomic(self.path, sums, metadata)
 
-    def load(self, settings: dict) -> tuple[Progress, torch.Tensor, int]:
+    def load(self, settings: dict) -> tuple[Progress, dict[str, torch.Tensor], int]:
         """Progress, sums and tokens; PartInferError if the checkpoint is damaged or from a run with other settings."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                metadata, sums = file.metadata() or {}, file.get_tensor("sums").clone()
+                metadata = file.metadata() or {}
+                sums = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise PartInferError(f"{self.path} can't be read: {error}; start again with --overwrite") from None
         if metadata.get("format") != FORMAT:
-            raise PartInferError(f"{self.path} is not a checkpoint of the profiler; start again with --overwrite")
+            raise PartInferError(f"{self.path} is not a checkpoint of this profiler; start again with --overwrite")
         check_settings(json.loads(metadata["settings"]), settings)
         return Progress(**json.loads(metadata["progress"])), sums, int(metadata["tokens"])
 

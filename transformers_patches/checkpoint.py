@@ -144,10 +144,14 @@ class Checkpoint(WeightSource):
         elif source.how == "columns":
             yield from self._column_reads(source, out)
         else:
-            yield from self._row_reads(source.name, out, source.neurons)
+            yield from self._row_reads(source.name, out, source.neurons, source.column_weights)
 
     def _row_reads(
-        self, name: str, out: torch.Tensor | QuantizedTensor, rows: torch.Tensor | slice | None = None
+        self,
+        name: str,
+        out: torch.Tensor | QuantizedTensor,
+        rows: torch.Tensor | slice | None = None,
+        column_weights: torch.Tensor | None = None,
     ) -> Iterator[Read]:
         """rows: None for all, a slice of them, or int64 indices, which are read in the order of the file."""
         place = self._place(name)
@@ -168,13 +172,13 @@ class Checkpoint(WeightSource):
         for start in range(first, first + count, step):
             stop = min(start + step, first + count)
             if order is None:
-                take = partial(_take_rows, place, out, slice(start - first, stop - first), None)
+                take = partial(_take_rows, place, out, column_weights, slice(start - first, stop - first), None)
             else:
                 low, high = torch.searchsorted(rows, torch.tensor([start, stop])).tolist()
                 if low == high:
                     continue
                 start, stop = int(rows[low]), int(rows[high - 1]) + 1
-                take = partial(_take_rows, place, out, order[low:high], rows[low:high] - start)
+                take = partial(_take_rows, place, out, column_weights, order[low:high], rows[low:high] - start)
             yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
 
     def _column_reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
@@ -202,13 +206,15 @@ def _holds_bytes_of(out: torch.Tensor | QuantizedTensor, place: Place) -> bool:
 def _take_rows(
     place: Place,
     out: torch.Tensor | QuantizedTensor,
+    column_weights: torch.Tensor | None,
     places: slice | torch.Tensor,
     chosen: torch.Tensor | None,
     block: torch.Tensor,
 ) -> None:
     """Put the rows of a block, or the chosen of them, into their places."""
     values = block.view(place.dtype).view(-1, *place.shape[1:])
-    put(out if place.shape else out.view(1), places, values if chosen is None else values.index_select(0, chosen))
+    values = values if chosen is None else values.index_select(0, chosen)
+    put(out if place.shape else out.view(1), places, values, column_weights)
 
 
 def _take_columns(place: Place, out: torch.Tensor, rows: slice, source: Source, block: torch.Tensor) -> None:

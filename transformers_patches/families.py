@@ -51,6 +51,19 @@ class FFNSpec:
         """The parameter prefix of a projection, such as `model.layers.3.mlp.up_proj`."""
         return ".".join(part for part in (self.layers, str(layer), self.ffn, name) if part)
 
+    def inputs(self) -> dict[str, tuple[str, ...]]:
+        """Which children of a decoder layer have the same input, by its name in the neuron file's INPUT_SQUARES.
+
+        Not all of them need to be there.
+        """
+        ffn = tuple(".".join(part for part in (self.ffn, name) if part) for name in (self.gate, self.up) if name)
+        attention = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj"))
+        return {
+            "attention": attention,
+            "attention_output": ("self_attn.o_proj", "self_attn.out_proj"),
+            "ffn": ffn,
+        }
+
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         return model.get_submodule(self.layers)
 

@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from transformers_patches.column_weights import column_weights
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
@@ -193,6 +194,7 @@ def load_from(
         names,
         sources,
         device,
+        known_inputs=base,
         intermediate_size=plan.intermediate_size,
         keep_on_cpu=settings.memory_limit,
         memory=WeightMemory(huge_pages=native),
@@ -268,12 +270,18 @@ def _stream_weights(
     sources: dict[str, Source],
     device: torch.device,
     *,
+    known_inputs: NeuronFile | None,
     intermediate_size: int,
     keep_on_cpu: bool,
     memory: WeightMemory,
 ) -> None:
-    """Give every parameter memory on its device, and read it. Nothing may be left over on either side."""
+    """Give every parameter memory on its device, and read it. Nothing may be left over on either side.
+
+    known_inputs: a neuron file, whose statistics quantising to 4 bits uses.
+    """
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    head = "lm_head.weight" if not tied else model.all_tied_weights_keys["lm_head.weight"]
+    important = column_weights(ffn_spec(model.config), known_inputs, head)
     wanted: list[tuple[str, nn.Parameter | QuantizedWeight, Source]] = []
     used = set()
     for name, place in weight_places(model):
@@ -286,7 +294,8 @@ def _stream_weights(
         used.add(source.name)
         if name not in tied:  # else the same tensor as its partner, which is read
             _check_shape(weights, stored, place.shape, source.how, intermediate_size)
-            wanted.append((name, place, replace(source, name=stored)))
+            of_columns = important.get(source.name) if _has_weighted_errors(place, source) else None
+            wanted.append((name, place, replace(source, name=stored, column_weights=of_columns)))
     ignored = [re.compile(p) for p in (r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ()))]
     unexpected = sorted(n for n in set(names) - used if not any(pattern.search(n) for pattern in ignored))
     if unexpected:
@@ -312,6 +321,11 @@ def _stream_weights(
         raise PartInferError(
             f"{weights.source}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again"
         )
+
+
+def _has_weighted_errors(place: nn.Parameter | QuantizedWeight, source: Source) -> bool:
+    """Whether columns of a weight are inputs, and its scales are searched for. Columns that become rows are outputs."""
+    return isinstance(place, QuantizedWeight) and place.packed.bits == 4 and source.how != "columns"
 
 
 def _give_memory(

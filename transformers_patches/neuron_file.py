@@ -1,8 +1,9 @@
 """NeuronFile: the contract between the profiler, which writes it, and the runner, which reads it.
 
 The project's format is one safetensors file: `ranking` (int32), optionally `scores` (float32) and
-`statistics.<name>` (float32, see STATISTICS), every one [layers, N], and string metadata. The legacy format of the original
-is JSON, `{"neurons": [[N indices] * layers]}`, best neuron first. Both are validated before anything is done with them.
+`statistics.<name>` (float32, see STATISTICS), every one [layers, N], optionally `input_squares.<name>` (float32, see
+INPUT_SQUARES), and string metadata. The legacy format of the original is JSON, `{"neurons": [[N indices] * layers]}`, best
+neuron first. Both are validated before anything is done with them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ VERSION = "1"
 ACTIVATION_STATISTICS = ("mean_abs", "mean", "mean_sq", "normalized_mean_abs", "normalized_mean", "normalized_mean_sq")
 # And a property of the weights, ||W_down[:, i]||_2, so that a ranking can be weighted with it without the model.
 STATISTICS = (*ACTIVATION_STATISTICS, "down_norm")
+# Per-token means of x_j^2, x being what enters the linear layers besides down: q, k and v; o; gate and up; the output
+# projection. [layers, width], of the output projection [1, width].
+INPUT_SQUARES = ("attention", "attention_output", "ffn", "head")
 
 
 @dataclass
@@ -35,7 +39,7 @@ class NeuronFile:
     ranking: int32 [layers, N], each row a permutation of 0…N-1; scores: float32 [layers, N] by neuron index, or
     None; statistics: float32 [layers, N] by neuron index, for names in STATISTICS; metadata: strings, among them
     `model_name`, `model_type`, `fingerprint`, `dataset`, `task_type`, `score`, `tokens`, `texts`; source: where it
-    was read from, for messages.
+    was read from, for messages; input_squares: float32, for names in INPUT_SQUARES.
     """
 
     ranking: torch.Tensor
@@ -43,6 +47,7 @@ class NeuronFile:
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     source: str = "(in memory)"
+    input_squares: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         validate_ranking(self.ranking, self.source)
@@ -51,6 +56,13 @@ class NeuronFile:
                 raise PartInferError(
                     f"{self.source}: {name} has shape {list(values.shape)}, the ranking {list(self.ranking.shape)}: "
                     "the file is damaged, make it again"
+                )
+        for name, values in self.input_squares.items():
+            rows = 1 if name == "head" else self.num_layers
+            if values.ndim != 2 or len(values) != rows or not bool((values >= 0).all()):  # NaN is not either
+                raise PartInferError(
+                    f"{self.source}: input_squares.{name} has shape {list(values.shape)}, expected {rows} rows of "
+                    "numbers of at least 0: the file is damaged, make it again"
                 )
 
     @property
@@ -105,6 +117,7 @@ class NeuronFile:
         if self.scores is not None:
             tensors["scores"] = self.scores.float().contiguous()
         tensors.update({f"statistics.{name}": v.float().contiguous() for name, v in self.statistics.items()})
+        tensors.update({f"input_squares.{name}": v.float().contiguous() for name, v in self.input_squares.items()})
         save_tensors_atomic(path, tensors, {**self.metadata, "format": FORMAT, "version": VERSION})
 
     @classmethod
@@ -180,5 +193,8 @@ def _load_safetensors(path: Path) -> NeuronFile:
     version = metadata.pop("version", "")
     if version != VERSION:
         raise PartInferError(f"{path} has format version {version!r}, this program reads {VERSION!r}: make it again")
-    statistics = {name.removeprefix("statistics."): v for name, v in tensors.items() if name.startswith("statistics.")}
-    return NeuronFile(tensors["ranking"], tensors.get("scores"), statistics, metadata, str(path))
+    statistics, squares = (
+        {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
+        for prefix in ("statistics.", "input_squares.")
+    )
+    return NeuronFile(tensors["ranking"], tensors.get("scores"), statistics, metadata, str(path), squares)

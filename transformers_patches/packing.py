@@ -155,7 +155,7 @@ class Pack(Checkpoint):
         self, name: str, source: Source, out: torch.Tensor | QuantizedTensor, part: slice
     ) -> Iterator[Read]:
         if source.fit is None:
-            yield from self._row_reads(name, out, part)
+            yield from self._row_reads(name, out, part, source.column_weights)
             return
         held = scratch(out.shape, self.dtype(name)) if isinstance(out, QuantizedTensor) else out
         yield from self._row_reads(name, held, part)

@@ -33,7 +33,7 @@ class Source:
     """Where a weight of the model comes from: a tensor of the source, of which rows, columns, or the whole is read.
 
     neurons: which rows or columns (these become rows); left_out: what to sum up of the other columns; fit: what to do
-    to the columns then.
+    to the columns then; column_weights: float32 [columns], what quantising rows to 4 bits weights errors with.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Source:
     neurons: torch.Tensor | None = None
     left_out: WeightedSum | None = None
     fit: LayerFit | None = None
+    column_weights: torch.Tensor | None = None
 
 
 class WeightSource(ABC):
@@ -113,7 +114,7 @@ class WeightSource(ABC):
             for piece in pieces(out):
                 values = torch.empty(len(rows[piece]), out.shape[1])
                 self.read_into(source.name, values, rows[piece])
-                put(out, piece, values)
+                put(out, piece, values, source.column_weights)
 
 
 def takes_whole_rows(source: Source) -> bool:
@@ -144,13 +145,18 @@ def pieces(out: torch.Tensor | QuantizedTensor) -> list[slice]:
     return [slice(start, min(start + step, len(out))) for start in range(0, len(out), step)]
 
 
-def put(out: torch.Tensor | QuantizedTensor, places: slice | torch.Tensor, values: torch.Tensor) -> None:
-    """Rows into some places of `out`, converted to its type and device, quantised if it is."""
+def put(
+    out: torch.Tensor | QuantizedTensor,
+    places: slice | torch.Tensor,
+    values: torch.Tensor,
+    column_weights: torch.Tensor | None = None,
+) -> None:
+    """Rows into some places of `out`, converted to its type and device, quantised (with column_weights) if it is."""
     if isinstance(places, torch.Tensor):
         places = places.to(out.device)
     if isinstance(out, QuantizedTensor):
         exact = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.float()
-        packed = kernels.quantize(exact.to(out.device), out.bits)
+        packed = kernels.quantize(exact.to(out.device), out.bits, column_weights)
         out.data[places], out.scales[places] = packed.data, packed.scales
     else:
         out[places] = values.to(out.device, out.dtype)

@@ -24,5 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     file = NeuronFile.load(arguments.file)
-    rank(file.statistics, arguments.score, file.metadata, file.source).save(arguments.output)
+    again = rank(file.statistics, arguments.score, file.metadata, file.source, file.input_squares)
+    again.save(arguments.output)
     print(f"{arguments.output}: ranked by {arguments.score}")

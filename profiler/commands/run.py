@@ -21,11 +21,9 @@ from profiler.processes import from_main
 from profiler.profile import ProfilingRun
 from profiler.ranking import SCORES, down_norms, rank
 from profiler.sequences import Encoder, Window, windows
-from profiler.statistics import ActivationStatistics
 from profiler.store import CheckpointFile, Progress, check_output, exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
 from transformers_patches.model_files import model_name
 from transformers_patches.neuron_file import NeuronFile
 
@@ -109,9 +107,8 @@ def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path,
         prompt_tokens + arguments.max_new_tokens,
         int(os.environ.get("LOCAL_WORLD_SIZE", processes.num_processes)),
     )
-    config = loaded.model.config
-    statistics = ActivationStatistics(config.num_hidden_layers, ffn_spec(config).intermediate_size(config))
-    collector = Collector(loaded.model, statistics, 0 if own else arguments.max_new_tokens)
+    collector = Collector.of(loaded.model, 0 if own else arguments.max_new_tokens)
+    statistics = collector.statistics
     settings = profiled_settings(arguments, source, loaded) | {
         "checkpoint_every": arguments.checkpoint_every,
         "processes": processes.num_processes,
@@ -133,7 +130,8 @@ def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path,
     counted = {"tokens": str(statistics.tokens), "texts": str(run.progress.texts)}
     named = {name: str(value) for name, value in settings.items() if value is not None}
     metadata = {**named, **counted, "datasets": "1", "texts_sha256": run.progress.digest}
-    neurons = rank({**statistics.means(), "down_norm": down_norms(loaded.model)}, arguments.score, metadata)
+    values = {**statistics.means(), "down_norm": down_norms(loaded.model)}
+    neurons = rank(values, arguments.score, metadata, input_squares=statistics.input_squares())
     with interrupts_deferred():
         neurons.save(output)
         run.checkpoint.remove()

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from profiler.collect import Collector, until_end, with_continuations
 from profiler.statistics import ActivationStatistics
 from transformers_patches.families import ffn_spec
+from transformers_patches.neuron_file import INPUT_SQUARES
 
 LENGTHS = (7, 1, 12, 4)
 
@@ -68,6 +69,34 @@ def test_every_token_counts_once_and_padding_never(checkpoint, new_tokens):
     assert float((means["mean"] - h.mean(1)).abs().max() / scale) < 1e-5
     normalized = torch.nn.functional.normalize(h, dim=-1).square().mean(1)
     torch.testing.assert_close(means["normalized_mean_sq"].double(), normalized, rtol=1e-4, atol=1e-6)
+
+
+def test_squares_of_inputs_are_those_of_all_linear_layers(checkpoint):
+    """Against hooks on every linear layer, one text at a time through the whole model."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    prompts, inputs = texts(model.config.vocab_size), {}
+    collector = Collector.of(model, 0)
+    collector.statistics.commit(collector.observe(prompts))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            parts = inputs[name] = []
+            module.register_forward_pre_hook(lambda _, args, parts=parts: parts.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for ids in prompts:
+            model(torch.tensor([ids]))
+    squares = {name: torch.cat(parts).double().square().mean(0) for name, parts in inputs.items()}
+    measured, spec, checked = collector.statistics.input_squares(), ffn_spec(model.config), {"lm_head"}
+    assert set(measured) == set(INPUT_SQUARES)
+    torch.testing.assert_close(measured["head"][0].double(), squares["lm_head"], rtol=1e-4, atol=1e-9)
+    for name, places in spec.inputs().items():
+        for layer in range(model.config.num_hidden_layers):
+            for linear in (f"{spec.layers}.{layer}.{place}" for place in places):
+                if linear in squares:
+                    torch.testing.assert_close(measured[name][layer].double(), squares[linear], rtol=1e-4, atol=1e-9)
+                    checked.add(linear)
+    assert {name for name in squares if name not in checked} == {
+        spec.projection(layer, spec.down) for layer in range(model.config.num_hidden_layers)
+    }
 
 
 def test_tokens_after_the_first_end_token_do_not_count():

@@ -88,9 +88,16 @@ def test_merged_data_sets_weigh_the_same_whatever_their_tokens():
 
 def test_merging_in_steps_is_merging_at_once():
     a, b, c = (file_of(20, seed) for seed in (1, 2, 3))
+    for value, file in enumerate((a, b, c)):
+        file.input_squares = {"ffn": torch.full((LAYERS, 4), float(value)), "head": torch.full((1, 4), float(value))}
     steps = merge([merge([a, b], "rms", "x"), c], "rms", "y")
     at_once = merge([a, b, c], "rms", "y")
     torch.testing.assert_close(steps.scores, at_once.scores)
+    for merged in (steps, at_once):
+        torch.testing.assert_close(merged.input_squares["ffn"], torch.ones(LAYERS, 4))
+        torch.testing.assert_close(merged.input_squares["head"], torch.ones(1, 4))
+    del b.input_squares["head"]
+    assert set(merge([a, b], "rms", "x").input_squares) == {"ffn"}  # what not all have is left out
 
 
 def test_files_without_statistics_or_of_another_model_are_not_merged():

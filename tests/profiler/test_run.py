@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from profiler.__main__ import main
-from transformers_patches.neuron_file import STATISTICS, NeuronFile
+from transformers_patches.neuron_file import INPUT_SQUARES, STATISTICS, NeuronFile
 
 
 def run(model_folder, dataset, output, *more: str) -> int:
@@ -39,6 +39,7 @@ def test_file_holds_ranking_scores_statistics_and_origin(model_folder, questions
     summary = json.loads(capsys.readouterr().out)
     file = NeuronFile.load(tmp_path / "qa.safetensors")
     assert set(file.statistics) == set(STATISTICS)
+    assert set(file.input_squares) == set(INPUT_SQUARES)
     assert torch.equal(file.scores, file.statistics["mean_abs"])
     assert (file.scores.gather(1, file.ranking.long()).diff(dim=1) <= 0).all()
     assert file.metadata["model_name"] == "tiny-llama"

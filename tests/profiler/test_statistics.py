@@ -27,10 +27,11 @@ def expected_means(h: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def filled(parts: list[torch.Tensor]) -> ActivationStatistics:
-    statistics = ActivationStatistics(LAYERS, SIZE)
+    statistics = ActivationStatistics(LAYERS, SIZE, {"ffn": SIZE})
     for part in parts:
         for layer in range(LAYERS):
             statistics.observe(layer, part[layer])
+            statistics.observe_input("ffn", layer, part[layer])
         statistics.commit(part.shape[1])
     return statistics
 
@@ -65,13 +66,36 @@ def test_activations_that_are_observed_stay_as_they_are():
     assert torch.equal(h, before)
 
 
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_squares_of_inputs_are_summed_by_name_and_layer(monkeypatch):
+    monkeypatch.setattr("profiler.statistics.CPU_ELEMENTS", 7 * 5)  # 43 blocks, the last one smaller
+    statistics = ActivationStatistics(LAYERS, SIZE, {"ffn": 5, "attention": 5, "head": 3})
+    x, head = activations(300)[..., :5], activations(300, seed=1)[0, :, :3]
+    for part, rest in zip(x.split(100, dim=1), head.split(100), strict=True):
+        for layer in range(LAYERS):
+            statistics.observe_input("ffn", layer, part[layer])
+        statistics.observe_input("head", 0, rest)
+        statistics.commit(100)
+    squares = statistics.input_squares()
+    torch.testing.assert_close(squares["ffn"].double(), x.double().square().mean(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(squares["head"][0].double(), head.double().square().mean(0), rtol=1e-5, atol=0)
+    assert torch.equal(squares["attention"], torch.zeros(LAYERS, 5))  # nothing was observed
+    statistics.observe_input("head", 0, torch.tensor([[1.0, float("nan"), 1.0]]))
+    with pytest.raises(NonFiniteActivation) as caught:
+        statistics.commit(1)
+    assert caught.value.layer == LAYERS - 1
+
+
 def test_pending_sums_count_only_when_committed():
     statistics = filled([activations(10)])
     before = statistics.sums()
     statistics.observe(0, activations(5, seed=1)[0])
     statistics.discard()
     statistics.commit(0)
-    assert torch.equal(statistics.sums(), before)
+    assert same(statistics.sums(), before)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -85,18 +109,19 @@ def test_non_finite_activations_name_their_layer_and_are_not_taken(bad):
     with pytest.raises(NonFiniteActivation) as caught:
         statistics.commit(5)
     assert caught.value.layer == 1
-    assert torch.equal(statistics.sums(), before)
+    assert same(statistics.sums(), before)
     assert statistics.tokens == 10
 
 
 def test_restored_statistics_go_on_exactly():
     parts = list(activations(90).split(30, dim=1))
     first = filled(parts[:2])
-    second = ActivationStatistics(LAYERS, SIZE)
+    second = ActivationStatistics(LAYERS, SIZE, {"ffn": SIZE})
     second.restore(first.sums(), first.tokens)
     for statistics in (first, second):
         for layer in range(LAYERS):
             statistics.observe(layer, parts[2][layer])
+            statistics.observe_input("ffn", layer, parts[2][layer])
         statistics.commit(30)
-    assert torch.equal(first.sums(), second.sums())
+    assert same(first.sums(), second.sums())
     assert first.tokens == second.tokens == 90

@@ -25,6 +25,20 @@ def with_statistics(seed: int) -> NeuronFile:
     return neurons
 
 
+def with_input_squares(seed: int, layers: int = LAYERS, hidden: int = HIDDEN, size: int = INTERMEDIATE) -> NeuronFile:
+    """A random ranking with mean squares of the inputs of all linear layers, a few columns far above the others."""
+    neurons = random_neuron_file(seed, layers, size)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator).mul_(2).exp_()
+
+    neurons.statistics["mean_sq"] = draw(layers, size)
+    neurons.input_squares = {name: draw(layers, hidden) for name in ("attention", "attention_output", "ffn")}
+    neurons.input_squares["head"] = draw(1, hidden)
+    return neurons
+
+
 def made_up_fit(compensation: str, layers=range(1, 5), loaded: int = 56, rank: int = 2, **metadata: str) -> FitFile:
     """Random fits: whole rows for `refit`, a map of some rank for `lowrank`, a typical size of the gate."""
     generator = torch.Generator().manual_seed(7)

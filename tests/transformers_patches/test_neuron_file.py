@@ -104,7 +104,8 @@ def full_neuron_file() -> NeuronFile:
     scores = torch.rand(3, 50)
     statistics = {name: torch.randn(3, 50) for name in STATISTICS}
     metadata = {"model_name": "tiny", "fingerprint": "0123456789abcdef", "tokens": "77", "dataset": "ein Täxt"}
-    return NeuronFile(ranking_from_scores(scores), scores, statistics, metadata)
+    squares = {"ffn": torch.rand(3, 8), "head": torch.rand(1, 8)}
+    return NeuronFile(ranking_from_scores(scores), scores, statistics, metadata, input_squares=squares)
 
 
 def test_the_projects_format_keeps_everything(tmp_path):
@@ -115,9 +116,22 @@ def test_the_projects_format_keeps_everything(tmp_path):
     assert torch.equal(again.scores, neurons.scores)
     assert again.statistics.keys() == neurons.statistics.keys()
     assert all(torch.equal(again.statistics[name], values) for name, values in neurons.statistics.items())
+    assert again.input_squares.keys() == neurons.input_squares.keys()
+    assert all(torch.equal(again.input_squares[name], values) for name, values in neurons.input_squares.items())
     assert again.metadata == neurons.metadata
     assert again.tokens == 77
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["neurons.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "squares",
+    [{"ffn": torch.rand(2, 8)}, {"head": torch.rand(8)}, {"head": torch.rand(3, 8)}, {"ffn": -torch.ones(3, 8)}],
+    ids=["layers", "dimensions", "head", "negative"],
+)
+def test_damaged_squares_of_inputs_are_refused(squares):
+    neurons = full_neuron_file()
+    with pytest.raises(PartInferError, match="input_squares.* the file is damaged, make it again"):
+        NeuronFile(neurons.ranking, input_squares=squares)
 
 
 def test_the_legacy_format_keeps_the_ranking(tmp_path):

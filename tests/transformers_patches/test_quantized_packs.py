@@ -11,7 +11,7 @@ import partinfer
 from tests.conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, make_tiny_checkpoint, random_neuron_file
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_tokenizer import tiny_tokenizer
-from tests.transformers_patches.made_up_files import made_up_fit, with_statistics
+from tests.transformers_patches.made_up_files import made_up_fit, with_input_squares, with_statistics
 from tests.transformers_patches.model_passes import DATASET, MODEL
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
@@ -134,6 +134,29 @@ def test_means_of_what_is_left_out_are_in_the_pack(tiny_checkpoints, tmp_path):
     packed = load_model(tmp_path / "pack", settings())
     assert packed.settings.compensation == "mean"
     assert_same(packed, load_model(tiny_checkpoints["qwen2"], settings(dtype="int4"), neurons))
+
+
+@pytest.mark.parametrize("dtype", ["int4", "bfloat16"])
+def test_scales_that_know_the_inputs_are_in_the_pack(tiny_checkpoints, tmp_path, dtype):
+    neurons = with_input_squares(3)
+    options = {"dtype": "int4", "head_dtype": "int4"}
+    packed_as = options if dtype == "int4" else {"dtype": dtype}
+    write_pack(tiny_checkpoints["llama"], tmp_path / "pack", settings(**packed_as), neurons)
+    partial = load_model(tiny_checkpoints["llama"], settings(**options), neurons)
+    assert_same(load_model(tmp_path / "pack", settings(**options)), partial)  # the neuron file is inside
+    ignorant = load_model(tiny_checkpoints["llama"], settings(**options), DATASET)
+    assert not torch.equal(*(m.model.get_output_embeddings().weight.packed.scales for m in (partial, ignorant)))
+
+
+def test_scales_that_know_the_inputs_of_a_gguf_file_are_in_the_pack(tmp_path):
+    write_tiny_gguf(tmp_path / "tiny.gguf", "F32")
+    options, neurons = settings(start_num=0, end_num=1, dtype="int4"), with_input_squares(3, 2, 64, 96)
+    write_pack(tmp_path / "tiny.gguf", tmp_path / "pack", options, neurons)
+    partial = load_model(tmp_path / "tiny.gguf", options, neurons)
+    assert_same(load_model(tmp_path / "pack", settings(start_num=0, end_num=1)), partial)
+    ignorant = load_model(tmp_path / "tiny.gguf", options, random_neuron_file(3, layers=2, size=96))
+    scales = [loaded.model.model.layers[0].self_attn.q_proj.weight.packed.scales for loaded in (partial, ignorant)]
+    assert not torch.equal(*scales)
 
 
 @pytest.mark.parametrize("dtype", ["auto", *DTYPES])

@@ -220,18 +220,21 @@ def combine(h: Tensor, weight: Weight) -> Tensor:
     return blockwise.combine(h, weight, dequantize)
 
 
-def quantize(weight: Tensor, bits: int) -> QuantizedTensor:
+def quantize(weight: Tensor, bits: int, column_weights: Tensor | None = None) -> QuantizedTensor:
     """A float weight [rows, columns] in 8 or 4 bits.
 
     8 bits: a group's largest value is exact. 4 bits: scales from 0.8 to 1.04 times the one that makes it exact (as -8,
-    so a scale may be negative) are tried, and the one with the least square error, weighted with |value|, is taken.
-    Raises PartInferError if columns is no multiple of 32 or bits is neither 8 nor 4.
+    so a scale may be negative) are tried, and the one with the least square error, weighted with |value| and with
+    column_weights (float32 [columns], 4 bits only), is taken. Raises PartInferError if columns is no multiple of 32,
+    bits is neither 8 nor 4, or the column weights are others.
     """
     ops = _LIBRARY.get()
     if ops is None or not weight.is_cpu or weight.ndim != 2:
-        return quantization.quantize(weight, bits)
+        return quantization.quantize(weight, bits, column_weights)
+    quantization.check_column_weights(column_weights, weight.shape[1])
     packed = QuantizedTensor.empty(*weight.shape, bits)
-    ops.quantize(weight.contiguous(), bits, packed.data, packed.scales)
+    weights = None if column_weights is None else column_weights.cpu().contiguous()
+    ops.quantize(weight.contiguous(), bits, weights, packed.data, packed.scales)
     return packed
 
 

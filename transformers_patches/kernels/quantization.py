@@ -88,22 +88,34 @@ class QuantizedTensor:
         return cls(data, torch.empty(rows, columns // GROUP, dtype=torch.float16, device=device), bits)
 
 
-def quantize(weight: Tensor, bits: int) -> QuantizedTensor:
+def quantize(weight: Tensor, bits: int, column_weights: Tensor | None = None) -> QuantizedTensor:
     """`kernels.quantize` in PyTorch."""
     if weight.ndim != 2:
         raise PartInferError(f"a weight to quantise must be [rows, columns], got {list(weight.shape)}")
     rows, columns = weight.shape
+    check_column_weights(column_weights, columns)
     result = QuantizedTensor.empty(rows, columns, bits, weight.device)
     step = max(1, _VALUES_AT_ONCE // columns)
+    important = None if column_weights is None else column_weights.to(weight.device).view(-1, GROUP)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
         groups = weight[piece].float().view(-1, columns // GROUP, GROUP)
         scale = _exact_scale(groups, bits)
         if bits == 4:
-            scale = _best_scale(groups, scale)
+            scale = _best_scale(groups, scale, important)
         result.scales[piece] = scale
         result.data[piece] = _pack(_round(groups, scale, bits), bits)
     return result
+
+
+def check_column_weights(column_weights: Tensor | None, columns: int) -> None:
+    """PartInferError unless they are float32 [columns]."""
+    if column_weights is None or (column_weights.dtype == torch.float32 and column_weights.shape == (columns,)):
+        return
+    raise PartInferError(
+        f"column weights must be float32 [{columns}], got {column_weights.dtype} {list(column_weights.shape)}: "
+        "use a neuron file made from this model"
+    )
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -131,13 +143,17 @@ def _round(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (values.clamp_(-127, 127) if bits == 8 else values.clamp_(-8, 7)).round_()
 
 
-def _best_scale(groups: Tensor, scale: Tensor) -> Tensor:
-    """For 4 bits: large values, of which there are few, count most, in the error and in what a layer computes."""
+def _best_scale(groups: Tensor, scale: Tensor, column_weights: Tensor | None) -> Tensor:
+    """For 4 bits: large values, of which there are few, count most, in the error and in what a layer computes.
+
+    column_weights: [groups, 32], what the errors of a column count besides.
+    """
+    importance = groups.abs() if column_weights is None else groups.abs() * column_weights
     best, least = scale, torch.full_like(scale, torch.inf, dtype=torch.float32)
     for factor in _CANDIDATES:
         candidate = (scale.float() * factor).half()
         restored = _round(groups, candidate, 4) * candidate.float().unsqueeze(-1)
-        error = ((groups - restored).square_() * groups.abs()).sum(-1)
+        error = ((groups - restored).square_() * importance).sum(-1)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best

@@ -73,6 +73,34 @@ def test_converting_is_the_same_everywhere(variant, bits, dtype):
     assert torch.equal(kernels.dequantize(expected[4:9], dtype), out[4:9])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_column_weights_are_the_same_everywhere(variant, bits, dtype):
+    weight, columns = weights(1, 200, 160)[0].to(dtype), torch.randn(160).mul(2).exp()
+    ours, expected = kernels.quantize(weight, bits, columns), quantization.quantize(weight, bits, columns)
+    assert torch.equal(ours.scales, expected.scales)
+    assert torch.equal(ours.data, expected.data)
+    assert torch.equal(ours.scales, kernels.quantize(weight, bits).scales) == (bits == 8)  # whose scales are exact
+
+
+def test_column_weights_lower_the_error_where_it_counts():
+    (weight,) = weights(1, 64, 256)
+    columns = torch.ones(256)
+    columns[::16] = 1000
+    errors = {}
+    for name, counts in (("plain", None), ("even", torch.ones(256)), ("weighted", columns)):
+        restored = kernels.dequantize(kernels.quantize(weight, 4, counts))
+        errors[name] = float(((restored - weight).square() * columns).sum())
+    assert errors["weighted"] < 0.75 * errors["plain"]
+    assert errors["even"] == errors["plain"]
+
+
+def test_other_column_weights_are_refused():
+    for wrong in (torch.ones(32), torch.ones(64, dtype=torch.float64), torch.ones(1, 64)):
+        with pytest.raises(PartInferError, match="column weights must be float32"):
+            kernels.quantize(torch.randn(4, 64), 4, wrong)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_of_many_tokens(variant, bits, monkeypatch):
     """In blocks, the last of them smaller, exactly the products with the dequantised weights."""

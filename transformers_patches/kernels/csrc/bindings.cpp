@@ -170,8 +170,15 @@ ConvertTask convert_task(const Tensor& floats, const Tensor& data, const Tensor&
   return task;
 }
 
-void quantize(const Tensor& floats, int64_t bits, const Tensor& data, const Tensor& scales) {
-  const ConvertTask task = convert_task(floats, data, scales, bits);
+void quantize(const Tensor& floats, int64_t bits, const optional<Tensor>& column_weights, const Tensor& data,
+              const Tensor& scales) {
+  ConvertTask task = convert_task(floats, data, scales, bits);
+  if (column_weights) {
+    TORCH_CHECK_VALUE(column_weights->scalar_type() == at::kFloat && column_weights->is_contiguous() &&
+                          column_weights->is_cpu() && column_weights->numel() == task.hidden,
+                      "column_weights must be float32 [", task.hidden, "], contiguous");
+    task.column_weights = column_weights->data_ptr<float>();
+  }
   run_convert(current().load()->quantise_rows, task, floats.size(0), at::get_num_threads());
 }
 
@@ -293,7 +300,7 @@ TORCH_LIBRARY(partinfer, m) {
       "quant_sparse_ffn_plain_by_size(Tensor x, Tensor fc1, Tensor fc1_scales, Tensor? bias1, Tensor fc2, "
       "Tensor fc2_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, float threshold, "
       "str activation) -> (Tensor, Tensor)");
-  m.def("quantize(Tensor floats, int bits, Tensor(a!) data, Tensor(b!) scales) -> ()");
+  m.def("quantize(Tensor floats, int bits, Tensor? column_weights, Tensor(a!) data, Tensor(b!) scales) -> ()");
   m.def("dequantize(Tensor data, Tensor scales, int bits, Tensor(a!) out) -> ()");
   m.def(
       "attention_step(Tensor x, Tensor? delta, Tensor norm, Tensor next_norm, Tensor[] weights, Tensor[] scales, "

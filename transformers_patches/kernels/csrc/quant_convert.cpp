@@ -36,25 +36,30 @@ inline void round_group(const float* x, float scale, float* out) {
   }
 }
 
-// Square errors of an int4 group, weighted with the size of what is rounded.
-inline float weighted_error(const float* x, float scale) {
+// Square errors of an int4 group, weighted.
+inline float weighted_error(const float* x, const float* importance, float scale) {
   float rounded[GROUP], parts[16] = {};
   round_group<4>(x, scale, rounded);
   for (int i = 0; i < GROUP; i += 16)
     for (int j = 0; j < 16; ++j) {
       const float error = x[i + j] - rounded[i + j] * scale;
-      parts[j] += error * error * (x[i + j] < 0 ? -x[i + j] : x[i + j]);
+      parts[j] += error * error * importance[i + j];
     }
   float total = 0.0f;
   for (int j = 0; j < 16; ++j) total += parts[j];
   return total;
 }
 
-inline float best_scale(const float* x, float exact) {
+// The scale with the least square error, weighted with the size of what is rounded and with the columns' weights, if any.
+inline float best_scale(const float* x, float exact, const float* column_weights) {
+  alignas(64) float importance[GROUP];
+  for (int i = 0; i < GROUP; ++i) importance[i] = x[i] < 0 ? -x[i] : x[i];
+  if (column_weights)
+    for (int i = 0; i < GROUP; ++i) importance[i] *= column_weights[i];
   float best = exact, least = 3.4e38f;
   for (int c = 0; c < CANDIDATES; ++c) {
     const float candidate = round_to_half(exact * (0.8f + 0.02f * float(c)));
-    const float error = weighted_error(x, candidate);
+    const float error = weighted_error(x, importance, candidate);
     best = error < least ? candidate : best;
     least = error < least ? error : least;
   }
@@ -90,7 +95,10 @@ void quantise(const ConvertTask& task) {
     alignas(64) float x[GROUP], rounded[GROUP];
     load_group(task.floats, task.float_type, group * GROUP, x);
     float scale = exact_scale<BITS>(x);
-    if constexpr (BITS == 4) scale = best_scale(x, scale);
+    if constexpr (BITS == 4) {
+      const float* weights = task.column_weights;
+      scale = best_scale(x, scale, weights ? weights + group % groups * GROUP : nullptr);
+    }
     task.scales[group] = to_f16(scale).bits;
     round_group<BITS>(x, scale, rounded);
     pack_group<BITS>(rounded, task.data + group * GROUP_BYTES);

@@ -98,6 +98,7 @@ struct ConvertTask {
   char* data = nullptr;
   uint16_t* scales = nullptr;
   int64_t hidden = 0, begin = 0, end = 0;
+  const float* column_weights = nullptr;  // [hidden] or null: what the errors of an int4 column count
 };
 
 // sum = x + delta (rounded to the type; delta may be null, and sum too then), out = sum / rms(sum) * weight

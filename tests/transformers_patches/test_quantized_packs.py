@@ -136,7 +136,7 @@ def test_means_of_what_is_left_out_are_in_the_pack(tiny_checkpoints, tmp_path):
     assert_same(packed, load_model(tiny_checkpoints["qwen2"], settings(dtype="int4"), neurons))
 
 
-@pytest.mark.parametrize("dtype", ["int4", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["int4", "float32"])  # the checkpoint's own: nothing is rounded twice
 def test_scales_that_know_the_inputs_are_in_the_pack(tiny_checkpoints, tmp_path, dtype):
     neurons = with_input_squares(3)
     options = {"dtype": "int4", "head_dtype": "int4"}

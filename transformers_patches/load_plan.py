@@ -125,7 +125,7 @@ def _ranking(settings: PartInferConfig, neurons: NeuronFile | None) -> torch.Ten
 
 
 def _sparse_layers(settings: PartInferConfig, num_layers: int, fit: FitFile | None) -> list[int]:
-    if settings.budget == "uniform":
+    if settings.budget != "per_layer":
         return list(settings.resolve_layers(num_layers))
     if fit is None or not fit.layer_sparsity:
         raise PartInferError(

@@ -303,11 +303,11 @@ void check_read(const Kernels& kernels) {
   std::printf("%-4s read %s\n", good ? "ok" : "BAD", kernels.name);
 }
 
-void check_core_counts(Type type) {
+void check_core_counts(const Kernels& kernels, Type type) {
   const int64_t tokens = 9, neurons = 301, k = 40;
   const Weight h = floats(tokens, neurons, type);
   std::vector<int64_t> counts(static_cast<size_t>(neurons));
-  count_core_neurons(type, h.data.data(), tokens, neurons, k, counts.data(), 2);
+  count_core_neurons(kernels, type, h.data.data(), tokens, neurons, k, counts.data(), 2);
   std::vector<double> expected(static_cast<size_t>(neurons));
   for (int64_t t = 0; t < tokens; ++t) {
     std::vector<int64_t> order(static_cast<size_t>(neurons));
@@ -316,7 +316,8 @@ void check_core_counts(Type type) {
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return row[a] > row[b]; });
     for (int64_t i = 0; i < k; ++i) expected[size_t(order[size_t(i)])] += row[order[size_t(i)]] > 0;
   }
-  report(std::string("core_counts ") + NAMES[int(type)], expected, std::vector<float>(counts.begin(), counts.end()), 1e-9);
+  report(std::string("core_counts ") + kernels.name + " " + NAMES[int(type)], expected,
+         std::vector<float>(counts.begin(), counts.end()), 1e-9);
 }
 
 void check_layer(const Kernels& kernels) {
@@ -327,6 +328,7 @@ void check_layer(const Kernels& kernels) {
     check_by_up(kernels, type, true);
     check_by_up(kernels, type, false);
   }
+  for (Type type : {Type::F32, Type::BF16, Type::F16}) check_core_counts(kernels, type);
   for (Type type : {Type::Q8, Type::Q4})
     for (Type float_type : {Type::F32, Type::BF16, Type::F16}) check_convert(kernels, type, float_type);
   check_read(kernels);
@@ -337,7 +339,6 @@ void check_layer(const Kernels& kernels) {
 int main() {
   const Kernels* variants[MAX_VARIANTS];
   const int count = usable_variants(variants);
-  for (Type type : {Type::F32, Type::BF16, Type::F16}) check_core_counts(type);
   for (int v = 0; v < count; ++v) {
     check_layer(*variants[v]);
     for (int64_t tokens : {1, 3, 8}) {

@@ -26,6 +26,7 @@ class Collector:
         self.model, self.statistics, self.max_new_tokens = model.eval(), statistics, max_new_tokens
         self._spec = ffn_spec(model.config)
         self._counted: torch.Tensor | None = None
+        self._linears = [watched_linears(model, layer) for layer in range(statistics.num_layers)]
 
     @classmethod
     def of(cls, model: PreTrainedModel, max_new_tokens: int) -> Collector:
@@ -53,10 +54,10 @@ class Collector:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         handles = []
-        for layer in range(self.statistics.num_layers):
+        for layer, linears in enumerate(self._linears):
             down = self._spec.down_projection(self.model, layer)
             handles.append(down.register_forward_pre_hook(self._hook(layer)))
-            for name, linear in watched_linears(self.model, layer).items():
+            for name, linear in linears.items():
                 if name in self.statistics.inputs:
                     handles.append(linear.register_forward_pre_hook(self._input_hook(name, layer)))
         try:

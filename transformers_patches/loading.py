@@ -194,7 +194,7 @@ def load_from(
         names,
         sources,
         device,
-        known_inputs=base,
+        known_inputs=None if bits is None else base,
         intermediate_size=plan.intermediate_size,
         keep_on_cpu=settings.memory_limit,
         memory=WeightMemory(huge_pages=native),

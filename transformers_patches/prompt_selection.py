@@ -98,7 +98,7 @@ class PromptSelection:
         if self.compensates:
             y = y + self._left_out_outputs(x)[:, None]
         neurons = sum(computed) * x.shape[1]
-        return Decoded(y, neurons, neurons * self.ffn.matrices)
+        return Decoded(y, neurons, self.rows_read(neurons))
 
     def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
         """Of a single sequence, for the native decoder; None if there are several, or nothing was chosen yet. x: any
@@ -111,7 +111,7 @@ class PromptSelection:
         return kernels.ActiveNeurons(ffn.projections(), ffn.kernel_activation, ffn.plan.base_count, index, added=added)
 
     def rows_read(self, computed: int) -> int:
-        """By one token that computes so many neurons."""
+        """By tokens that compute so many neurons in all."""
         return computed * self.ffn.matrices
 
     def _left_out_outputs(self, x: torch.Tensor) -> torch.Tensor:

@@ -222,12 +222,22 @@ inline const char* vector_like(const optional<Tensor>& tensor, const Tensor& x, 
   return pointer(*tensor);
 }
 
-inline void check_lists(at::TensorList weights, at::TensorList scales, const c10::List<optional<Tensor>>& biases,
-                 size_t count) {
-  TORCH_CHECK_VALUE(weights.size() == count && biases.size() == count && (scales.empty() || scales.size() == count),
-                    "expected ", count, " weights and biases and as many scales or none, got ", weights.size(), ", ",
-                    biases.size(), " and ", scales.size());
-}
+// Linear layers as the ops get them: scales and bits only of quantised ones.
+struct LayerWeights {
+  at::TensorList weights, scales;
+  const c10::List<optional<Tensor>>& biases;
+  int64_t bits;
+
+  void check(size_t count) const {
+    TORCH_CHECK_VALUE(weights.size() == count && biases.size() == count && (scales.empty() || scales.size() == count),
+                      "expected ", count, " weights and biases and as many scales or none, got ", weights.size(), ", ",
+                      biases.size(), " and ", scales.size());
+  }
+
+  LayerWeight weight(int i, int64_t columns, const char* name) const {
+    return layer_weight(weights[i], scales.empty() ? nullptr : &scales[i], biases.get(i), bits, columns, name);
+  }
+};
 
 inline void check_one_token(const Tensor& x, const Tensor& like, const char* name) {
   const int64_t hidden = like.numel();
@@ -242,19 +252,17 @@ inline AttentionCall attention_call(const Tensor& norm, const Tensor& next_norm,
                                     at::TensorList scales, const c10::List<optional<Tensor>>& biases, int64_t bits,
                                     const optional<Tensor>& q_norm, const optional<Tensor>& k_norm, double eps,
                                     int64_t window, double scale, int64_t head_dim) {
-  check_lists(weights, scales, biases, 4);
+  const LayerWeights given{weights, scales, biases, bits};
+  given.check(4);
   const int64_t hidden = norm.numel();
   AttentionCall call;
   call.type = float_type(norm, "norm");
   call.hidden = hidden;
   call.head_dim = head_dim;
-  const auto weight = [&](int i, int64_t columns, const char* name) {
-    return layer_weight(weights[i], scales.empty() ? nullptr : &scales[i], biases.get(i), bits, columns, name);
-  };
-  call.q = weight(0, hidden, "q");
-  call.k = weight(1, hidden, "k");
-  call.v = weight(2, hidden, "v");
-  call.o = weight(3, call.q.rows, "o");
+  call.q = given.weight(0, hidden, "q");
+  call.k = given.weight(1, hidden, "k");
+  call.v = given.weight(2, hidden, "v");
+  call.o = given.weight(3, call.q.rows, "o");
   call.heads = call.q.rows / head_dim;
   call.kv_heads = call.k.rows / head_dim;
   TORCH_CHECK_VALUE(call.kv_heads > 0 && call.heads > 0 && call.heads % call.kv_heads == 0 &&
@@ -291,14 +299,12 @@ inline void place_in_cache(AttentionCall& call, const Tensor& keys, const Tensor
 // The FFN of a layer that is computed whole, without x and out. type: that of both.
 inline DenseFfnCall dense_call(Type type, int64_t hidden, at::TensorList weights, at::TensorList scales,
                                const c10::List<optional<Tensor>>& biases, int64_t bits, c10::string_view activation) {
-  check_lists(weights, scales, biases, 3);
+  const LayerWeights given{weights, scales, biases, bits};
+  given.check(3);
   DenseFfnCall call;
-  const auto weight = [&](int i, int64_t columns, const char* name) {
-    return layer_weight(weights[i], scales.empty() ? nullptr : &scales[i], biases.get(i), bits, columns, name);
-  };
-  call.gate = weight(0, hidden, "gate");
-  call.up = weight(1, hidden, "up");
-  call.down = weight(2, call.gate.rows, "down");
+  call.gate = given.weight(0, hidden, "gate");
+  call.up = given.weight(1, hidden, "up");
+  call.down = given.weight(2, call.gate.rows, "down");
   TORCH_CHECK_VALUE(call.up.rows == call.gate.rows && call.down.rows == hidden, "gate, up and down don't fit: ",
                     weights[0].sizes(), ", ", weights[1].sizes(), ", ", weights[2].sizes());
   call.activation = activation_of(activation);

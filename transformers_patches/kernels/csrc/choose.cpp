@@ -59,8 +59,6 @@ inline Cut cut_for(const float* scores, int64_t count, int64_t k) {
   return {bits_to_float(kth), k - count_at_least(key_at, count, kth + 1)};
 }
 
-inline int64_t row_of(const Rows& rows, int64_t p) { return p < rows.prefix ? p : rows.index[p - rows.prefix]; }
-
 }  // namespace
 
 // A neuron whose score is 0 adds nothing and is never kept. Without branches on what is kept, which no processor could
@@ -83,7 +81,7 @@ int64_t keep_candidates(const Rows& rows, const float* values, const float* scor
     const float s = scores[p];
     const bool tie = s == cut.above && ties > 0;
     ties -= tie;
-    kept_rows[kept] = int32_t(row_of(rows, p));
+    kept_rows[kept] = int32_t(row_number(rows, p));
     kept_values[kept] = values[p];
     kept += int64_t(s > cut.above && s != 0.0f) | int64_t(tie);
   }

@@ -68,7 +68,7 @@ class Decoder : public torch::CustomClassHolder {
                 std::string activation, int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size,
                 int64_t keep_count, double threshold, std::vector<Tensor> added) {
     Layer& layer = at(number);
-    check_lists(weights, scales, biases, 3);
+    LayerWeights{weights, scales, biases, bits}.check(3);
     const Input2d like = input_of(layer.norm);  // x and out are set for every token
     FfnCall call =
         scales.empty()

@@ -58,7 +58,8 @@ inline void dot_block(const RowRef* rows, const RowRef* next, const X* x, int64_
     const int64_t count = smaller(S::N, hidden - j);
     for (int r = 0; r < R; ++r) {
       const auto w = S::weights_tail(reinterpret_cast<const W*>(rows[r].data) + j, count);
-      for (int t = 0; t < T; ++t) acc[r * T + t] = S::accumulate(w, S::input_tail(x + t * hidden + j, count), acc[r * T + t]);
+      for (int t = 0; t < T; ++t)
+        acc[r * T + t] = S::accumulate(w, S::input_tail(x + t * hidden + j, count), acc[r * T + t]);
     }
   }
   sums(acc, &out[0][0]);
@@ -121,8 +122,8 @@ inline void add_rows_block(const RowRef* rows, const RowRef* next, const float (
   }
 }
 
-// The sum of result[t] is row · x[t], for a row inside a run of rows that follow each other; `next` is read afterwards. Few instructions
-// for each cache line, so that the processor itself looks far ahead.
+// The sum of result[t] is row · x[t], for a row inside a run of rows that follow each other; `next` is read afterwards.
+// Few instructions for each cache line, so that the processor itself looks far ahead.
 template <class W, class X, int T>
 inline void dot_row(const char* row, const char* next, const X* x, int64_t hidden, F* result) {
   using S = Step<W, X>;

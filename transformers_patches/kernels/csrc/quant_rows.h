@@ -19,8 +19,8 @@ struct Packing {
   static constexpr int PARTS = BITS == 8 ? 1 : 2;  // vectors that one vector of packed bytes unpacks to
 };
 
-// The float16 scales of 16 groups times `with`, and acc += those scales * `corrections`; 0 for groups from `here` on.
-// In a register where one holds all 16, else in memory.
+// Scales of 16 groups, which are spread over the lanes that a group's bytes sum into: in a register where one holds all
+// 16, else in memory.
 #ifdef PARTINFER_SPREAD_FROM_REGISTER
 using ScaleBlock = F;
 inline void store_scales(ScaleBlock& block, int64_t, F value) { block = value; }
@@ -35,6 +35,7 @@ inline F spread_from(const ScaleBlock& block, int64_t first) {
 }
 #endif
 
+// The float16 scales of LANES groups from group g on as float32, `left` of which the row has, and zeros.
 template <bool FULL>
 inline F load_scales(const RowRef& row, int64_t g, int64_t left) {
   const f16_t* scales = reinterpret_cast<const f16_t*>(row.scales) + g;
@@ -145,7 +146,7 @@ struct Factors {
   alignas(64) float scales[SCALE_BLOCK];
 };
 
-// The factors of 16 groups from `scales[r]` on, `here` of which there are. No factor of a group may be above 127 of its
+// The factors of 16 groups from group g on, `here` of which there are. No factor of a group may be above 127 of its
 // scale, so that small ones lose most; llama.cpp's blocks of 32 activations do the same.
 template <int BITS, int T, bool FULL>
 inline void quantise_factors(const RowRef* rows, int quads, const float (*h)[T], int t, int64_t g, int64_t here,

@@ -21,6 +21,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.files import write_text_atomic
 
 DEFAULT_METHODS = "dense,dense+partial,partinfer,coreinfer"
+BATCH_SIZE = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scored_tokens", type=int, default=SCORED_TOKENS, help=f"scored part of a window ({SCORED_TOKENS})")
     add("--prompt_template", help='rows instead of a text: what is prefilled, such as "Question: {question}\\nAnswer:"')
     add("--target_template", help='what is scored after it, such as " {answer}"')
-    add("--batch_size", type=int, default=4, help="windows that are scored together (4)")
+    add("--batch_size", type=int, help=f"windows that are scored together ({BATCH_SIZE})")
+    add(
+        "--token_by_token",
+        action="store_true",
+        help="score as decoding computes: one token at a time, through the kernels of generation (slower, exact)",
+    )
     add("--bootstrap_iters", type=int, default=1000, help="resamples of the confidence intervals (1000)")
     add("--seed", type=int, default=0, help="of the sample, the bootstrap, and random rankings without a file (0)")
     add("--json", metavar="FILE", help="write the rows as JSON")
@@ -49,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = cli.parse_with_config(parser, argv)
     try:
         grid, source = build_typed_grid(arguments), _source(arguments)
-        for name in ("batch_size", "bootstrap_iters"):
-            if getattr(arguments, name) < 1:
-                raise PartInferError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+        batch_size = _batch_size(arguments)
+        if arguments.bootstrap_iters < 1:
+            raise PartInferError(f"bootstrap_iters must be at least 1, got {arguments.bootstrap_iters}")
     except PartInferError as error:
         parser.error(str(error))
     # heavy imports only now: --help and wrong usage answer at once
@@ -62,11 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     folder = find_model(arguments.model_name)
     tokenizer = load_tokenizer(folder)
     examples = read_examples(source, tokenizer, read_config(folder).max_position_embeddings)
-    rows = _measure(grid, folder, examples, arguments)
+    rows = _measure(grid, folder, examples, batch_size, arguments)
     result = {
         "model": folder.name,
         "dataset": source.dataset,
         "half": source.half,
+        "scoring": "one_pass" if batch_size else "token_by_token",
         "task_type": arguments.task_type,
         "examples": len(examples),
         "scored_tokens": sum(len(example.target) for example in examples),
@@ -83,11 +90,26 @@ def _source(arguments: argparse.Namespace) -> Source:
     return Source(**{name: getattr(arguments, name) for name in Source.__dataclass_fields__})
 
 
+def _batch_size(arguments: argparse.Namespace) -> int | None:
+    """Windows that are scored together; None for token by token. PartInferError for wrong usage."""
+    size = arguments.batch_size
+    if size is not None and size < 1:
+        raise PartInferError(f"batch_size must be at least 1, got {size}")
+    if arguments.token_by_token and size not in (None, 1):
+        raise PartInferError(f"--token_by_token decodes one window at a time: leave out --batch_size {size}")
+    return None if arguments.token_by_token else size or BATCH_SIZE
+
+
 def _measure(
-    grid: list[Configuration], folder: Path, examples: list[Example], arguments: argparse.Namespace
+    grid: list[Configuration],
+    folder: Path,
+    examples: list[Example],
+    batch_size: int | None,
+    arguments: argparse.Namespace,
 ) -> list[dict]:
     """A row per configuration. The first dense model goes first: the others are compared to its logits.
 
+    batch_size: as score_examples takes it; all rows, the dense ones too, are scored alike.
     With several types, each method is also compared to itself in the first of them.
     """
     from evaluation.bootstrap import Bootstrap
@@ -100,10 +122,11 @@ def _measure(
     with dense_logits() as store:
         reference = store if first_dense is not None else None
         for configuration in sorted(grid, key=lambda c: c is not first_dense):
-            print(f"{configuration.label}: {len(examples)} examples", file=sys.stderr)
+            how = "" if batch_size else ", token by token"
+            print(f"{configuration.label}: {len(examples)} examples{how}", file=sys.stderr)
             loaded = load_configuration(configuration, folder, arguments)
             is_dense = configuration is first_dense
-            table = score_examples(loaded, examples, arguments.batch_size, reference, is_dense=is_dense)
+            table = score_examples(loaded, examples, batch_size, reference, is_dense=is_dense)
             tables[configuration.label] = table
             dense_table = None if first_dense is None else tables[first_dense.label]
             same = _in_first_type(configuration, grid) if arguments.dtypes else None

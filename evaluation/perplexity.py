@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from evaluation.bootstrap import Bootstrap
 from evaluation.methods import Configuration
-from evaluation.scoring import batches, continuation_logits
+from evaluation.scoring import batches, continuation_logits, decoded_logits
 from evaluation.weights import weight_counts
 from evaluation.windows import Example
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import LoadedModel
 
 COLUMNS = ("nll", "tokens", "kl", "agreement")
+_BLOCK = 16  # tokens whose distributions are in memory in float32
 
 
 class DenseLogits:
@@ -58,39 +60,55 @@ def dense_logits() -> Iterator[DenseLogits]:
 
 
 def score_examples(
-    loaded: LoadedModel, examples: list[Example], batch_size: int, dense: DenseLogits | None, *, is_dense: bool
+    loaded: LoadedModel, examples: list[Example], batch_size: int | None, dense: DenseLogits | None, *, is_dense: bool
 ) -> dict[str, np.ndarray]:
     """Sums over each example's scored tokens, float64 [examples], by the names of COLUMNS.
 
-    dense: where the dense logits are, or are put if is_dense; None leaves `kl` and `agreement` not-a-number.
+    batch_size: examples that are scored together, in one pass; None scores one example after the other, token by token,
+    as decoding computes. dense: where the dense logits are, or are put if is_dense; None leaves `kl` and `agreement`
+    not-a-number.
     """
     table = {name: np.full(len(examples), np.nan) for name in COLUMNS}
-    requests = [(example.context, [example.target]) for example in examples]
     if is_dense and dense is not None:
         dense.check_space(examples, loaded.model.config.vocab_size, loaded.model.dtype.itemsize)
     loaded.reset_counters()
     with tqdm(total=len(examples), desc="Scoring", leave=False) as progress:
-        for indices in batches(requests, batch_size):
-            for row, _, logits in continuation_logits(loaded.model, [requests[i] for i in indices]):
-                index = indices[row]
-                if is_dense and dense is not None:
-                    dense.save(index, logits)
-                reference = None if dense is None else dense.load(index, logits.device)
-                for name, value in _sums(logits, examples[index].target, reference).items():
-                    table[name][index] = value
-                progress.update()
+        for index, logits in _logits(loaded.model, examples, batch_size):
+            if is_dense and dense is not None:
+                dense.save(index, logits)
+            reference = None if dense is None else dense.load(index, logits.device)
+            for name, value in _sums(logits, examples[index].target, reference).items():
+                table[name][index] = value
+            progress.update()
     return table
+
+
+def _logits(
+    model: PreTrainedModel, examples: list[Example], batch_size: int | None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(index, logits [T, V] of the target) of each example."""
+    if batch_size is None:
+        for index, example in enumerate(examples):
+            yield index, decoded_logits(model, example.context, example.target)
+        return
+    requests = [(example.context, [example.target]) for example in examples]
+    for indices in batches(requests, batch_size):
+        for row, _, logits in continuation_logits(model, [requests[i] for i in indices]):
+            yield indices[row], logits
 
 
 def _sums(logits: torch.Tensor, target: list[int], dense: torch.Tensor | None) -> dict[str, float]:
     """logits, dense: [T, V]. KL(dense || method) as in Kullback and Leibler 1951, in nats."""
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    own = log_probs.gather(1, torch.tensor(target, device=logits.device)[:, None])
-    sums = {"nll": -float(own.double().sum()), "tokens": float(len(target))}
-    if dense is not None:
-        expected = torch.log_softmax(dense.float(), dim=-1)
-        sums["kl"] = float((expected.exp() * (expected - log_probs)).sum(dtype=torch.float64))
-        sums["agreement"] = float((dense.argmax(-1) == logits.argmax(-1)).sum())
+    sums = {"nll": 0.0, "tokens": float(len(target))} | ({} if dense is None else {"kl": 0.0, "agreement": 0.0})
+    for start in range(0, len(target), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        log_probs = torch.log_softmax(logits[block].float(), dim=-1)
+        own = log_probs.gather(1, torch.tensor(target[block], device=logits.device)[:, None])
+        sums["nll"] -= float(own.double().sum())
+        if dense is not None:
+            expected = torch.log_softmax(dense[block].float(), dim=-1)
+            sums["kl"] += float((expected.exp() * (expected - log_probs)).sum(dtype=torch.float64))
+            sums["agreement"] += float((dense[block].argmax(-1) == logits[block].argmax(-1)).sum())
     return sums
 
 

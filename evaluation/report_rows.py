@@ -98,12 +98,17 @@ def primary_metric(result: dict, preferred: Sequence[str] = ()) -> dict:
 
 
 def perplexity_rows(folder: str | Path) -> list[dict]:
-    """A row per configuration of each result of evaluate_perplexity.py, with the names of PERPLEXITY_COLUMNS."""
+    """A row per configuration of each result of evaluate_perplexity.py, with the names of PERPLEXITY_COLUMNS.
+
+    Configurations that were scored token by token say so.
+    """
     rows = []
     for result in read_perplexities(folder):
         dense = next((row for row in result["rows"] if row["label"] == "dense"), None)
+        scoring = " token by token" if result.get("scoring") == "token_by_token" else ""
         for row in result["rows"]:
-            names = {"model": result["model"], "dataset": Path(result["dataset"]).name, "configuration": row["label"]}
+            names = {"model": result["model"], "dataset": Path(result["dataset"]).name}
+            names["configuration"] = row["label"] + scoring
             measured = {name: row.get(name) for name in (*PERPLEXITY_COLUMNS, *(f"{n}_ci" for n in PERPLEXITY_COLUMNS))}
             rows.append(measured | names | {"samples": row["examples"]} | _size_fractions(row, dense))
     return rows

@@ -1,16 +1,20 @@
 """Log-likelihoods through the path that decodes: prefill, select, score over the cache with the selected neurons.
 
 The context without its last token is prefilled; the last context token and the continuation are then scored in one
-pass over the cache, which under a fixed selection equals step-by-step decoding. A one-token context is a prompt too:
-it is prefilled, and its prediction comes from the prefill. B batch, T tokens, V vocabulary.
+pass over the cache (`continuation_logits`), which under a fixed selection equals step-by-step decoding up to rounding;
+`decoded_logits` takes the steps, and rounds as decoding does. A one-token context is a prompt too: it is prefilled, and
+its prediction comes from the prefill. B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+
+from transformers_patches.one_token import new_cache
 
 Tokens = list[int]
 Request = tuple[Tokens, list[Tokens]]  # a context of at least one token, and what may follow it
@@ -48,6 +52,33 @@ def continuation_logits(model: PreTrainedModel, batch: list[Request]) -> Iterato
             if slot < len(continuations):
                 own = logits[index, : len(rows[index])]
                 yield index, slot, own if len(context) > 1 else torch.cat([first[index : index + 1], own])
+
+
+@torch.inference_mode()
+def decoded_logits(model: PreTrainedModel, context: Tokens, continuation: Tokens) -> torch.Tensor:
+    """Logits [len(continuation), V] of one sequence, each from a pass over one token, in the model's type.
+
+    The passes are those of generation for the prompt context[:-1], which is prefilled whole, on the cache that it takes:
+    where generation runs the native one-token pass, this does.
+    """
+    prompt, fed = context[:-1] or context, _pass_tokens(context, [continuation])
+    ids = torch.tensor([prompt + fed], device=model.device)
+    mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1], device=model.device)[None]
+    cache = new_cache(model)
+    logits = torch.empty(len(continuation), model.config.vocab_size, dtype=model.dtype, device=model.device)
+    skipped = 1 + len(fed) - len(continuation)  # the prompt's own prediction, unless it is the first that counts
+    for number, (start, end) in enumerate(pairwise([0, *range(len(prompt), ids.shape[1] + 1)])):
+        output = model(
+            input_ids=ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if number >= skipped:
+            logits[number - skipped] = output.logits[0, -1]
+    return logits
 
 
 def _pass_tokens(context: Tokens, continuation: list[Tokens]) -> Tokens:

@@ -16,6 +16,7 @@ from evaluation.bootstrap import Bootstrap
 from evaluation.evaluate_perplexity import main
 from evaluation.windows import Source, read_examples
 from tests.evaluation.conftest import SETTINGS
+from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 
 ALL = "dense,dense+partial,partinfer,coreinfer,coreinfer+partial,coreinfer_random_loading"
@@ -156,6 +157,36 @@ def test_types_are_compared_with_the_first(model_folder, ranking_paths, windows,
     assert alone[0]["perplexity_ratio"] is None
 
 
+def test_token_by_token_gives_what_one_pass_gives(model_folder, ranking_paths, windows, tmp_path):
+    flags = [*windows, "--method", "dense,original,partinfer", "--selection", "core,up"]
+    one, steps = (
+        run(model_folder, ranking_paths, tmp_path / "out.json", *flags, *more) for more in ([], ["--token_by_token"])
+    )
+    assert (one["scoring"], steps["scoring"]) == ("one_pass", "token_by_token")
+    assert [row["label"] for row in steps["rows"]] == [row["label"] for row in one["rows"]]
+    for a, b in zip(one["rows"], steps["rows"], strict=True):
+        for name in ("nll", "excess_nll", "kl_to_dense"):
+            assert b[name] == pytest.approx(a[name], abs=1e-4)
+        assert b["top1_agreement"] == a["top1_agreement"]
+        assert b["ffn_bytes_fraction"] == a["ffn_bytes_fraction"]
+    assert steps["rows"][0]["kl_to_dense"] == 0
+    assert [row["decoded_tokens"] for row in steps["rows"][1:]] == [48] * 3
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.why_not()}")
+def test_token_by_token_small_weights_meet_rounded_activations(model_folder, ranking_paths, windows, tmp_path):
+    flags = [*windows, "--method", "dense,original", "--dtypes", "bfloat16,int8"]
+    one, steps = (
+        run(model_folder, ranking_paths, tmp_path / "out.json", *flags, *more)["rows"]
+        for more in ([], ["--token_by_token", "--batch_size", 1])
+    )
+    for a, b in zip(one, steps, strict=True):
+        assert b["nll"] != a["nll"]
+        assert b["nll"] == pytest.approx(a["nll"], rel=0.02)
+    assert (steps[0]["kl_to_dense"], steps[0]["perplexity_ratio"]) == (0, 1)
+    assert steps[2]["kl_to_dense"] > 0
+
+
 def test_without_dense_there_is_nothing_to_compare_to(model_folder, ranking_paths, windows, tmp_path):
     row = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, "--method", "partinfer")["rows"][0]
     assert row["kl_to_dense"] is row["excess_nll"] is row["top1_agreement_ci"] is None
@@ -216,8 +247,20 @@ def test_the_bootstrap_interval_covers_the_mean_at_its_rate():
     assert 0.88 < covered / 200 < 0.99
 
 
-@pytest.mark.parametrize("flags", [["--method", "fancy"], ["--sparsity", "a"], ["--batch_size", "0"], ["--half", "x"]])
-def test_wrong_usage_ends_with_2(model_folder, text_file, flags):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "fancy"],
+        ["--sparsity", "a"],
+        ["--batch_size", "0"],
+        ["--half", "x"],
+        ["--token_by_token", "--batch_size", "8"],
+    ],
+)
+def test_wrong_usage_ends_with_2(model_folder, text_file, capsys, flags):
     with pytest.raises(SystemExit) as ended:
         main(["--model_name", str(model_folder), "--dataset", str(text_file), *flags])
     assert ended.value.code == 2
+    if "--token_by_token" in flags:
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.endswith("--token_by_token decodes one window at a time: leave out --batch_size 8")

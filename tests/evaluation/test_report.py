@@ -8,7 +8,7 @@ import json
 import pytest
 
 from evaluation.report import main
-from evaluation.report_rows import mean_relative, task_rows
+from evaluation.report_rows import mean_relative, perplexity_rows, task_rows
 from evaluation.results import result_path, write_result
 from transformers_patches.errors import PartInferError
 
@@ -83,6 +83,15 @@ def test_tables_and_figures(folder, tmp_path_factory, capsys):
     for name in ("m_relative.png", "m_trade_off.png", "m_test.txt_excess_nll.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert name in text
+
+
+def test_perplexities_that_were_scored_token_by_token_say_so(folder):
+    result = json.loads((folder / "wikitext.json").read_text(encoding="utf-8"))
+    (folder / "steps.json").write_text(json.dumps(result | {"scoring": "token_by_token"}), encoding="utf-8")
+    rows = perplexity_rows(folder)
+    steps = ["dense token by token", "partinfer token by token"]
+    assert [row["configuration"] for row in rows] == [*steps, "dense", "partinfer"]
+    assert [row["method"] for row in rows] == ["dense", "partinfer"] * 2
 
 
 def test_bytes_of_runs_that_decoded_nothing_are_not_told(folder):

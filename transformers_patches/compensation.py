@@ -53,7 +53,7 @@ class PromptMean:
 
     def observe(self, h: torch.Tensor) -> None:
         """h: [T, L] of prompt tokens, no padding."""
-        self.sums = self.sums + h.float().sum(0)
+        self.sums = h.float().sum(0).add_(self.sums)
         self.tokens += len(h)
 
     def left_out(self, down: Weight, computed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from transformers_patches import kernels
 from transformers_patches.kernels import Weight
 from transformers_patches.load_plan import LayerPlan
 from transformers_patches.prior import Prior
-from transformers_patches.selection import core_neuron_counts, select_active, select_best
+from transformers_patches.selection import select_active, select_best
 
 PRIOR_TOKENS = 256  # the neuron file's means weigh as much as a prompt of this many tokens
 GLOBAL_WEIGHT = 0.5  # of the neuron file's ranks against the prompt's
@@ -40,7 +41,7 @@ class Evidence(ABC):
 
     @abstractmethod
     def choose(self) -> torch.Tensor:
-        """Stored positions of the neurons chosen beside the base: int64 [K - base_count], ascending."""
+        """Stored positions of the neurons chosen beside the base: int32 [K - base_count], ascending."""
 
 
 class CoreNeurons(Evidence):
@@ -50,7 +51,7 @@ class CoreNeurons(Evidence):
         self.counts = torch.zeros(self.plan.loaded_count, dtype=torch.int64, device=device)
 
     def observe(self, h: torch.Tensor) -> None:
-        self.counts = self.counts + core_neuron_counts(h, self.token_sparsity)
+        self.counts = kernels.core_counts(h, self.token_sparsity).add_(self.counts)
 
     def choose(self) -> torch.Tensor:
         return select_active(self.counts, self.plan)
@@ -63,7 +64,7 @@ class _Sums(Evidence):
         self.sums = torch.zeros(self.plan.loaded_count, dtype=torch.float32, device=device)
 
     def observe(self, h: torch.Tensor) -> None:
-        self.sums = self.sums + self._per_token(h.float()).sum(0)
+        self.sums = self._per_token(h.float()).sum(0).add_(self.sums)
         self.tokens += len(h)
 
     @abstractmethod

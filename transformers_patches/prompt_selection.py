@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activations:
-    """Of all loaded neurons at some tokens of one sequence, no padding: [T, L] each.
+    """Of all loaded neurons at some tokens: [..., T, L] each.
 
     first: what the first input projection gives, act(gate·x), of a plain FFN act(up·x); up: up·x, None for a plain
     FFN; h: what enters the output projection.
@@ -26,6 +27,30 @@ class Activations:
     first: torch.Tensor
     up: torch.Tensor | None
     h: torch.Tensor
+
+
+class SequenceActivations:
+    """Of all loaded neurons at one sequence's tokens, no padding: [T, L] each, as in Activations; cut out when asked for."""
+
+    def __init__(self, values: Activations, sequence: int, token_mask: torch.Tensor | None) -> None:
+        """values: [B, T, L] each; token_mask: bool [B, T], False where padding, or None."""
+        self._values, self._sequence, self._mask = values, sequence, token_mask
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        return self._cut(self._values.first)
+
+    @cached_property
+    def up(self) -> torch.Tensor:
+        return self._cut(self._values.up)
+
+    @cached_property
+    def h(self) -> torch.Tensor:
+        return self._cut(self._values.h)
+
+    def _cut(self, part: torch.Tensor) -> torch.Tensor:
+        tokens = part[self._sequence]
+        return tokens if self._mask is None else tokens[self._mask[self._sequence]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +105,7 @@ class PromptSelection:
         if self.compensates:
             self.means = [PromptMean(self.mean.to(device)) for _ in range(batch)]
 
-    def observe(self, sequence: int, activations: Activations) -> None:
+    def observe(self, sequence: int, activations: SequenceActivations) -> None:
         self.evidence[sequence].observe(activations.h)
         if self.means is not None:
             self.means[sequence].observe(activations.h)
@@ -88,7 +113,7 @@ class PromptSelection:
     def choose(self) -> None:
         """Choose from what was observed so far."""
         self._gathered, self._left_out = {}, None
-        self.selected = [evidence.choose().to(torch.int32) for evidence in self.evidence]
+        self.selected = [evidence.choose() for evidence in self.evidence]
 
     def decode(self, x: torch.Tensor) -> Decoded:
         """x: [B, T, H]."""

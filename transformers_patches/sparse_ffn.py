@@ -20,7 +20,7 @@ from transformers_patches.kernels import Weight
 from transformers_patches.load_plan import LayerPlan
 from transformers_patches.phase import PREFILL, RequestState
 from transformers_patches.prior import Prior
-from transformers_patches.prompt_selection import Activations, PromptSelection
+from transformers_patches.prompt_selection import Activations, PromptSelection, SequenceActivations
 from transformers_patches.quantized import QuantizedWeight, weight_of
 from transformers_patches.refresh import Refresh
 from transformers_patches.token_selection import TokenSelection
@@ -141,9 +141,7 @@ class SparseFFN(nn.Module):
     def observe(self, values: Activations, token_mask: torch.Tensor | None) -> None:
         """Take activations [B, T, L] as evidence, except where token_mask [B, T] is False; choose by all there is."""
         for sequence in range(len(values.h)):
-            real = slice(None) if token_mask is None else token_mask[sequence]
-            parts = (None if part is None else part[sequence][real] for part in (values.first, values.up, values.h))
-            self.selection.observe(sequence, Activations(*parts))
+            self.selection.observe(sequence, SequenceActivations(values, sequence, token_mask))
         self.selection.choose()
         self.choice = object()
 

@@ -24,7 +24,7 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.fast_linear import FEW_TOKENS
 from transformers_patches.prompt_evidence import Blend
-from transformers_patches.prompt_selection import Activations, Decoded
+from transformers_patches.prompt_selection import Decoded, SequenceActivations
 
 if TYPE_CHECKING:
     from transformers_patches.sparse_ffn import Rows, SparseFFN
@@ -45,16 +45,17 @@ class TypicalSize:
 
     def observe(self, values: torch.Tensor) -> None:
         """values: [T, L] of prompt tokens, no padding."""
-        self.sums = self.sums + values.float().square().sum(0)
+        floats = values.to(torch.float32, copy=True)
+        self.sums = floats.square_().sum(0).add_(self.sums)
         self.tokens += len(values)
 
     def get(self) -> torch.Tensor:
         """float32 [L]. Without a prior one token's worth of the mean over the neurons keeps every neuron above 0."""
         if self.prior is None:
-            weight, prior = 1, self.sums.mean() / max(self.tokens, 1)
+            weight, prior = 1, float(self.sums.mean()) / max(self.tokens, 1)
         else:
             weight, prior = PRIOR_TOKENS, self.prior.square()
-        return ((self.sums + weight * prior) / (self.tokens + weight)).sqrt()
+        return self.sums.add(prior, alpha=weight).div_(self.tokens + weight).sqrt_()
 
 
 class ScoreSample:
@@ -127,7 +128,7 @@ class TokenSelection:
             plan = self._candidate_plan
             self.evidence = [Blend(plan, ffn.prior, down, ffn.token_sparsity, device) for _ in range(batch)]
 
-    def observe(self, sequence: int, activations: Activations) -> None:
+    def observe(self, sequence: int, activations: SequenceActivations) -> None:
         if self.by != "plain":
             self.sizes[sequence].observe(activations.first if self.by == "up" else activations.up)
         if self.samples is not None:
@@ -142,7 +143,7 @@ class TokenSelection:
         sizes = [1.0 if self.by == "plain" else size.get() for size in self.sizes]
         self.scales = [(norms.to(size.sums.device) * value) for size, value in zip(self.sizes, sizes, strict=True)]
         if self.evidence is not None:
-            self.selected = [evidence.choose().to(torch.int32) for evidence in self.evidence]
+            self.selected = [evidence.choose() for evidence in self.evidence]
         if self.samples is None:
             self.thresholds = [None] * len(self.scales)
             return

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.transformers_patches.masked_reference import naive_core_counts, naive_selection
+from transformers_patches.kernels import core_counts
 from transformers_patches.load_plan import LayerPlan
-from transformers_patches.selection import core_neuron_counts, select_active
+from transformers_patches.selection import select_active
 
 
 def distinct_activations(seed: int, tokens: int, neurons: int, positive: float) -> torch.Tensor:
@@ -27,7 +28,7 @@ def distinct_activations(seed: int, tokens: int, neurons: int, positive: float) 
 )
 def test_counts_are_those_of_the_formula(seed, tokens, neurons, positive, alpha):
     h = distinct_activations(seed, tokens, neurons, positive)
-    assert core_neuron_counts(h, alpha).tolist() == naive_core_counts(h.tolist(), alpha)
+    assert core_counts(h, alpha).tolist() == naive_core_counts(h.tolist(), alpha)
 
 
 def test_counts_of_a_case_worked_out_by_hand():
@@ -39,22 +40,22 @@ def test_counts_of_a_case_worked_out_by_hand():
         ]
     )
     # 3, 3 and 5 positives: their mean is 11/3, k = floor(0.6 * 11/3) = 2
-    assert core_neuron_counts(h, 0.6).tolist() == [1, 3, 0, 1, 1]
+    assert core_counts(h, 0.6).tolist() == [1, 3, 0, 1, 1]
 
 
 def test_zero_and_negative_activations_are_never_marked():
     h = torch.tensor([[0.0, 0.0, -1.0, 0.0], [1.0, 2.0, 3.0, 4.0]])  # k = 2, the first token has no positive one
-    assert core_neuron_counts(h, 1.0).tolist() == [0, 0, 1, 1]
+    assert core_counts(h, 1.0).tolist() == [0, 0, 1, 1]
 
 
 def test_no_tokens_mark_nothing():
-    assert core_neuron_counts(torch.empty(0, 4), 1.0).tolist() == [0, 0, 0, 0]
+    assert core_counts(torch.empty(0, 4), 1.0).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_counts_do_not_overflow(dtype):
     h = torch.ones(4000, 3, dtype=dtype) * torch.tensor([1, 2, 3], dtype=dtype)
-    assert core_neuron_counts(h, 0.34).tolist() == [0, 0, 4000]
+    assert core_counts(h, 0.34).tolist() == [0, 0, 4000]
 
 
 @given(data=st.data(), size=st.integers(1, 25), method=st.sampled_from(["partinfer", "coreinfer"]))

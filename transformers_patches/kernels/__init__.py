@@ -35,6 +35,7 @@ __all__ = [
     "dense_ffn",
     "dequantize",
     "linear",
+    "most_marked",
     "project",
     "quantize",
     "sparse_ffn",
@@ -293,14 +294,27 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
     return ops.add_norm(x, delta, weight, eps)
 
 
-def core_counts(h: Tensor, k: int) -> Tensor:
-    """How many tokens have each neuron among their k largest activations above 0: int64 [L] from h [T, L].
+def core_counts(h: Tensor, token_sparsity: float) -> Tensor:
+    """How many tokens mark each neuron as a core neuron: int64 [L] (CoreInfer, arXiv 2410.18311).
 
+    h: [T, L], the activations of one sequence's prompt tokens, no padding. With P_t the positive activations of
+    token t and k = floor(token_sparsity * mean_t P_t), every token marks its k largest positive activations.
     Native only if something else has loaded the kernels already; equal values may then be marked otherwise than by PyTorch.
     """
-    if _LIBRARY.ops is None or not h.is_cpu or k < 1:
-        return reference.core_counts(h, k)
-    return _LIBRARY.ops.core_counts(h, k)
+    if _LIBRARY.ops is None or not h.is_cpu or len(h) == 0:
+        return reference.core_counts(h, token_sparsity)
+    return _LIBRARY.ops.core_counts(h, token_sparsity)
+
+
+def most_marked(counts: Tensor, priority: Tensor, first: int, wanted: int) -> Tensor:
+    """The `wanted` neurons from `first` on with the largest counts, ascending: int32 [wanted].
+
+    counts, priority: int64 [L]; of equal counts the lowest priority wins (each neuron has its own, from 0 on). Native
+    only if something else has loaded the kernels already, with the same result.
+    """
+    if _LIBRARY.ops is None or not counts.is_cpu:
+        return reference.most_marked(counts, priority, first, wanted)
+    return _LIBRARY.ops.most_marked(counts, priority, first, wanted)
 
 
 def bandwidth_probe(nbytes: int = 256 << 20, repetitions: int = 8) -> float:

@@ -96,6 +96,9 @@ def _register_fakes() -> None:
     for name in ("linear", "quant_linear"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
     torch.library.register_fake("partinfer::core_counts")(lambda h, _: h.new_empty(h.shape[1], dtype=torch.int64))
+    torch.library.register_fake("partinfer::most_marked")(
+        lambda counts, _priority, _first, wanted: counts.new_empty(wanted, dtype=torch.int32)
+    )
     for name in ("dense_ffn", "add_norm"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, *_: torch.empty_like(x))
     torch.library.register_fake("partinfer::attention_step")(lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))

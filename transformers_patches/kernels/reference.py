@@ -137,8 +137,19 @@ def _largest(scores: Tensor, count: int | None, threshold: float) -> Tensor:
     return kept[scores[kept] > 0]
 
 
-def core_counts(h: Tensor, k: int) -> Tensor:
+def core_counts(h: Tensor, token_sparsity: float) -> Tensor:
     """See transformers_patches.kernels.core_counts."""
-    values, marked = h.topk(min(k, h.shape[1]), dim=1, sorted=False)
-    counts = torch.zeros(h.shape[1], dtype=torch.int64, device=h.device)
+    tokens, loaded = h.shape
+    counts = torch.zeros(loaded, dtype=torch.int64, device=h.device)
+    if tokens == 0:
+        return counts
+    k = min(int(token_sparsity * int((h > 0).sum()) / tokens), loaded)
+    values, marked = h.topk(k, dim=1, sorted=False)
     return counts.scatter_add_(0, marked.flatten(), (values > 0).flatten().long())
+
+
+def most_marked(counts: Tensor, priority: Tensor, first: int, wanted: int) -> Tensor:
+    """See transformers_patches.kernels.most_marked."""
+    keys = counts * (int(priority.max()) + 1) - priority
+    chosen = keys[first:].topk(wanted, sorted=False).indices + first
+    return chosen.sort().values.int()

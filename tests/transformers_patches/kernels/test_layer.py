@@ -112,18 +112,53 @@ def test_add_norm(variant, dtype, hidden):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, neurons, k", [(1, 7, 3), (40, 530, 60), (9, 64, 64), (5, 100, 1)])
-def test_core_counts(variant, dtype, tokens, neurons, k):
+@pytest.mark.parametrize(
+    "tokens, neurons, part", [(1, 7, 0.6), (40, 530, 0.2), (9, 64, 1.0), (5, 100, 0.01), (70, 1075, 0.2)]
+)
+def test_core_counts(variant, dtype, tokens, neurons, part):
     h = torch.stack([torch.randperm(neurons) for _ in range(tokens)]).to(dtype) - neurons // 3  # no equal values
     h = h if dtype == torch.float32 else h.clamp(-100, 100)
-    counts = kernels.core_counts(h, k)
-    marked = torch.stack([(row > 0) & (row >= row.sort(descending=True).values[k - 1]) for row in h])
+    counts = kernels.core_counts(h, part)
+    k = int(part * int((h > 0).sum()) / tokens)
+    marked = (h > 0) & (h >= h.sort(descending=True, dim=1).values[:, max(k, 1) - 1 : max(k, 1)]) & (k > 0)
     if dtype == torch.float32:
         assert torch.equal(counts, marked.sum(0))
     else:  # of equal values some are marked
         positives = (h > 0).sum(1).clamp(max=k)
         assert int(counts.sum()) == int(positives.sum())
         assert bool((counts <= marked.sum(0)).all())
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no native kernels")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("neurons", [5, 64, 130, 1075])
+def test_of_equal_activations_the_first_are_marked(variant, dtype, neurons):
+    if variant == "reference":
+        pytest.skip("PyTorch marks others")
+    h = torch.randint(-2, 3, (30, neurons), generator=torch.Generator().manual_seed(neurons)).to(dtype)
+    k = int(0.3 * int((h > 0).sum()) / len(h))
+    marked = torch.zeros(neurons, dtype=torch.int64)
+    for row in h:
+        best = row.argsort(descending=True, stable=True)[:k]
+        marked[best[row[best] > 0]] += 1
+    assert torch.equal(kernels.core_counts(h, 0.3), marked)
+
+
+def test_core_counts_of_infinities(variant):
+    h = torch.tensor([[float("inf"), 1.0, -1.0, -float("inf"), 2.0, 0.5]])
+    assert kernels.core_counts(h, 0.5).tolist() == [1, 0, 0, 0, 1, 0]  # 4 above 0, so 2 are marked
+
+
+@pytest.mark.parametrize("neurons, first, wanted", [(1, 0, 1), (7, 3, 0), (7, 2, 5), (130, 0, 31), (1075, 461, 153)])
+@pytest.mark.parametrize("highest", [0, 3, 5000])
+def test_most_marked(variant, neurons, first, wanted, highest):
+    generator = torch.Generator().manual_seed(neurons + highest)
+    counts = torch.randint(0, highest + 1, (neurons,), generator=generator)
+    priority = torch.randperm(2 * neurons, generator=generator)[:neurons]
+    chosen = kernels.most_marked(counts, priority, first, wanted)
+    order = sorted(range(first, neurons), key=lambda i: (-int(counts[i]), int(priority[i])))
+    assert chosen.dtype == torch.int32
+    assert chosen.tolist() == sorted(order[:wanted])
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no native kernels")
@@ -134,6 +169,11 @@ def test_what_does_not_fit_is_refused():
         step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
     with pytest.raises(ValueError, match="like x"):
         kernels.add_norm(torch.ones(1, 1, 4), torch.ones(1, 1, 4).half(), torch.ones(4), 1e-5)
+    numbers = torch.arange(4)
+    with pytest.raises(ValueError, match="choose 3 of 4 neurons from position 2 on"):
+        torch.ops.partinfer.most_marked(numbers, numbers, 2, 3)
+    with pytest.raises(ValueError, match=r"contiguous int64 \[4\]"):
+        torch.ops.partinfer.most_marked(numbers, numbers.int(), 0, 1)
     with pytest.raises(ValueError, match="one token"):
         kernels.dense_ffn(torch.ones(2, 4), Projections.of([(torch.ones(4, 4), None)] * 3), "silu")
 

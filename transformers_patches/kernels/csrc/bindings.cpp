@@ -231,13 +231,27 @@ Tensor add_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, doub
   return out;
 }
 
-Tensor core_counts(const Tensor& h, int64_t k) {
-  TORCH_CHECK_VALUE(h.dim() == 2 && k >= 1, "h must be [tokens, neurons] and k at least 1, got ", h.sizes(), " and ", k);
+Tensor core_counts(const Tensor& h, double token_sparsity) {
+  TORCH_CHECK_VALUE(h.dim() == 2 && h.size(0) > 0, "h must be [tokens, neurons] with at least a token, got ", h.sizes());
   const Tensor values = h.contiguous();
   Tensor counts = at::empty({h.size(1)}, h.options().dtype(at::kLong));
-  count_core_neurons(*current().load(), float_type(values, "h"), pointer(values), h.size(0), h.size(1), k,
-                     counts.mutable_data_ptr<int64_t>(), at::get_num_threads());
+  count_core_neurons(*current().load(), float_type(values, "h"), pointer(values), h.size(0), h.size(1),
+                     token_sparsity, counts.mutable_data_ptr<int64_t>(), at::get_num_threads());
   return counts;
+}
+
+Tensor most_marked(const Tensor& counts, const Tensor& priority, int64_t first, int64_t wanted) {
+  const int64_t neurons = counts.numel();
+  for (const Tensor& part : {counts, priority})
+    TORCH_CHECK_VALUE(part.scalar_type() == at::kLong && part.dim() == 1 && part.numel() == neurons && part.is_contiguous(),
+                      "counts and priority must be contiguous int64 [", neurons, "], got ", part.scalar_type(), " ",
+                      part.sizes());
+  TORCH_CHECK_VALUE(first >= 0 && wanted >= 0 && first + wanted <= neurons, "can't choose ", wanted, " of ", neurons,
+                    " neurons from position ", first, " on");
+  Tensor chosen = at::empty({wanted}, counts.options().dtype(at::kInt));
+  choose_most_marked(counts.const_data_ptr<int64_t>(), priority.const_data_ptr<int64_t>(), neurons, first, wanted,
+                     chosen.mutable_data_ptr<int32_t>());
+  return chosen;
 }
 
 std::vector<std::string> variants() {
@@ -309,7 +323,8 @@ TORCH_LIBRARY(partinfer, m) {
   m.def(
       "dense_ffn(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int bits, str activation) -> Tensor");
   m.def("add_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> Tensor");
-  m.def("core_counts(Tensor h, int k) -> Tensor");
+  m.def("core_counts(Tensor h, float token_sparsity) -> Tensor");
+  m.def("most_marked(Tensor counts, Tensor priority, int first, int wanted) -> Tensor");
   m.def("timed_read(Tensor data) -> float");
   m.def("advise_huge_pages(Tensor data) -> bool");
   m.def("variants() -> str[]", variants);
@@ -335,6 +350,7 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("dense_ffn", dense_ffn);
   m.impl("add_norm", add_norm);
   m.impl("core_counts", core_counts);
+  m.impl("most_marked", most_marked);
   m.impl("timed_read", timed_read_of);
   m.impl("advise_huge_pages", advise_huge_pages_for);
 }

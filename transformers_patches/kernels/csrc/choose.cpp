@@ -100,17 +100,40 @@ inline void mark(const T* values, int64_t count, int64_t k, Key* keys, int32_t* 
   for (int64_t i = 0; i < count; ++i) keys[i] = key_of(values[i]);
   const auto key_at = [keys](int64_t i) { return keys[i]; };
   const Key kth = kth_largest<8 * sizeof(Key) - 1, Key>(key_at, count, k);
-  for (int64_t i = 0; i < count; ++i) marks[i] += keys[i] > kth;
-  if (kth == 0) return;
-  int64_t ties = k - count_at_least(key_at, count, Key(kth + 1));
-  for (int64_t i = 0; ties > 0; ++i) {
-    const bool tie = keys[i] == kth;
-    marks[i] += tie;
-    ties -= tie;
+  const Key least = kth == 0 ? 1 : kth;
+  int64_t excess = count_at_least(key_at, count, least) - k;  // so many of the last that equal the k-th are too many
+  for (int64_t i = 0; i < count; ++i) marks[i] += keys[i] >= least;
+  constexpr int64_t BLOCK = 64;  // most have none of them, which vectors see
+  for (int64_t end = count; excess > 0;) {
+    const int64_t start = end > BLOCK ? end - BLOCK : 0;
+    Key equal = 0;
+    for (int64_t i = start; i < end; ++i) equal = Key(equal + Key(keys[i] == kth));
+    for (int64_t i = end - 1; equal > 0 && excess > 0 && i >= start; --i) {
+      const bool tie = keys[i] == kth;
+      marks[i] -= tie;
+      excess -= tie;
+    }
+    end = start;
   }
 }
 
+template <class T>
+inline int64_t positives(const T* values, int64_t count) {
+  return count_at_least([values](int64_t i) { return key_of(values[i]); }, count, decltype(key_of(*values))(1));
+}
+
 }  // namespace
+
+int64_t count_positive(Type type, const char* values, int64_t count) {
+  switch (type) {
+    case Type::BF16:
+      return positives(reinterpret_cast<const bf16_t*>(values), count);
+    case Type::F16:
+      return positives(reinterpret_cast<const f16_t*>(values), count);
+    default:
+      return positives(reinterpret_cast<const float*>(values), count);
+  }
+}
 
 void mark_largest(Type type, const char* values, int64_t count, int64_t k, uint32_t* space, int32_t* marks) {
   uint16_t* short_keys = reinterpret_cast<uint16_t*>(space);

@@ -148,6 +148,7 @@ struct Kernels {
   // order, with room for KEEP_ROOM more than there are positions. Returns how many.
   int64_t (*keep_candidates)(const Rows& rows, const float* values, const float* scores, int64_t keep, float threshold,
                              int32_t* kept_rows, float* kept_values);
+  int64_t (*count_positive)(Type, const char* values, int64_t count);  // how many values are above 0
   // marks[i] += 1 for the k largest of the values above 0, of equal ones the first; space: [count]
   void (*mark_largest)(Type, const char* values, int64_t count, int64_t k, uint32_t* space, int32_t* marks);
   const bool* bf16_input;  // whether bfloat16 weights are multiplied with a raw bfloat16 input

@@ -304,10 +304,13 @@ void check_read(const Kernels& kernels) {
 }
 
 void check_core_counts(const Kernels& kernels, Type type) {
-  const int64_t tokens = 9, neurons = 301, k = 40;
+  const int64_t tokens = 9, neurons = 301;
+  const double token_sparsity = 0.27;
   const Weight h = floats(tokens, neurons, type);
   std::vector<int64_t> counts(static_cast<size_t>(neurons));
-  count_core_neurons(kernels, type, h.data.data(), tokens, neurons, k, counts.data(), 2);
+  count_core_neurons(kernels, type, h.data.data(), tokens, neurons, token_sparsity, counts.data(), 2);
+  const auto positives = std::count_if(h.values.begin(), h.values.end(), [](double value) { return value > 0; });
+  const int64_t k = int64_t(token_sparsity * double(positives) / double(tokens));
   std::vector<double> expected(static_cast<size_t>(neurons));
   for (int64_t t = 0; t < tokens; ++t) {
     std::vector<int64_t> order(static_cast<size_t>(neurons));

@@ -121,13 +121,24 @@ class Ffn:
         if self.gated:
             scale, keep, loaded = torch.ones(self.neurons), round(BY_UP * self.neurons), round(LOADED * self.neurons)
             nbytes = sum(w.nbytes for w in weights[0]) / 3 * (loaded + 2 * keep) / self.neurons
-            run = lambda i: kernels.sparse_ffn_by_up(self.x, *weights[i], loaded, None, scale, keep)  # noqa: E731
+            paired = [self.paired(*layer) for layer in weights]
+            run = lambda i: kernels.sparse_ffn_by_up(self.x, *paired[i], loaded, None, scale, keep)  # noqa: E731
             yield self.measured(f"{name} by up, {BY_UP} of {LOADED}", run, nbytes, len(weights))
         else:
             bias = torch.full((self.neurons,), -1.2816)  # products are standard normal: a tenth is above 1.28
             run = self.native(weights, *everything, bias)
             nbytes = self.bytes_read(weights[0], self.neurons, bias)
             yield self.measured(f"{name} dense, ReLU leaves a tenth", run, nbytes, len(weights))
+
+    def paired(self, gate: kernels.Weight, up: kernels.Weight, down: kernels.Weight) -> list[kernels.Weight]:
+        """The same weights as models that choose by up hold them: rows of gate and down take turns."""
+        pair = object()
+        place = lambda part: self.memory.empty_paired((pair, part.dtype), part.shape, part.dtype)  # noqa: E731
+        placed = []
+        for weight in (gate, down):
+            placed.append(weight.like(place) if isinstance(weight, kernels.QuantizedTensor) else place(weight))
+            placed[-1].copy_(weight)
+        return [placed[0], up, placed[1]]
 
     def native(self, weights: list, prefix: int, index: Tensor | None, bias: Tensor | None) -> Callable[[int], Tensor]:
         if self.gated:

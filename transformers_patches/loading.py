@@ -39,6 +39,7 @@ from transformers_patches.quantized import (
     weight_places,
 )
 from transformers_patches.resolve import find_fit, resolve_settings
+from transformers_patches.sparse_ffn import SparseFFN
 from transformers_patches.weight_memory import WeightMemory, give_back_freed
 from transformers_patches.weight_source import Source, WeightSource
 
@@ -338,17 +339,22 @@ def _give_memory(
     pinned: bool,
 ) -> torch.Tensor | QuantizedTensor:
     """Memory for a weight, which holds it from now on; still to be filled."""
-    if isinstance(place, QuantizedWeight):
-        values = place.packed.like(lambda part: memory.empty(part.shape, part.dtype, device))
-    else:
-        values = memory.empty(place.shape, place.dtype, device)
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    paired = isinstance(module, SparseFFN) and leaf in module.paired_names and device.type == "cpu" and not pinned
+
+    def empty(like: torch.Tensor) -> torch.Tensor:
+        if paired:
+            return memory.empty_paired((parent, like.dtype), like.shape, like.dtype)
+        return memory.empty(like.shape, like.dtype, device)
+
+    values = place.packed.like(empty) if isinstance(place, QuantizedWeight) else empty(place)
     if pinned:
         values = values.pin_memory()
     if isinstance(place, QuantizedWeight):
         place.fill(values)
     else:
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(values, requires_grad=False))
+        setattr(module, leaf, nn.Parameter(values, requires_grad=False))
     return values
 
 

@@ -131,7 +131,7 @@ class RandomWeights(WeightSource):
 
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Fill `out`; rows only say how many there are."""
-        self._fill(name, out.view(-1))
+        self._fill(name, out)
         if out.ndim == 1 and name.endswith("weight"):
             out += 1  # a norm
 
@@ -139,9 +139,10 @@ class RandomWeights(WeightSource):
         self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
     ) -> None:
         """Fill `out`; nothing is known of columns that are not kept, so nothing is summed up."""
-        self._fill(name, out.view(-1))
+        self._fill(name, out)
 
-    def _fill(self, name: str, flat: torch.Tensor) -> None:
+    def _fill(self, name: str, out: torch.Tensor) -> None:
+        flat = out.view(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype)
         place = zlib.crc32(name.encode())
         for number, start in enumerate(range(0, len(flat), BLOCK)):
             part = flat[start : start + BLOCK]
@@ -149,6 +150,8 @@ class RandomWeights(WeightSource):
             first = min(len(part), BLOCK - shift)
             part[:first].copy_(self._block[shift : shift + first])
             part[first:].copy_(self._block[: len(part) - first])
+        if not out.is_contiguous():
+            out.copy_(flat.view(out.shape))
 
 
 def random_ranking(config: PretrainedConfig, size: int, seed: int = 0) -> NeuronFile:

@@ -111,6 +111,12 @@ class SparseFFN(nn.Module):
         return len(self.weight_names)
 
     @property
+    def paired_names(self) -> tuple[str, ...]:
+        """Weights whose rows take turns in memory, because tokens of native kernels read both of neurons here and there."""
+        by_up = isinstance(self.selection, TokenSelection) and self.selection.by == "up"
+        return ("gate", "down") if by_up and self.kernel_activation is not None else ()
+
+    @property
     def lowrank_rows(self) -> int:
         """Rows of weights that the low-rank compensation reads for every token."""
         lowrank = None if self.compensation is None else self.compensation.lowrank_in

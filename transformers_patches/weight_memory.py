@@ -22,6 +22,7 @@ class WeightMemory:
         self.huge_pages = huge_pages
         self._block = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._second: dict[object, torch.Tensor] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A contiguous tensor."""
@@ -38,6 +39,16 @@ class WeightMemory:
         part = self._block[self._used : self._used + nbytes]
         self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return part.view(dtype).view(shape)
+
+    def empty_paired(self, pair: object, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """One of two [rows, columns] matrices whose rows take turns in memory; the next call for `pair` gives the other.
+
+        Where the same row of both is needed, one of twice the length is read, which memory does faster.
+        """
+        if pair in self._second:
+            return self._second.pop(pair)
+        first, self._second[pair] = self.empty((shape[0], 2, shape[1]), dtype, torch.device("cpu")).unbind(1)
+        return first
 
 
 def give_back_freed() -> None:

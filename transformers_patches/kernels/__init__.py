@@ -93,7 +93,7 @@ def sparse_ffn(
 ) -> Tensor:
     """The gated FFN over the active neurons, in one pass: sum of act(gate_i·x) (up_i·x) down_i.
 
-    x [..., H] float32, bfloat16 or float16; gate, up, down [L, H], neuron-major (down transposed), contiguous, of one
+    x [..., H] float32, bfloat16 or float16; gate, up, down [L, H], neuron-major (down transposed), each row contiguous, of one
     float type or quantised alike; active neurons = the first `prefix` rows and the rows in `index` (int32, any order,
     each >= prefix, no copy is made); activation silu, gelu, gelu_tanh or relu (rows of down are skipped where h is 0).
     Returns a tensor like x, `out` if given. Sums are kept in float32. Raises ValueError for arguments that don't fit.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from transformers_patches import kernels
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -19,6 +21,14 @@ def weights(count: int, rows: int, columns: int, dtype: torch.dtype = torch.floa
 
 def unsorted_index(prefix: int, rows: int, count: int) -> Tensor:
     return torch.randperm(rows - prefix)[:count].add(prefix).int()
+
+
+def paired(first: kernels.Weight, second: kernels.Weight) -> tuple[kernels.Weight, kernels.Weight]:
+    """The same two matrices with rows that take turns in memory."""
+    if isinstance(first, Tensor):
+        return torch.stack([first, second], dim=1).unbind(1)
+    parts = zip(paired(first.data, second.data), paired(first.scales, second.scales), strict=True)
+    return tuple(kernels.QuantizedTensor(data, scales, first.bits) for data, scales in parts)
 
 
 def double(*tensors: Tensor) -> list[Tensor]:

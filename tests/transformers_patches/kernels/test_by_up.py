@@ -8,7 +8,7 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.kernels import reference
 
-from .helpers import TOLERANCE, error, unsorted_index, weights
+from .helpers import TOLERANCE, error, paired, unsorted_index, weights
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +70,30 @@ def test_other_weights(variant, kind):
     assert error(result, expected) < tolerance
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, 8, 4], ids=str)
+def test_rows_that_take_turns_in_memory(variant, kind):
+    """Bit for bit, by every way through the rows."""
+    x, scale, index = torch.randn(2, 576), torch.rand(300), unsorted_index(100, 300, 50)
+    (gate, up, down), _, _ = in_kind(weights(3, 300, 576), kind)
+    gate2, down2 = paired(gate, down)
+    for run in (
+        lambda gate, down: kernels.sparse_ffn_by_up(x, gate, up, down, 100, index, scale, 40)[0],
+        lambda gate, down: kernels.sparse_ffn(x, gate, up, down, 100, index, "silu"),
+        lambda gate, down: kernels.sparse_ffn(x, gate, up, down, 300, None, "silu"),
+        lambda gate, down: kernels.linear(x, down) + kernels.linear(x, gate),
+    ):
+        assert torch.equal(run(gate2, down2), run(gate, down))
+
+
 def test_bad_arguments(native):
     gate, up, down = weights(3, 40, 64)
     with pytest.raises(ValueError, match="at most the 30 candidates, got 31"):
         kernels.sparse_ffn_by_up(torch.randn(1, 64), gate, up, down, 30, None, torch.ones(40), 31)
+    with pytest.raises(ValueError, match="gate must have contiguous rows"):
+        kernels.sparse_ffn_by_up(torch.randn(1, 40), gate.t(), up.t(), down.t(), 30, None, torch.ones(64), 3)
+    overlapping = down.as_strided((40, 64), (32, 1))
+    with pytest.raises(ValueError, match="down's rows overlap"):
+        kernels.sparse_ffn_by_up(torch.randn(1, 64), gate, up, overlapping, 30, None, torch.ones(40), 3)
     with pytest.raises(ValueError, match=r"scale must be contiguous float32 \[40\]"):
         kernels.sparse_ffn_by_up(torch.randn(1, 64), gate, up, down, 30, None, torch.ones(39), 3)
 

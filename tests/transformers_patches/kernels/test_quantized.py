@@ -9,7 +9,7 @@ from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import blockwise, quantization, reference
 
-from .helpers import double, error, unsorted_index, weights
+from .helpers import double, error, paired, unsorted_index, weights
 
 SIZES = [
     (1, 576, 300, 90, 30),
@@ -81,6 +81,13 @@ def test_column_weights_are_the_same_everywhere(variant, bits, dtype):
     assert torch.equal(ours.scales, expected.scales)
     assert torch.equal(ours.data, expected.data)
     assert torch.equal(ours.scales, kernels.quantize(weight, bits).scales) == (bits == 8)  # whose scales are exact
+
+
+def test_rows_that_take_turns_in_memory_are_unpacked(variant):
+    for bits in (8, 4):
+        first, second = (kernels.quantize(weight, bits) for weight in weights(2, 37, 96))
+        for apart, together in zip((first, second), paired(first, second), strict=True):
+            assert torch.equal(kernels.dequantize(together), kernels.dequantize(apart))
 
 
 def test_column_weights_lower_the_error_where_it_counts():

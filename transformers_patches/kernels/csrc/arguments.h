@@ -40,11 +40,17 @@ inline const char* pointer(const Tensor& tensor) { return static_cast<const char
 inline void check_matrix(const Tensor& weight, const char* name, int64_t rows, int64_t columns) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows,
                     ", ", columns, "], got ", weight.sizes());
-  TORCH_CHECK_VALUE(weight.is_contiguous(), name, " must be contiguous, got strides ", weight.strides());
+  TORCH_CHECK_VALUE(columns <= 1 || weight.stride(1) == 1, name, " must have contiguous rows, got strides ",
+                    weight.strides());
+  TORCH_CHECK_VALUE(rows <= 1 || weight.stride(0) >= columns, name, "'s rows overlap: they have ", columns,
+                    " columns, strides ", weight.strides());
 }
 
+// Elements from one row to the next: more than a row has where rows of two matrices take turns.
+inline int64_t stride_of(const Tensor& weight) { return weight.size(0) > 1 ? weight.stride(0) : weight.size(1); }
+
 inline Matrix float_matrix(const Tensor& weight) {
-  return {pointer(weight), nullptr, weight.size(1) * int64_t(weight.element_size()), 0};
+  return {pointer(weight), nullptr, stride_of(weight) * int64_t(weight.element_size()), 0};
 }
 
 inline Type quant_type(int64_t bits) {
@@ -60,7 +66,7 @@ inline Matrix quant_matrix(const Tensor& data, const Tensor& scales, const char*
   TORCH_CHECK_VALUE(scales.scalar_type() == at::kHalf, name, "'s scales must be float16, got ", scales.scalar_type());
   check_matrix(data, name, rows, type == Type::Q8 ? hidden : hidden / 2);
   check_matrix(scales, name, rows, hidden / GROUP);
-  return {pointer(data), reinterpret_cast<const uint16_t*>(pointer(scales)), data.size(1), scales.size(1)};
+  return {pointer(data), reinterpret_cast<const uint16_t*>(pointer(scales)), stride_of(data), stride_of(scales)};
 }
 
 inline Vector vector_of(const optional<Tensor>& tensor, const char* name, int64_t size) {

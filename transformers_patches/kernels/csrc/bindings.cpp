@@ -158,14 +158,17 @@ std::tuple<Tensor, Tensor> quant_sparse_ffn_plain_by_size(const Tensor& x, const
 ConvertTask convert_task(const Tensor& floats, const Tensor& data, const Tensor& scales, int64_t bits) {
   const int64_t rows = rows_of(floats, "the floats"), hidden = floats.size(1);
   const Type type = quant_type(bits);
-  quant_matrix(data, scales, "data", rows, hidden, type);
+  const Matrix matrix = quant_matrix(data, scales, "data", rows, hidden, type);
   check_matrix(floats, "the floats", rows, hidden);
+  TORCH_CHECK_VALUE(floats.is_contiguous(), "the floats must be contiguous, got strides ", floats.strides());
   ConvertTask task;
   task.type = type;
   task.floats = static_cast<char*>(floats.data_ptr());
   task.float_type = float_type(floats, "the floats");
   task.data = static_cast<char*>(data.data_ptr());
   task.scales = reinterpret_cast<uint16_t*>(scales.data_ptr());
+  task.row_bytes = matrix.row_bytes;
+  task.row_scales = matrix.row_scales;
   task.hidden = hidden;
   return task;
 }

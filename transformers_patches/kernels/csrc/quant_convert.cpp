@@ -88,21 +88,27 @@ inline void load_group(const char* floats, Type type, int64_t at, float* out) {
 }
 
 template <int BITS>
+constexpr int GROUP_BYTES = BITS == 8 ? 32 : 16;
+
+// f(row, group of the row)
+template <class Function>
+inline void for_groups(const ConvertTask& task, const Function& f) {
+  for (int64_t row = task.begin; row < task.end; ++row)
+    for (int64_t group = 0; group < task.hidden / GROUP; ++group) f(row, group);
+}
+
+template <int BITS>
 void quantise(const ConvertTask& task) {
-  constexpr int GROUP_BYTES = BITS == 8 ? 32 : 16;
-  const int64_t groups = task.hidden / GROUP;
-  for (int64_t group = task.begin * groups; group < task.end * groups; ++group) {
+  const float* weights = task.column_weights;
+  for_groups(task, [&](int64_t row, int64_t group) {
     alignas(64) float x[GROUP], rounded[GROUP];
-    load_group(task.floats, task.float_type, group * GROUP, x);
+    load_group(task.floats, task.float_type, row * task.hidden + group * GROUP, x);
     float scale = exact_scale<BITS>(x);
-    if constexpr (BITS == 4) {
-      const float* weights = task.column_weights;
-      scale = best_scale(x, scale, weights ? weights + group % groups * GROUP : nullptr);
-    }
-    task.scales[group] = to_f16(scale).bits;
+    if constexpr (BITS == 4) scale = best_scale(x, scale, weights ? weights + group * GROUP : nullptr);
+    task.scales[row * task.row_scales + group] = to_f16(scale).bits;
     round_group<BITS>(x, scale, rounded);
-    pack_group<BITS>(rounded, task.data + group * GROUP_BYTES);
-  }
+    pack_group<BITS>(rounded, task.data + row * task.row_bytes + group * GROUP_BYTES<BITS>);
+  });
 }
 
 template <class T>
@@ -124,15 +130,15 @@ inline void unpack_group(const char* nibbles, F scale, T* out) {
 
 template <int BITS, class T>
 void dequantise_to(const ConvertTask& task) {
-  const int64_t groups = task.hidden / GROUP;
-  for (int64_t group = task.begin * groups; group < task.end * groups; ++group) {
-    const F scale = set1(to_float(f16_t{task.scales[group]}));
-    T* out = reinterpret_cast<T*>(task.floats) + group * GROUP;
+  for_groups(task, [&](int64_t row, int64_t group) {
+    const F scale = set1(to_float(f16_t{task.scales[row * task.row_scales + group]}));
+    T* out = reinterpret_cast<T*>(task.floats) + row * task.hidden + group * GROUP;
+    const char* packed = task.data + row * task.row_bytes + group * GROUP_BYTES<BITS>;
     if constexpr (BITS == 8)
-      unpack_group(reinterpret_cast<const int8_t*>(task.data) + group * GROUP, scale, out);
+      unpack_group(reinterpret_cast<const int8_t*>(packed), scale, out);
     else
-      unpack_group(task.data + group * (GROUP / 2), scale, out);
-  }
+      unpack_group(packed, scale, out);
+  });
 }
 
 template <int BITS>

@@ -97,6 +97,7 @@ struct ConvertTask {
   Type float_type = Type::F32;
   char* data = nullptr;
   uint16_t* scales = nullptr;
+  int64_t row_bytes = 0, row_scales = 0;  // from a row to the next, of data and scales
   int64_t hidden = 0, begin = 0, end = 0;
   const float* column_weights = nullptr;  // [hidden] or null: what the errors of an int4 column count
 };

@@ -26,7 +26,9 @@ from profiler.simulation import Counts, SimulatedSelection
 from transformers_patches.config import DEFAULT_BASE, neuron_count
 from transformers_patches.fit_file import LayerFit
 from transformers_patches.load_plan import candidate_count, kept_count
+from transformers_patches.token_selection import score_threshold
 
+THRESHOLD_TOKENS = 2048  # decoded tokens, about, whose scores say where a layer's threshold is
 PREFILL, DECODE = 0, 1  # groups of tokens, each with its bias
 SURVEY_TOKENS, SURVEY_TOKENS_PER_NEURON = 8192, 1.5  # enough to choose neurons by; the fit itself takes all tokens
 
@@ -187,6 +189,7 @@ class Fitter:
         )
         del survey
         fitted = self._solve(weights, part, neurons, selection, inputs, sizes)
+        fitted.fit.threshold = self._threshold(part, selection, inputs, fitted.fit)
         if not self.settings.sequential:
             self.pass_through(layer)
             return fitted
@@ -246,6 +249,24 @@ class Fitter:
         mean_output = max(output / sum(equations.tokens), 1e-30)
         before = equations.error(None) / mean_output
         return FittedLayer(fit, before, equations.error(solution) / mean_output)
+
+    def _threshold(
+        self, part: FFNWeights, selection: SimulatedSelection, inputs: list[torch.Tensor], fit: LayerFit
+    ) -> torch.Tensor | None:
+        """float32 [1]: above which decoded tokens have as many scores on average as one computes. Of a sample."""
+        if selection.kind is None or selection.counts.everything:
+            return None
+        selection = selection.with_rows(fit.refitted(part.down).to(part.down.device))
+        decoded = sum(int(batch.decoded.sum()) for batch in self.batches)
+        step = max(1, decoded // THRESHOLD_TOKENS)
+        parts = [
+            scores
+            for batch, x in list(zip(self.batches, inputs, strict=True))[::step]
+            for _, scores in selection.decoded_scores(batch, *part.activations(x.to(part.down.device)))
+        ]
+        if not parts:
+            return None
+        return torch.tensor([score_threshold(torch.cat(parts), selection.counts.kept)])
 
     def _run_fitted(self, layer: int, part: FFNWeights, selection: SimulatedSelection, fit: LayerFit) -> None:
         """Run the layer over the hidden states as decoding and prefill will compute it."""

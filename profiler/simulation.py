@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,17 @@ class SimulatedSelection:
         """h~ [B*T, L] of a batch. h, up, gate: [B*T, L], of the loaded neurons; gate None if the FFN is plain."""
         if self.kind is None or self.counts.everything:
             return h
-        sequences, length = batch.ids.shape
         result = h.clone()
+        for decoded, scores in self.decoded_scores(batch, h, up, gate):
+            result[decoded] = keep_best(h[decoded], scores, self.counts.kept)
+        return result
+
+    def decoded_scores(
+        self, batch: Batch, h: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each sequence that has decoded tokens, which rows these are, int64 [T], and their scores, float32 [T, L]:
+        below 0 where a neuron is no candidate. Arguments as in `apply`."""
+        sequences, length = batch.ids.shape
         for number in range(sequences):
             prompt, decoded = batch.prompt[number].nonzero().squeeze(1), batch.decoded[number].nonzero().squeeze(1)
             if not len(decoded):
@@ -63,8 +73,7 @@ class SimulatedSelection:
             scores = self._scores(prompt, decoded, h, up, gate)
             if self.counts.candidates < self.counts.loaded:
                 scores[:, ~self._candidates(h[prompt])] = -1.0
-            result[decoded] = keep_best(h[decoded], scores, self.counts.kept)
-        return result
+            yield decoded, scores
 
     def _scores(
         self, prompt: torch.Tensor, decoded: torch.Tensor, h: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None

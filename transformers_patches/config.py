@@ -18,7 +18,7 @@ TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selectio
 SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
 COMPENSATIONS = ("mean", "lowrank", "refit")
 BUDGETS = ("auto", "uniform", "per_layer")
-TOKEN_COUNTS = ("exact", "average")
+TOKEN_COUNTS = ("auto", "exact", "average")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
 FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_num and end_num are not given
@@ -85,9 +85,10 @@ class PartInferConfig:
         type=float,
     )
     token_count: str = _option(
-        "exact",
-        "with up and gate: every token computes the same number of neurons, or all above a threshold per layer, which "
-        "are as many on average over the prompt",
+        "auto",
+        "with up and gate: every token computes the same number of neurons (exact), or all above a threshold per layer, "
+        "which are as many on average over the prompt and the fit file's texts (average); auto: average where the fit "
+        "file has thresholds for these settings",
         choices=TOKEN_COUNTS,
     )
     compensation: str = _option(

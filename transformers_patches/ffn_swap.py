@@ -39,6 +39,7 @@ def swap_ffns(
     """
     inputs = {"up": spec.up} | ({"gate": spec.gate} if spec.gated else {})
     sources: dict[str, Source] = {}
+    with_threshold = fit is not None and fit.has_thresholds(settings.selection, settings.sparsity, settings.candidates)
     for layer, layer_plan in plan.layers.items():
         dense = spec.ffn_module(model, layer)
         up, down = getattr(dense, spec.up), getattr(dense, spec.down)
@@ -56,7 +57,7 @@ def swap_ffns(
                 native=native,
                 bits=bits,
                 selection=settings.selection,
-                prior=Prior.of(layer_plan, layer, neurons, layer_fit),
+                prior=Prior.of(layer_plan, layer, neurons, layer_fit, with_threshold=with_threshold),
                 compensate_loaded=bool(settings.compensations),
                 refresh=settings.refresh,
                 token_count=settings.token_count,

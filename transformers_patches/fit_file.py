@@ -1,8 +1,9 @@
 """FitFile: what `python -m profiler fit` found out about a set of loaded neurons, beside the neuron file.
 
 One safetensors file, `<neuron file>.fit.safetensors`. Per sparse layer, as `layers.<number>.<name>`: `neurons` (int32
-[L], those that are loaded), `gate_size` (float [L], root of the mean act(gate)^2; gated FFNs only), `bias_prefill`,
-`bias_decode` (float [H]), and what its compensation needs: `down` [L, H] (whole refitted rows) or `down_left` [L, r]
+[L], those that are loaded), `gate_size` (float [L], root of the mean act(gate)^2; gated FFNs only), `threshold` (float
+[1], above which decoded tokens had as many scores on average as one computes; selections per token only),
+`bias_prefill`, `bias_decode` (float [H]), and what its compensation needs: `down` [L, H] (whole refitted rows) or `down_left` [L, r]
 and `down_right` [r, H] (what to add to the rows, as a product), `lowrank_in` [r, H] and `lowrank_out` [r, H].
 """
 
@@ -32,6 +33,7 @@ class LayerFit:
     bias_prefill: torch.Tensor
     bias_decode: torch.Tensor
     gate_size: torch.Tensor | None = None
+    threshold: torch.Tensor | None = None
     down: torch.Tensor | None = None
     down_left: torch.Tensor | None = None
     down_right: torch.Tensor | None = None
@@ -99,6 +101,12 @@ class FitFile:
     def layer_sparsity(self) -> dict[int, float]:
         """phi of every layer if the budget was spread by layers, else empty."""
         return {int(layer): float(phi) for layer, phi in json.loads(self.metadata.get("layer_sparsity", "{}")).items()}
+
+    def has_thresholds(self, selection: str, sparsity: float, candidates: float | None) -> bool:
+        """Whether it has every layer's threshold for such a choice of neurons per token."""
+        same = abs(self.sparsity - sparsity) < 1e-6 and candidates is None
+        made = all(layer.threshold is not None for layer in self.layers.values())
+        return same and made and self.metadata.get("selection") == selection
 
     def check_fits(self, num_layers: int, intermediate_size: int, fingerprint: str | None, model_name: str) -> None:
         """Raise PartInferError, naming both sides, unless this file was made from the model."""
@@ -185,6 +193,7 @@ def _check_layer(number: int, values: dict[str, torch.Tensor], size: int, path: 
     shapes = {
         "bias_decode": (hidden,),
         "gate_size": (loaded,),
+        "threshold": (1,),
         "down": (loaded, hidden),
         "down_left": (loaded, rank),
         "down_right": (rank, hidden),

@@ -66,6 +66,9 @@ def resolve_settings(
                 f"{fit.source} was made for compensation {'+'.join(sorted(fit.compensation))}, not for {compensation}: "
                 "make another with python -m profiler fit"
             )
+        if settings.token_count == "auto":
+            known = fit.has_thresholds(settings.selection, settings.sparsity, settings.candidates)
+            settings = dataclasses.replace(settings, token_count="average" if known else "exact")
         return settings, fit
     if "mean" in settings.compensations and settings.use_partial_loading and not statistics:
         name = "the neuron file" if base is None else base.source
@@ -73,6 +76,8 @@ def resolve_settings(
             f"compensation mean needs the statistics mean, mean_sq and down_norm, which {name} lacks: "
             "profile again with python -m profiler run, or use --compensation none"
         )
+    if settings.token_count == "auto":
+        settings = dataclasses.replace(settings, token_count="exact")
     return settings, usable if settings.budget == "per_layer" else None
 
 

@@ -11,7 +11,7 @@ choosing by `up` was measured to be the better evidence (docs/quality.md). A pla
 both mean |act(up_i·x)| ||W_down[:, i]||.
 
 A token keeps its K best (`--token_count exact`), or all above a threshold of the layer (`average`, as CATS has it): the
-one above which the last prompt tokens had K neurons on average. Hard tokens may then read more than easy ones.
+one above which the last prompt tokens, and those of the fit file, had K neurons on average. Hard tokens may then read more than easy ones.
 """
 
 from __future__ import annotations
@@ -77,12 +77,16 @@ class ScoreSample:
         if self.values is None or len(self.values) < MIN_SAMPLE:
             return None
         scores = self.values.float().abs() * scale
-        scores = (scores if index is None else scores[:, index.long()]).flatten()
-        kept = count * len(self.values)
-        if kept >= len(scores):
-            return -1.0
-        # between the last that is kept and the first that is not: rounding must not tell them apart
-        return float(scores.topk(kept + 1).values[-2:].mean())
+        return score_threshold(scores if index is None else scores[:, index.long()], count)
+
+
+def score_threshold(scores: torch.Tensor, count: int) -> float:
+    """Above which tokens have `count` scores on average. scores: [T, C]."""
+    kept = count * len(scores)
+    if kept >= scores.numel():
+        return -1.0
+    # between the last that is kept and the first that is not: rounding must not tell them apart
+    return float(scores.flatten().topk(kept + 1).values[-2:].mean())
 
 
 class TokenSelection:
@@ -147,10 +151,17 @@ class TokenSelection:
         if self.samples is None:
             self.thresholds = [None] * len(self.scales)
             return
-        self.thresholds = [
-            sample.threshold(scale, self._candidate_index(sequence, scale.device), self.ffn.plan.computed_count)
-            for sequence, (sample, scale) in enumerate(zip(self.samples, self.scales, strict=True))
-        ]
+        self.thresholds = [self._threshold(sequence) for sequence in range(len(self.scales))]
+
+    def _threshold(self, sequence: int) -> float | None:
+        """The prompt's and the fit file's, which weighs as much as SAMPLE_TOKENS tokens; of scores, so geometrically."""
+        scale, sample = self.scales[sequence], self.samples[sequence]
+        index = self._candidate_index(sequence, scale.device)
+        found, known = sample.threshold(scale, index, self.ffn.plan.computed_count), self.ffn.prior.threshold
+        if found is None or known is None or min(found, known) <= 0:
+            return found if known is None else known
+        weight = SAMPLE_TOKENS / (SAMPLE_TOKENS + len(sample.values))
+        return known**weight * found ** (1 - weight)
 
     def decode(self, x: torch.Tensor) -> Decoded:
         """x: [B, T, H]."""

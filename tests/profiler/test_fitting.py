@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from profiler.fitting import FitSettings, Fitter
 from profiler.layerwise import FFNWeights, LayerwiseModel, make_batches
+from profiler.simulation import SimulatedSelection
 from tests.conftest import INTERMEDIATE, VOCABULARY
 from tests.transformers_patches.masked_reference import MaskedReference
 
@@ -99,9 +100,27 @@ def test_layers_above_get_what_the_fitted_layers_below_give(checkpoint):
     assert not torch.equal(sequential.fit(1, RANKING).fit.down, independent.fit(1, RANKING).fit.down)
 
 
-def test_decoded_tokens_compute_the_kept_neurons_and_prompts_all(tiny_checkpoints, monkeypatch):
-    from profiler.simulation import SimulatedSelection
+@pytest.mark.parametrize("selection", ["up", "gate", None])
+def test_above_the_threshold_decoded_tokens_have_the_kept_neurons_on_average(tiny_checkpoints, selection):
+    fitter = make_fitter(tiny_checkpoints["llama"], FitSettings(0.7, 0.4, REFIT, token_selection=selection))
+    inputs = [fitter.model.ffn_input(0, hidden) for hidden in fitter.hidden]
+    fit = fitter.fit(0, RANKING).fit
+    if selection is None:
+        assert fit.threshold is None
+        return
+    weights = FFNWeights.of(fitter.model.model, 0).of_neurons(fit.neurons.long())
+    counts = fitter.settings.counts(FFNWeights.of(fitter.model.model, 0), fitter.settings.share)
+    mean_abs = torch.ones(counts.loaded)
+    simulated = SimulatedSelection(selection, counts, fit.down, fit.gate_size, mean_abs)
+    kept = tokens = 0
+    for batch, x in zip(fitter.batches, inputs, strict=True):
+        for _, scores in simulated.decoded_scores(batch, *weights.activations(x)):
+            kept, tokens = kept + int((scores > fit.threshold).sum()), tokens + len(scores)
+    assert tokens > 10
+    assert kept == counts.kept * tokens
 
+
+def test_decoded_tokens_compute_the_kept_neurons_and_prompts_all(tiny_checkpoints, monkeypatch):
     seen = []
     apply = SimulatedSelection.apply
 

@@ -80,7 +80,7 @@ def test_fractions_not_given_follow_sparsity():
         ({"refresh": 0}, "refresh must be at least 1 token, got 0"),
         ({"candidates": 0.5, "selection": "core"}, "candidates belongs to selection up or gate, got selection core"),
         ({"token_count": "average", "selection": "core"}, "token_count average belongs to selection up or gate, got"),
-        ({"token_count": "some"}, "token_count must be one of exact, average, got 'some'"),
+        ({"token_count": "some"}, "token_count must be one of auto, exact, average, got 'some'"),
         ({"candidates": 0.8}, r"candidates must be between sparsity and what is loaded \(0.4 to 0.7\), got 0.8"),
         ({"candidates": 0.3}, r"candidates must be between sparsity and what is loaded \(0.4 to 0.7\), got 0.3"),
         ({"memory_limit": True, "selection": "up"}, "selection up chooses for every token: use one of core, griffin"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -152,6 +154,27 @@ def test_a_threshold_after_a_short_prompt_is_the_exact_count(candidates, loaded)
     )
     for a, b in zip(run(average.model, all_passes), run(exact.model, all_passes), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tokens", [3, 16, 64])
+def test_the_threshold_of_a_fit_is_blended_with_that_of_the_prompt(tokens, loaded):
+    ours = loaded("llama", "partinfer", selection="up", token_count="average")
+    layer, x = ours.state.layers[0], torch.randn(1, tokens, HIDDEN, generator=torch.Generator().manual_seed(1))
+
+    def threshold(known: float | None) -> float | None:
+        layer.reset(), setattr(layer.prior, "threshold", known)
+        ours.state.begin_pass(1, tokens, 0, None)
+        layer(x)
+        return layer.selection.thresholds[0]
+
+    try:
+        alone, blended = threshold(None), threshold(0.125)
+    finally:
+        threshold(None)
+    if tokens < 8:  # too few to tell: the fit's own
+        assert (alone, blended) == (None, 0.125)
+    else:
+        assert math.log(blended) == pytest.approx((64 * math.log(0.125) + tokens * math.log(alone)) / (64 + tokens))
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no native kernels here")

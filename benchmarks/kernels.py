@@ -121,9 +121,10 @@ class Ffn:
         if self.gated:
             scale, keep, loaded = torch.ones(self.neurons), round(BY_UP * self.neurons), round(LOADED * self.neurons)
             nbytes = sum(w.nbytes for w in weights[0]) / 3 * (loaded + 2 * keep) / self.neurons
-            paired = [self.paired(*layer) for layer in weights]
-            run = lambda i: kernels.sparse_ffn_by_up(self.x, *paired[i], loaded, None, scale, keep)  # noqa: E731
-            yield self.measured(f"{name} by up, {BY_UP} of {LOADED}", run, nbytes, len(weights))
+            layouts = {"": [self.paired(*layer) for layer in weights], ", rows of gate and down apart": weights}
+            for layout, held in layouts.items():
+                run = lambda i, held=held: kernels.sparse_ffn_by_up(self.x, *held[i], loaded, None, scale, keep)  # noqa: E731
+                yield self.measured(f"{name} by up, {BY_UP} of {LOADED}{layout}", run, nbytes, len(weights))
         else:
             bias = torch.full((self.neurons,), -1.2816)  # products are standard normal: a tenth is above 1.28
             run = self.native(weights, *everything, bias)

@@ -19,8 +19,8 @@ def weight_counts(loaded: LoadedModel) -> dict:
     return {
         "loaded_fraction": loaded.plan.loaded_fraction,
         "ffn_bytes_fraction": loaded.bytes_fraction(),
-        "decoded_tokens": layers[0].decoded_tokens if layers else 0,
-        "computed_neurons": sum(layer.computed_neurons for layer in layers),
+        "decoded_tokens": layers[0].counters.tokens if layers else 0,
+        "computed_neurons": sum(layer.counters.neurons for layer in layers),
         "weight_bytes_read": loaded.report.bytes_read,
         "weight_bytes_dense": loaded.report.bytes_dense,
         "weight_bytes_resident": loaded.report.bytes_resident,
@@ -40,7 +40,7 @@ def _bytes_per_token(loaded: LoadedModel) -> int:
 
 def _read_share(layer: SparseFFN) -> float:
     """Share of a layer's stored rows that decoding a token read on average; 1 if nothing was decoded."""
-    if not layer.decoded_tokens:
+    if not layer.counters.tokens:
         return 1.0
-    rows = layer.read_rows / layer.decoded_tokens - layer.lowrank_rows
+    rows = layer.counters.rows / layer.counters.tokens - layer.lowrank_rows
     return rows / (layer.plan.loaded_count * layer.matrices)

@@ -73,21 +73,21 @@ class LoadedModel:
 
     def computed_fraction(self) -> float:
         """Share of the sparse layers' neurons that decode steps computed since the last reset, as counted."""
-        tokens = sum(layer.decoded_tokens for layer in self.state.layers)
+        tokens = sum(layer.counters.tokens for layer in self.state.layers)
         if not tokens:
             return self.plan.loaded_fraction
-        return sum(layer.computed_neurons for layer in self.state.layers) / (tokens * self.plan.intermediate_size)
+        return sum(layer.counters.neurons for layer in self.state.layers) / (tokens * self.plan.intermediate_size)
 
     def bytes_fraction(self) -> float:
         """Share of the sparse layers' FFN bytes that decode steps read since the last reset, as counted.
 
         A low-rank compensation counts too. If nothing was decoded, what a step over all loaded neurons would read.
         """
-        tokens = sum(layer.decoded_tokens for layer in self.state.layers)
+        tokens = sum(layer.counters.tokens for layer in self.state.layers)
         if not tokens:
             return self.plan.loaded_fraction
         matrices = self.state.layers[0].matrices
-        read = sum(layer.read_rows for layer in self.state.layers)
+        read = sum(layer.counters.rows for layer in self.state.layers)
         return read / (tokens * matrices * self.plan.intermediate_size)
 
     def reset_counters(self) -> None:

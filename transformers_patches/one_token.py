@@ -115,8 +115,8 @@ class OneTokenPass:
             store.length += 1
         for number, neurons in zip(run, computed.tolist(), strict=True):
             ffn = self.layers[number].sparse
-            if ffn is not None:
-                ffn.count(1, neurons, ffn.selection.rows_read(neurons))
+            if ffn is not None:  # without a low-rank map, which the native decoder does not know
+                ffn.counters.add(1, neurons, ffn.selection.rows_read(neurons))
         return x, delta
 
     def _follow_choices(self, x: torch.Tensor) -> None:

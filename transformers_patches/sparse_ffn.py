@@ -6,7 +6,7 @@ neuron, base neurons first. B batch, T tokens, H hidden, L loaded, K active (com
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,6 +36,23 @@ KERNEL_ACTIVATIONS = {
 }
 
 Rows = dict[str, Weight]  # weights of some neurons by name: gate, up, down [n, H], gate_bias, up_bias [n]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What decoding did since they were reset: tokens, neurons that were computed, rows of weights that were read.
+
+    An object of its own, because setting a number on a module takes microseconds.
+    """
+
+    tokens: int = 0
+    neurons: int = 0
+    rows: int = 0
+
+    def add(self, tokens: int, neurons: int, rows: int) -> None:
+        self.tokens += tokens
+        self.neurons += neurons
+        self.rows += rows
 
 
 class SparseFFN(nn.Module):
@@ -103,7 +120,7 @@ class SparseFFN(nn.Module):
             self.refresh.reset()
 
     def reset_counters(self) -> None:
-        self.decoded_tokens = self.computed_neurons = self.read_rows = 0  # counted where the rows are used
+        self.counters = Counters()
 
     @property
     def matrices(self) -> int:
@@ -153,14 +170,9 @@ class SparseFFN(nn.Module):
 
     def _decode(self, x: torch.Tensor) -> torch.Tensor:
         result = self.selection.decode(x) if self.refresh is None else self.refresh.decode(x)
-        self.count(x.shape[0] * x.shape[1], result.computed, result.rows)
+        tokens = x.shape[0] * x.shape[1]
+        self.counters.add(tokens, result.computed, result.rows + self.lowrank_rows * tokens)
         return result.y
-
-    def count(self, tokens: int, computed: int, rows: int) -> None:
-        """Note that decoded tokens computed so many neurons and read so many rows of weights, the low-rank map's aside."""
-        self.decoded_tokens += tokens
-        self.computed_neurons += computed
-        self.read_rows += rows + self.lowrank_rows * tokens
 
     def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
         """What one token of a single sequence computes, for the native decoder; None where that is more than it knows.

@@ -179,7 +179,7 @@ def test_rolling_log_likelihood_goes_through_the_sparse_path(make_lm):
     rolled = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(sample,)]), disable_tqdm=True)
     assert rolled == [pytest.approx(expected, abs=1e-4)]
     assert lm.loaded.computed_fraction() == pytest.approx(0.4)
-    assert lm.loaded.state.layers[0].decoded_tokens > 0
+    assert lm.loaded.state.layers[0].counters.tokens > 0
 
 
 def test_generation_honours_stop_strings_and_length(make_lm):

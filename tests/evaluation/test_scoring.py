@@ -47,7 +47,7 @@ def test_steps_give_what_one_pass_gives(tiny_checkpoints, family, way, of_kernel
         loaded.reset_counters()
         steps = decoded_logits(loaded.model, context, TARGET)
         decoded = len(TARGET) - (len(context) == 1)  # the only token of a prompt is prefilled, and predicts the first
-        assert {layer.decoded_tokens for layer in loaded.state.layers} <= {decoded}
+        assert {layer.counters.tokens for layer in loaded.state.layers} <= {decoded}
         assert steps.shape == (len(TARGET), VOCABULARY)
         torch.testing.assert_close(steps, one_pass(loaded, context), rtol=1e-4, atol=1e-4)
 

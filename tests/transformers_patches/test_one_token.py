@@ -91,7 +91,7 @@ def test_layers_in_one_call_are_layers_one_by_one(tiny_checkpoints, monkeypatch,
             loaded.reset_counters()
             logits = [decode(loaded.model, new_cache(loaded.model)) for _ in range(2)]  # two requests
             assert torch.equal(*logits)
-            counts = [(f.decoded_tokens, f.computed_neurons, f.read_rows) for f in loaded.state.layers]
+            counts = [(f.counters.tokens, f.counters.neurons, f.counters.rows) for f in loaded.state.layers]
             results[together] = logits[0], counts, forward.runs
     assert torch.equal(results[True][0], results[False][0])
     assert results[True][1] == results[False][1]

@@ -143,7 +143,7 @@ def test_exactly_the_planned_neurons_are_computed(family, dtype, quantized):
 def test_native_kernels_count_the_planned_neurons(native, dtype, tiny_checkpoints):
     ours = load(tiny_checkpoints["llama"], dtype, sparsity=0.35, kernels="native")
     run(ours.model, passes(*padded_prompts([7, 3, 1], "left"), [1, 1, 3]))
-    assert {layer.computed_neurons for layer in ours.state.layers} == {15 * 28}
+    assert {layer.counters.neurons for layer in ours.state.layers} == {15 * 28}
 
 
 @pytest.mark.parametrize("dtype", BITS)

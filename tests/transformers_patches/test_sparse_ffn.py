@@ -123,8 +123,8 @@ def test_exactly_the_planned_neurons_are_computed(family, method, sparsity, load
         assert prefill == dict.fromkeys(SPARSE, prefilled)
         assert decode == [dict.fromkeys(SPARSE, expected)] * 3
         tokens = 5 * len(lengths)
-        assert {layer.decoded_tokens for layer in ours.state.layers} == {tokens}
-        assert {layer.computed_neurons for layer in ours.state.layers} == {tokens * expected}
+        assert {layer.counters.tokens for layer in ours.state.layers} == {tokens}
+        assert {layer.counters.neurons for layer in ours.state.layers} == {tokens * expected}
         assert ours.computed_fraction() == pytest.approx(expected / INTERMEDIATE)
     assert expected == {0.4: 32, 0.35: 28, 0.51875: 42}[sparsity]
 

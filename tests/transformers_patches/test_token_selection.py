@@ -68,7 +68,7 @@ def test_exactly_the_budget_is_read(family, kept, matrices, loaded):
             assert operations / (2 * HIDDEN * input_ids.numel()) == LOADED + kept * (matrices - 1)
     tokens = 2 * 3
     for layer in ours.state.layers:
-        assert (layer.decoded_tokens, layer.computed_neurons) == (tokens, tokens * kept)
+        assert (layer.counters.tokens, layer.counters.neurons) == (tokens, tokens * kept)
     assert ours.bytes_fraction() == pytest.approx(0.4)
     assert ours.computed_fraction() == pytest.approx(kept / INTERMEDIATE)
 

@@ -84,7 +84,7 @@ class SimulatedSelection:
         seen, typical = (up, gate) if self.kind == "up" else (gate, up)
         size = TypicalSize(self.gate_size if self.kind == "up" else None, h.device)
         size.observe(typical[prompt])
-        return seen[decoded].float().abs() * size.get() * self.down_norm
+        return seen[decoded].float().abs() * size.times(self.down_norm)
 
     def _candidates(self, h: torch.Tensor) -> torch.Tensor:
         """bool [L]: what selection `blend` chooses for a prompt with activations h [T, L]."""

@@ -40,22 +40,20 @@ class TypicalSize:
     def __init__(self, prior: torch.Tensor | None, device: torch.device) -> None:
         """prior: float32 [L], the fit file's typical sizes, or None."""
         self.prior = None if prior is None else prior.to(device, torch.float32)
-        self.sums = torch.zeros((), dtype=torch.float32, device=device)  # [L] once something was observed
+        self.sums: torch.Tensor | None = None  # of squares: float32 [L]
         self.tokens = 0
 
     def observe(self, values: torch.Tensor) -> None:
         """values: [T, L] of prompt tokens, no padding."""
-        floats = values.to(torch.float32, copy=True)
-        self.sums = floats.square_().sum(0).add_(self.sums)
+        sums = kernels.sum_of_squares(values)
+        self.sums = sums if self.sums is None else sums.add_(self.sums)
         self.tokens += len(values)
 
-    def get(self) -> torch.Tensor:
-        """float32 [L]. Without a prior one token's worth of the mean over the neurons keeps every neuron above 0."""
-        if self.prior is None:
-            weight, prior = 1, float(self.sums.mean()) / max(self.tokens, 1)
-        else:
-            weight, prior = PRIOR_TOKENS, self.prior.square()
-        return self.sums.add(prior, alpha=weight).div_(self.tokens + weight).sqrt_()
+    def times(self, norms: torch.Tensor) -> torch.Tensor:
+        """The sizes times norms: float32 [L] each. Without a prior one token's worth of the mean over the neurons keeps
+        every neuron above 0."""
+        weight = 1 if self.prior is None else PRIOR_TOKENS
+        return kernels.typical_scale(self.sums, self.tokens, self.prior, weight, norms)
 
 
 class ScoreSample:
@@ -113,6 +111,7 @@ class TokenSelection:
         self.evidence: list[Blend] | None = None
         self.selected: list[torch.Tensor] | None = None  # candidates per sequence beside the base: int32
         self.scales: list[torch.Tensor] = []  # per sequence: float32 [L]
+        self._norms: torch.Tensor | None = None  # of down's rows: float32 [L]
         self.samples: list[ScoreSample] | None = None
         self.thresholds: list[float | None] = []  # per sequence; None: the exact count
         self._gathered: dict[int, Rows] = {}
@@ -124,11 +123,12 @@ class TokenSelection:
     def begin(self, batch: int, device: torch.device) -> None:
         """Evidence of `batch` sequences, none so far."""
         ffn = self.ffn
+        down = ffn.weight("down")
+        self._norms = ffn.prior.down_norm(down).to(device)
         prior = ffn.prior.gate_size if self.by == "up" else None
         self.sizes = [TypicalSize(prior, device) for _ in range(batch)]
         self.samples = [ScoreSample() for _ in range(batch)] if self.average else None
         if not self.all_are_candidates:
-            down = ffn.weight("down")
             plan = self._candidate_plan
             self.evidence = [Blend(plan, ffn.prior, down, ffn.token_sparsity, device) for _ in range(batch)]
 
@@ -143,9 +143,8 @@ class TokenSelection:
     def choose(self) -> None:
         """Choose candidates, and fix what a unit of the projection read for them is worth."""
         self._gathered = {}
-        norms = self.ffn.prior.down_norm(self.ffn.weight("down"))
-        sizes = [1.0 if self.by == "plain" else size.get() for size in self.sizes]
-        self.scales = [(norms.to(size.sums.device) * value) for size, value in zip(self.sizes, sizes, strict=True)]
+        norms = self._norms
+        self.scales = [norms if self.by == "plain" else size.times(norms) for size in self.sizes]
         if self.evidence is not None:
             self.selected = [evidence.choose() for evidence in self.evidence]
         if self.samples is None:

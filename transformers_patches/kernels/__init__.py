@@ -42,6 +42,8 @@ __all__ = [
     "sparse_ffn_by_up",
     "sparse_ffn_plain",
     "sparse_ffn_plain_by_size",
+    "sum_of_squares",
+    "typical_scale",
     "use_variant",
     "variant",
     "variants",
@@ -315,6 +317,27 @@ def most_marked(counts: Tensor, priority: Tensor, first: int, wanted: int) -> Te
     if _LIBRARY.ops is None or not counts.is_cpu:
         return reference.most_marked(counts, priority, first, wanted)
     return _LIBRARY.ops.most_marked(counts, priority, first, wanted)
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Of each neuron over the tokens: float32 [L] for values [T, L] in float32, bfloat16 or float16.
+
+    Native only if something else has loaded the kernels already; the order of the additions is then another.
+    """
+    if _LIBRARY.ops is None or not values.is_cpu:
+        return reference.sum_of_squares(values)
+    return _LIBRARY.ops.sum_of_squares(values)
+
+
+def typical_scale(sums: Tensor, tokens: int, prior: Tensor | None, prior_tokens: int, norms: Tensor) -> Tensor:
+    """sqrt((sums_i + c prior_i²) / (tokens + c)) norms_i with c = prior_tokens > 0: float32 [L].
+
+    sums, prior, norms: float32 [L], sums of squares over `tokens` tokens; without a prior, their mean over tokens and
+    neurons stands for its squares. Native only if something else has loaded the kernels already.
+    """
+    if _LIBRARY.ops is None or not sums.is_cpu:
+        return reference.typical_scale(sums, tokens, prior, prior_tokens, norms)
+    return _LIBRARY.ops.typical_scale(sums, tokens, prior, prior_tokens, norms)
 
 
 def bandwidth_probe(nbytes: int = 256 << 20, repetitions: int = 8) -> float:

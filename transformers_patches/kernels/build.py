@@ -30,7 +30,18 @@ SOURCES = Path(__file__).parent / "csrc"
 NAME = "partinfer_kernels"
 FLOAT_SOURCES = ("sparse_ffn", "linear", "attend", "choose", "read")
 QUANT_SOURCES = ("quant_ffn", "quant_linear", "quant_convert")
-DRIVERS = ("bindings", "decoder", "threads", "layer", "core_counts", "by_up", "dispatch", "input", "probe")
+DRIVERS = (
+    "bindings",
+    "decoder",
+    "threads",
+    "layer",
+    "core_counts",
+    "typical_size",
+    "by_up",
+    "dispatch",
+    "input",
+    "probe",
+)
 COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 
 _AVX2 = ("-O3", "-mavx2", "-mfma", "-mf16c")

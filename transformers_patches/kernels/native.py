@@ -99,6 +99,10 @@ def _register_fakes() -> None:
     torch.library.register_fake("partinfer::most_marked")(
         lambda counts, _priority, _first, wanted: counts.new_empty(wanted, dtype=torch.int32)
     )
+    torch.library.register_fake("partinfer::sum_of_squares")(
+        lambda values: values.new_empty(values.shape[1], dtype=torch.float32)
+    )
+    torch.library.register_fake("partinfer::typical_scale")(lambda sums, *_: torch.empty_like(sums))
     for name in ("dense_ffn", "add_norm"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, *_: torch.empty_like(x))
     torch.library.register_fake("partinfer::attention_step")(lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))

@@ -153,3 +153,14 @@ def most_marked(counts: Tensor, priority: Tensor, first: int, wanted: int) -> Te
     keys = counts * (int(priority.max()) + 1) - priority
     chosen = keys[first:].topk(wanted, sorted=False).indices + first
     return chosen.sort().values.int()
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """See transformers_patches.kernels.sum_of_squares."""
+    return values.to(torch.float32, copy=True).square_().sum(0)
+
+
+def typical_scale(sums: Tensor, tokens: int, prior: Tensor | None, prior_tokens: int, norms: Tensor) -> Tensor:
+    """See transformers_patches.kernels.typical_scale."""
+    known = sums.mean() / max(tokens, 1) if prior is None else prior.square()
+    return known.mul(prior_tokens).add(sums).div_(tokens + prior_tokens).sqrt_().mul_(norms)

@@ -161,6 +161,35 @@ def test_most_marked(variant, neurons, first, wanted, highest):
     assert chosen.tolist() == sorted(order[:wanted])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, neurons", [(0, 5), (1, 1), (3, 31), (4, 64), (9, 130), (130, 1075), (515, 150)])
+def test_sum_of_squares(variant, dtype, tokens, neurons):
+    values = torch.randn(tokens, 2 * neurons).to(dtype)
+    for part in (values[:, :neurons].contiguous(), values[:, neurons:]):
+        sums = kernels.sum_of_squares(part)
+        assert sums.dtype == torch.float32
+        torch.testing.assert_close(sums, part.double().square().sum(0).float(), rtol=1e-5, atol=0)
+
+
+def test_sum_of_squares_of_infinities(variant):
+    values = torch.ones(6, 3)
+    values[5, 1], values[2, 2] = -float("inf"), float("nan")
+    torch.testing.assert_close(
+        kernels.sum_of_squares(values), torch.tensor([6.0, float("inf"), float("nan")]), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("tokens, neurons", [(0, 5), (1, 1), (7, 1075)])
+@pytest.mark.parametrize("with_prior", [True, False])
+def test_typical_scale(variant, tokens, neurons, with_prior):
+    sums, prior, norms = torch.rand(3, neurons)
+    sums = sums * tokens
+    known = prior.double().square() if with_prior else sums.double().mean() / max(tokens, 1)
+    scale = kernels.typical_scale(sums, tokens, prior if with_prior else None, 20, norms)
+    expected = ((sums.double() + 20 * known) / (tokens + 20)).sqrt() * norms
+    torch.testing.assert_close(scale, expected.float(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.skipif(not kernels.available(), reason="no native kernels")
 def test_what_does_not_fit_is_refused():
     step = Step((4, 2, 8, 32, 5, 0), torch.float32)
@@ -174,6 +203,10 @@ def test_what_does_not_fit_is_refused():
         torch.ops.partinfer.most_marked(numbers, numbers, 2, 3)
     with pytest.raises(ValueError, match=r"contiguous int64 \[4\]"):
         torch.ops.partinfer.most_marked(numbers, numbers.int(), 0, 1)
+    with pytest.raises(ValueError, match=r"contiguous float32 \[3\]"):
+        torch.ops.partinfer.typical_scale(torch.ones(3), 1, None, 1, torch.ones(4))
+    with pytest.raises(ValueError, match=r"\[tokens, neurons\], got \[4\]"):
+        torch.ops.partinfer.sum_of_squares(torch.ones(4))
     with pytest.raises(ValueError, match="one token"):
         kernels.dense_ffn(torch.ones(2, 4), Projections.of([(torch.ones(4, 4), None)] * 3), "silu")
 

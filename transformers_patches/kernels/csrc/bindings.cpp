@@ -6,6 +6,7 @@
 #include "arguments.h"
 #include "core_counts.h"
 #include "probe.h"
+#include "typical_size.h"
 
 namespace {
 
@@ -257,6 +258,32 @@ Tensor most_marked(const Tensor& counts, const Tensor& priority, int64_t first, 
   return chosen;
 }
 
+Tensor sum_of_squares(const Tensor& values) {
+  TORCH_CHECK_VALUE(values.dim() == 2, "values must be [tokens, neurons], got ", values.sizes());
+  const Tensor rows = values.contiguous();
+  Tensor sums = at::empty({values.size(1)}, values.options().dtype(at::kFloat));
+  sum_squares(*current().load(), float_type(rows, "values"), pointer(rows), rows.size(0), rows.size(1),
+              sums.mutable_data_ptr<float>(), at::get_num_threads());
+  return sums;
+}
+
+Tensor typical_scale_of(const Tensor& sums, int64_t tokens, const optional<Tensor>& prior, int64_t prior_tokens,
+                        const Tensor& norms) {
+  const int64_t neurons = sums.numel();
+  const auto floats_of = [neurons](const Tensor& part) {
+    const bool fits = part.scalar_type() == at::kFloat && part.dim() == 1 && part.numel() == neurons;
+    TORCH_CHECK_VALUE(fits && part.is_contiguous(),
+                      "sums, prior and norms must be contiguous float32 [", neurons, "], got ", part.scalar_type(), " ",
+                      part.sizes());
+    return part.const_data_ptr<float>();
+  };
+  TORCH_CHECK_VALUE(tokens >= 0 && prior_tokens > 0, "tokens can't be ", tokens, ", nor prior_tokens ", prior_tokens);
+  Tensor scale = at::empty({neurons}, sums.options());
+  typical_scale(floats_of(sums), tokens, prior.has_value() ? floats_of(*prior) : nullptr, prior_tokens, floats_of(norms),
+                neurons, scale.mutable_data_ptr<float>());
+  return scale;
+}
+
 std::vector<std::string> variants() {
   const Kernels* usable[MAX_VARIANTS];
   const int count = usable_variants(usable);
@@ -328,6 +355,8 @@ TORCH_LIBRARY(partinfer, m) {
   m.def("add_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> Tensor");
   m.def("core_counts(Tensor h, float token_sparsity) -> Tensor");
   m.def("most_marked(Tensor counts, Tensor priority, int first, int wanted) -> Tensor");
+  m.def("sum_of_squares(Tensor values) -> Tensor");
+  m.def("typical_scale(Tensor sums, int tokens, Tensor? prior, int prior_tokens, Tensor norms) -> Tensor");
   m.def("timed_read(Tensor data) -> float");
   m.def("advise_huge_pages(Tensor data) -> bool");
   m.def("variants() -> str[]", variants);
@@ -354,6 +383,8 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("add_norm", add_norm);
   m.impl("core_counts", core_counts);
   m.impl("most_marked", most_marked);
+  m.impl("sum_of_squares", sum_of_squares);
+  m.impl("typical_scale", typical_scale_of);
   m.impl("timed_read", timed_read_of);
   m.impl("advise_huge_pages", advise_huge_pages_for);
 }

@@ -1,4 +1,4 @@
-// Choosing neurons for a token: what the candidates are worth, and which of them are kept.
+// Choosing neurons, for a token or a prompt: what the candidates are worth, and which of them are kept.
 #include "isa.h"
 #include "variants.h"
 
@@ -144,6 +144,43 @@ void mark_largest(Type type, const char* values, int64_t count, int64_t k, uint3
       return mark(reinterpret_cast<const f16_t*>(values), count, k, short_keys, marks);
     default:
       return mark(reinterpret_cast<const float*>(values), count, k, space, marks);
+  }
+}
+
+namespace {
+
+// sums[i] += values[i]^2 of R rows
+template <int R, class T>
+inline void add_squares_of(const T* rows, int64_t stride, int64_t count, float* sums) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    F sum = load_part(sums + i, count - i);
+    PARTINFER_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F value = load_part(rows + r * stride + i, count - i);
+      sum = fma(value, value, sum);
+    }
+    store_part(sums + i, sum, count - i);
+  }
+}
+
+// Four rows at a time, so that sums are read and written less often than values.
+template <class T>
+inline void add_all_squares(const T* rows, int64_t count, int64_t stride, int64_t columns, float* sums) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) add_squares_of<4>(rows + r * stride, stride, columns, sums);
+  for (; r < count; ++r) add_squares_of<1>(rows + r * stride, stride, columns, sums);
+}
+
+}  // namespace
+
+void add_squares(Type type, const char* rows, int64_t count, int64_t stride, int64_t columns, float* sums) {
+  switch (type) {
+    case Type::BF16:
+      return add_all_squares(reinterpret_cast<const bf16_t*>(rows), count, stride, columns, sums);
+    case Type::F16:
+      return add_all_squares(reinterpret_cast<const f16_t*>(rows), count, stride, columns, sums);
+    default:
+      return add_all_squares(reinterpret_cast<const float*>(rows), count, stride, columns, sums);
   }
 }
 

@@ -152,6 +152,8 @@ struct Kernels {
   int64_t (*count_positive)(Type, const char* values, int64_t count);  // how many values are above 0
   // marks[i] += 1 for the k largest of the values above 0, of equal ones the first; space: [count]
   void (*mark_largest)(Type, const char* values, int64_t count, int64_t k, uint32_t* space, int32_t* marks);
+  // sums[i] += rows[r][i]^2 for [count, columns] of rows that are `stride` values apart
+  void (*add_squares)(Type, const char* rows, int64_t count, int64_t stride, int64_t columns, float* sums);
   const bool* bf16_input;  // whether bfloat16 weights are multiplied with a raw bfloat16 input
   void (*ffn_quant)(const FfnTask&);
   void (*linear_quant)(const LinearTask&);

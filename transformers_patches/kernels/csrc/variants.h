@@ -19,6 +19,7 @@
   int64_t keep_candidates(const Rows&, const float*, const float*, int64_t, float, int32_t*, float*);  \
   int64_t count_positive(Type, const char*, int64_t);  \
   void mark_largest(Type, const char*, int64_t, int64_t, uint32_t*, int32_t*);  \
+  void add_squares(Type, const char*, int64_t, int64_t, int64_t, float*);  \
   extern const bool bf16_input;            \
   }                                        \
   }

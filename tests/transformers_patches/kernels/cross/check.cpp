@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core_counts.h"
+#include "typical_size.h"
 #include "dispatch.h"
 #include "layer.h"
 #include "probe.h"
@@ -323,6 +324,22 @@ void check_core_counts(const Kernels& kernels, Type type) {
          std::vector<float>(counts.begin(), counts.end()), 1e-9);
 }
 
+void check_typical_size(const Kernels& kernels, Type type) {
+  const int64_t tokens = 130, neurons = 301;  // enough for two threads
+  const Weight values = floats(tokens, neurons, type), norms = floats(1, neurons, Type::F32);
+  std::vector<float> sums(static_cast<size_t>(neurons)), scale(static_cast<size_t>(neurons));
+  sum_squares(kernels, type, values.data.data(), tokens, neurons, sums.data(), 2);
+  const float* norm = reinterpret_cast<const float*>(norms.data.data());
+  typical_scale(sums.data(), tokens, norm, 20, norm, neurons, scale.data());
+  std::vector<double> squares(static_cast<size_t>(neurons)), expected(static_cast<size_t>(neurons));
+  for (int64_t i = 0; i < tokens * neurons; ++i) squares[size_t(i % neurons)] += std::pow(values.values[size_t(i)], 2);
+  for (size_t i = 0; i < size_t(neurons); ++i)
+    expected[i] = std::sqrt((squares[i] + 20 * std::pow(norms.values[i], 2)) / (tokens + 20)) * norms.values[i];
+  const std::string what = std::string(kernels.name) + " " + NAMES[int(type)];
+  report("sum_of_squares " + what, squares, sums, 1e-6);
+  report("typical_scale " + what, expected, scale, 1e-6);
+}
+
 void check_layer(const Kernels& kernels) {
   for (Type type : {Type::F32, Type::BF16, Type::F16, Type::Q8, Type::Q4}) {
     check_attention(kernels, type, quantised(type) ? 24 : 22, 0, false);
@@ -332,6 +349,7 @@ void check_layer(const Kernels& kernels) {
     check_by_up(kernels, type, false);
   }
   for (Type type : {Type::F32, Type::BF16, Type::F16}) check_core_counts(kernels, type);
+  for (Type type : {Type::F32, Type::BF16, Type::F16}) check_typical_size(kernels, type);
   for (Type type : {Type::Q8, Type::Q4})
     for (Type float_type : {Type::F32, Type::BF16, Type::F16}) check_convert(kernels, type, float_type);
   check_read(kernels);

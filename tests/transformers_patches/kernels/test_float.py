@@ -148,7 +148,7 @@ BAD_ARGUMENTS = {
     r"gate must be \[40, 32\]": {"x": torch.randn(1, 32)},
     r"up must be \[40, 48\]": {"up": torch.randn(39, 48)},
     "down must be Float like the other weights": {"down": torch.randn(40, 48).bfloat16()},
-    "down must be contiguous": {"down": torch.randn(48, 40).t()},
+    "down must have contiguous rows": {"down": torch.randn(48, 40).t()},
     "x must be float32, bfloat16 or float16, got Double": {"x": torch.randn(1, 48).double()},
 }
 

@@ -157,6 +157,28 @@ def test_refitted_rows_are_read_instead_of_the_checkpoints(tiny_checkpoints, tmp
     assert read["refit"] == read["none"] - down + sum(layer.nbytes for layer in fit.layers.values())
 
 
+def test_thresholds_of_a_fit_are_used_for_what_they_were_made_for(tiny_checkpoints, tmp_path):
+    fit, path = save_pair(tmp_path, "refit")
+    ask = {"dataset_neurons_filepath": path, **SETTINGS}
+
+    def settled(**settings) -> tuple[str, list[float | None]]:
+        ours = load_model(tiny_checkpoints["llama"], PartInferConfig(**(ask | settings)))
+        return ours.settings.token_count, [layer.prior.threshold for layer in ours.state.layers]
+
+    assert settled() == ("exact", [None] * 4)  # a fit of before there were thresholds
+    for number, layer in fit.layers.items():
+        layer.threshold = torch.tensor([number / 8])
+    fit.metadata["selection"] = "up"
+    fit.save(tmp_path / "qa.fit.safetensors")
+    assert settled() == ("average", [0.125, 0.25, 0.375, 0.5])
+    assert settled(token_count="exact")[0] == "exact"
+    assert settled(sparsity=0.5) == ("exact", [None] * 4)
+    assert settled(candidates=0.55) == ("exact", [None] * 4)
+    assert settled(selection="gate") == ("exact", [None] * 4)
+    assert settled(compensation="mean") == ("exact", [None] * 4)
+    assert settled(selection="core")[0] == "exact"
+
+
 def test_every_layer_can_have_its_own_budget(tiny_checkpoints, tmp_path):
     fit, path = save_pair(tmp_path, "refit", layers=range(LAYERS), layer_sparsity='{"0": 0.6, "1": 0.5, "2": 0.4, '
                           '"3": 0.4, "4": 0.3, "5": 0.3}')  # fmt: skip

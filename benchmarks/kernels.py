@@ -134,12 +134,11 @@ class Ffn:
     def paired(self, gate: kernels.Weight, up: kernels.Weight, down: kernels.Weight) -> list[kernels.Weight]:
         """The same weights as models that choose by up hold them: rows of gate and down take turns."""
         pair = object()
-        place = lambda part: self.memory.empty_paired((pair, part.dtype), part.shape, part.dtype)  # noqa: E731
-        placed = []
-        for weight in (gate, down):
-            placed.append(weight.like(place) if isinstance(weight, kernels.QuantizedTensor) else place(weight))
-            placed[-1].copy_(weight)
-        return [placed[0], up, placed[1]]
+        gate, down = (
+            copied(weight, lambda part: self.memory.empty_paired((pair, part.dtype), part.shape, part.dtype))
+            for weight in (gate, down)
+        )
+        return [gate, up, down]
 
     def native(self, weights: list, prefix: int, index: Tensor | None, bias: Tensor | None) -> Callable[[int], Tensor]:
         if self.gated:
@@ -164,9 +163,14 @@ class Ffn:
         return paths
 
     def copy(self, weight: kernels.QuantizedTensor) -> kernels.QuantizedTensor:
-        new = weight.like(lambda part: self.memory.empty(part.shape, part.dtype, part.device))
-        new.copy_(weight)
-        return new
+        return copied(weight, lambda part: self.memory.empty(part.shape, part.dtype, part.device))
+
+
+def copied(weight: kernels.Weight, empty: Callable[[Tensor], Tensor]) -> kernels.Weight:
+    """A copy in memory that `empty` gives."""
+    new = weight.like(empty) if isinstance(weight, kernels.QuantizedTensor) else empty(weight)
+    new.copy_(weight)
+    return new
 
 
 def linear_paths(ffn: Ffn) -> list[Measured]:

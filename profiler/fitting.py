@@ -189,11 +189,13 @@ class Fitter:
         )
         del survey
         fitted = self._solve(weights, part, neurons, selection, inputs, sizes)
-        fitted.fit.threshold = self._threshold(part, selection, inputs, fitted.fit)
+        down = fitted.fit.refitted(part.down).to(part.down.device)
+        selection = selection.with_rows(down)  # online, too, the refitted rows count
+        fitted.fit.threshold = self._threshold(part, selection, inputs)
         if not self.settings.sequential:
             self.pass_through(layer)
             return fitted
-        self._run_fitted(layer, part, selection, fitted.fit)
+        self._run_fitted(layer, part, down, selection, fitted.fit)
         return fitted
 
     def _solve(
@@ -251,12 +253,11 @@ class Fitter:
         return FittedLayer(fit, before, equations.error(solution) / mean_output)
 
     def _threshold(
-        self, part: FFNWeights, selection: SimulatedSelection, inputs: list[torch.Tensor], fit: LayerFit
+        self, part: FFNWeights, selection: SimulatedSelection, inputs: list[torch.Tensor]
     ) -> torch.Tensor | None:
         """float32 [1]: above which decoded tokens have as many scores on average as one computes. Of a sample."""
         if selection.kind is None or selection.counts.everything:
             return None
-        selection = selection.with_rows(fit.refitted(part.down).to(part.down.device))
         decoded = sum(int(batch.decoded.sum()) for batch in self.batches)
         step = max(1, decoded // THRESHOLD_TOKENS)
         parts = [
@@ -268,11 +269,11 @@ class Fitter:
             return None
         return torch.tensor([score_threshold(torch.cat(parts), selection.counts.kept)])
 
-    def _run_fitted(self, layer: int, part: FFNWeights, selection: SimulatedSelection, fit: LayerFit) -> None:
-        """Run the layer over the hidden states as decoding and prefill will compute it."""
+    def _run_fitted(
+        self, layer: int, part: FFNWeights, down: torch.Tensor, selection: SimulatedSelection, fit: LayerFit
+    ) -> None:
+        """Run the layer over the hidden states as decoding and prefill will compute it. down: [L, H], as fitted."""
         device, dtype = part.down.device, part.down.dtype
-        down = fit.refitted(part.down).to(device)
-        selection = selection.with_rows(down)  # online, too, the refitted rows count
         bias = torch.stack([fit.bias_prefill, fit.bias_decode]).to(device, dtype)
         inner = None if fit.lowrank_in is None else fit.lowrank_in.to(device, dtype)
         outer = None if fit.lowrank_out is None else fit.lowrank_out.to(device, dtype)

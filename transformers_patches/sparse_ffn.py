@@ -84,7 +84,7 @@ class SparseFFN(nn.Module):
     ) -> None:
         """selection: a name of config.SELECTIONS; compensate_loaded: whether loaded neurons that are not computed get
         their mean output (prior.mean); refresh: choose again every so many decoded tokens; token_count: of a selection
-        per token, one of config.TOKEN_COUNTS."""
+        per token, exact or average."""
         super().__init__()
         self.plan, self.state, self.gated = plan, state, gated
         self.act_fn = ACT2FN[activation]

@@ -1,7 +1,7 @@
 """Reading a Hugging Face checkpoint folder tensor by tensor, and counting the bytes that were read.
 
 Files are not mapped: a safetensors handle or view that stays alive keeps the whole file mapped, and mapped pages count as
-memory. Blocks of them are read by several threads instead, straight into their place where nothing is chosen or converted.
+memory. (Packs, which hold nothing but what is needed, can be.) Blocks of them are read by several threads instead, straight into their place where nothing is chosen or converted.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ class Checkpoint(WeightSource):
         header.pop("__metadata__", None)
         places = {}
         for name, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
+            if entry["dtype"] not in DTYPES:
                 raise PartInferError(f"{path} has {name} in {entry['dtype']}: PyTorch has no such type")
             first, last = entry["data_offsets"]
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             places[name] = Place(path, 8 + size + first, last - first, dtype, shape)
         return places
 
@@ -226,7 +226,7 @@ def _take_columns(place: Place, out: torch.Tensor, rows: slice, source: Source, 
     out[:, rows] = values.index_select(0, source.neurons).to(out.device, out.dtype)
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -307,7 +307,15 @@ def _stream_weights(
             on_cpu = device.type == "cpu" or (keep_on_cpu and name in sources and source.how != "whole")
             target = torch.device("cpu") if on_cpu else device
             pinned = target.type == "cpu" and device.type == "cuda"
-            yield source, _give_memory(model, name, place, memory, target, pinned=pinned)
+            paired = target.type == "cpu" and not pinned and _is_paired(model, name)
+            held = None
+            if memory.huge_pages and target.type == "cpu":
+                like = place.packed if isinstance(place, QuantizedWeight) else place
+                held = weights.mapped(source, like, paired=paired)
+            if held is None:
+                held = _memory_for(name, place, memory, target, paired=paired, pinned=pinned)
+            _hold(model, name, place, held)
+            yield source, held
 
     weights.fill(requests())
     for module in model.modules():
@@ -329,33 +337,42 @@ def _has_weighted_errors(place: nn.Parameter | QuantizedWeight, source: Source) 
     return isinstance(place, QuantizedWeight) and place.packed.bits == 4 and source.how != "columns"
 
 
-def _give_memory(
-    model: PreTrainedModel,
+def _is_paired(model: PreTrainedModel, name: str) -> bool:
+    """Whether rows of a weight take turns in memory with another's."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    return isinstance(module, SparseFFN) and leaf in module.paired_names
+
+
+def _memory_for(
     name: str,
     place: nn.Parameter | QuantizedWeight,
     memory: WeightMemory,
     device: torch.device,
     *,
+    paired: bool,
     pinned: bool,
 ) -> torch.Tensor | QuantizedTensor:
-    """Memory for a weight, which holds it from now on; still to be filled."""
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    paired = isinstance(module, SparseFFN) and leaf in module.paired_names and device.type == "cpu" and not pinned
+    """Memory for a weight, still to be filled. paired: beside its module's other one that is."""
 
     def empty(like: torch.Tensor) -> torch.Tensor:
         if paired:
-            return memory.empty_paired((parent, like.dtype), like.shape, like.dtype)
+            return memory.empty_paired((name.rpartition(".")[0], like.dtype), like.shape, like.dtype)
         return memory.empty(like.shape, like.dtype, device)
 
     values = place.packed.like(empty) if isinstance(place, QuantizedWeight) else empty(place)
-    if pinned:
-        values = values.pin_memory()
+    return values.pin_memory() if pinned else values
+
+
+def _hold(
+    model: PreTrainedModel, name: str, place: nn.Parameter | QuantizedWeight, values: torch.Tensor | QuantizedTensor
+) -> None:
+    """Make a weight this one from now on."""
     if isinstance(place, QuantizedWeight):
         place.fill(values)
-    else:
-        setattr(module, leaf, nn.Parameter(values, requires_grad=False))
-    return values
+        return
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(values, requires_grad=False))
 
 
 def _check_shape(

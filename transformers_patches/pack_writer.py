@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from transformers_patches.aligned_file import save_aligned
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import sync_folder, write_text_atomic
@@ -50,6 +50,7 @@ class _Recorder(WeightSource):
         self._places: dict[str, str] = {}
         self._waiting: dict[str, torch.Tensor] = {}
         self._numbers: dict[int, int] = {}
+        self._halves: dict[int, tuple[Source, torch.Tensor | QuantizedTensor]] = {}  # by where the other half begins
 
     @property
     def bytes_read(self) -> int:
@@ -79,9 +80,7 @@ class _Recorder(WeightSource):
         for source, out in requests:
             if isinstance(out, QuantizedTensor):
                 self.weights.fill([(source, out)])
-                self.keep(f"data.{source.name}", out.data)
-                self.keep(f"scales.{source.name}", out.scales)
-                self._describe(source, bits=out.bits, refitted=source.fit is not None)
+                self._keep_packed(source, out)
             elif source.how == "whole":
                 self.weights.fill([(source, out)])
                 self.keep(source.name, out)
@@ -89,13 +88,36 @@ class _Recorder(WeightSource):
                 self.weights.fill([(source, out)])  # the fit file, which comes along, has them
             else:
                 self.weights.fill([(replace(source, fit=None), out)])
-                self.keep(f"packed.{source.name}", out)
-                self._describe(source)
+                self._keep_packed(source, out)
                 if source.fit is not None:
                     out.copy_(source.fit.refitted(out))
 
-    def _describe(self, source: Source, **more: object) -> None:
+    def _keep_packed(self, source: Source, out: torch.Tensor | QuantizedTensor) -> None:
+        """Write what was loaded for a source; if its rows take turns with another weight's, both together."""
+        first = self._halves.pop(_parts(out)[0][1].data_ptr(), None)
+        if first is not None and source.fit is not None and not isinstance(out, QuantizedTensor):
+            self._keep_alone(*first)  # loading will change these rows, so they can't stay in the file, nor can half a pair
+            first = None
+        if first is not None:
+            own, held = first
+            for (kind, one), (_, other) in zip(_parts(held), _parts(out), strict=True):
+                self.keep(f"{kind}.{own.name}", torch.stack((one, other), 1))
+            self._describe(own, held, pair={"first": own.name, "half": 0})
+            self._describe(source, out, pair={"first": own.name, "half": 1})
+        elif (values := _parts(out)[0][1]).stride(0) == 2 * values[:1].numel():
+            self._halves[values.data_ptr() + values[:1].nbytes] = source, out
+        else:
+            self._keep_alone(source, out)
+
+    def _keep_alone(self, source: Source, out: torch.Tensor | QuantizedTensor) -> None:
+        for kind, values in _parts(out):
+            self.keep(f"{kind}.{source.name}", values)
+        self._describe(source, out)
+
+    def _describe(self, source: Source, out: torch.Tensor | QuantizedTensor, **more: object) -> None:
         """Note down a weight that is not simply there under its name."""
+        if isinstance(out, QuantizedTensor):
+            more |= {"bits": out.bits, "refitted": source.fit is not None}
         number = None
         if source.neurons is not None:
             number = self._numbers.setdefault(id(source.neurons), len(self._numbers))  # the plan keeps them alive
@@ -109,7 +131,7 @@ class _Recorder(WeightSource):
         """Write a tensor, with the next shard."""
         if name in self._places or name in self._waiting:
             return
-        self._waiting[name] = values.detach().clone()  # the loader may change what it was given
+        self._waiting[name] = values.detach().clone(memory_format=torch.contiguous_format)  # the loader may change what it was given
         if sum(tensor.nbytes for tensor in self._waiting.values()) >= SHARD_BYTES:
             self.flush()
 
@@ -117,18 +139,28 @@ class _Recorder(WeightSource):
         """Names of the checkpoint that loading did not need, once all is flushed."""
         return self.names() - set(self._places) - set(self.packed)
 
+    def finish(self) -> None:
+        """Write the rest. A half whose other half was not read is written by itself."""
+        for source, out in self._halves.values():
+            self._keep_alone(source, out)
+        self._halves = {}
+        self.flush()
+
     def flush(self) -> None:
         """Write what is waiting, and the index of all there is."""
         if self._waiting:
             shard = f"model-{len(self._shards) + 1:05}.safetensors"
-            save_file(self._waiting, self.folder / shard, metadata={"format": "pt"})
-            with open(self.folder / shard, "rb") as written:
-                os.fsync(written.fileno())
+            save_aligned(self._waiting, self.folder / shard)
             self._shards.append(shard)
             self._places.update(dict.fromkeys(self._waiting, shard))
             self.bytes_written += sum(tensor.nbytes for tensor in self._waiting.values())
             self._waiting = {}
         write_text_atomic(self.folder / INDEX, json.dumps({"weight_map": self._places}, indent=1))
+
+
+def _parts(out: torch.Tensor | QuantizedTensor) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that a packed weight consists of, by kind."""
+    return [("data", out.data), ("scales", out.scales)] if isinstance(out, QuantizedTensor) else [("packed", out)]
 
 
 def write_pack(
@@ -169,13 +201,14 @@ def _fill(folder: Path, source: Path, settings: PartInferConfig, *neurons: Neuro
         NeuronFile.load(path) if file is None and path else file for file, path in zip(neurons, given, strict=True)
     ]
     recorder = _Recorder(open_weights(source), folder)
-    plain = replace(settings, kernels="torch", device="cpu", memory_limit=False)
+    # with the kernels of later runs, if this machine has them, so that weights lie in the pack as they will in memory
+    plain = replace(settings, device="cpu", memory_limit=False)
     config = read_config(source)
     loaded = load_from(recorder, config, plain, *neurons, model_name(source))
     factors = recorder.weights.rope_factors()
     if factors is not None:
         recorder.keep(ROPE_FACTORS, factors)
-    recorder.flush()
+    recorder.finish()
     quantized = settings.dtype.startswith("int")
     _save_neurons(folder / NEURONS, neurons, find_fit(settings, *neurons), loaded, quantized=quantized)
     _copy_rest(source, folder)

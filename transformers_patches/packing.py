@@ -5,16 +5,19 @@ for lies there as one piece. Files: safetensors shards with their index, config,
 pack.json. Tensors: those read whole under their own names; `packed.<name>` [L, …] the planned rows, or columns as rows;
 `left_out.<name>` [H] what was summed up of the columns that are not there; `neurons.<number>` [L] which neurons those are.
 In a pack of quantised weights each of these, and each matrix that is read whole, is `data.<name>` and `scales.<name>`
-instead, as QuantizedTensor has them, down rows as a fit changed them. Names that no weight asks for are passed over, so
-later versions can add more.
+instead, as QuantizedTensor has them, down rows as a fit changed them. Two weights whose rows take turns in memory are one
+tensor [L, 2, …] under the name of the first, and both have its `pair`. Names that no weight asks for are passed over, so
+later versions can add more. Tensors are aligned, so weights can be used where their files are mapped.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,13 +26,15 @@ from transformers_patches.checkpoint import Checkpoint, Place
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.mapped_files import ALIGNMENT, MappedFiles
 from transformers_patches.neuron_file import NeuronFile
-from transformers_patches.parallel_reads import Read, after_all, scratch
-from transformers_patches.weight_source import Source, WeightedSum, put_fitted
+from transformers_patches.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.weight_source import Source, WeightedSum, put, put_fitted
 
-FORMAT, VERSION, READABLE = "partinfer-pack", 2, (1, 2)
+FORMAT, VERSION, READABLE = "partinfer-pack", 3, (1, 2, 3)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
 ROPE_FACTORS = "rope_factors"
+MAPPED_BLOCK_BYTES = 16 * 2**20  # of a mapped file that a thread brings at once
 _ADDED = ("packed.", "data.", "scales.", "left_out.", "neurons.", ROPE_FACTORS)
 # settings that decide which neurons are there
 FIXED = (
@@ -75,6 +80,7 @@ class Pack(Checkpoint):
         self._packed: dict[str, dict] = self._description["packed"]
         self._elsewhere: dict[str, list[int]] = self._description["elsewhere"]  # a fit file's, or tied
         self._neurons: dict[int, torch.Tensor] = {}
+        self._mapped = MappedFiles()
 
     def with_own_type(self, settings: PartInferConfig) -> PartInferConfig:
         """The settings with the pack's type for `auto`. PartInferError if quantised weights are asked for in another."""
@@ -138,28 +144,112 @@ class Pack(Checkpoint):
                 )
             if entry["refitted"] != (source.fit is not None) or (source.fit and source.fit.changes_rows):
                 raise self._other_neurons(name)
-            for stored, values in ((f"data.{name}", out.data), (f"scales.{name}", out.scales)):
-                place = self._place(stored)
+            for kind, values in (("data", out.data), ("scales", out.scales)):
+                place = self._stored(kind, name, entry)
                 rows = len(values) if part is None else part.stop
                 if (place.dtype, place.shape[1:]) != (values.dtype, values.shape[1:]) or place.rows < rows:
-                    raise PartInferError(f"{self.source} has no int{out.bits} in {stored}: make the pack again")
-                yield from self._row_reads(stored, values, part)
+                    raise PartInferError(f"{self.source} has no int{out.bits} in {kind}.{name}: make the pack again")
+                yield from self._packed_reads(kind, name, values, part)
         else:
-            yield from self._float_reads(f"packed.{name}", source, out, part)
+            yield from self._float_reads(source, out, part)
         if source.left_out is not None:
             if entry["left_out"] != sum_of(source.left_out):
                 raise self._other_neurons(name)
             yield from self._row_reads(f"left_out.{name}", source.left_out.out)
 
-    def _float_reads(
-        self, name: str, source: Source, out: torch.Tensor | QuantizedTensor, part: slice
-    ) -> Iterator[Read]:
+    def _float_reads(self, source: Source, out: torch.Tensor | QuantizedTensor, part: slice) -> Iterator[Read]:
         if source.fit is None:
-            yield from self._row_reads(name, out, part, source.column_weights)
+            yield from self._packed_reads("packed", source.name, out, part, source.column_weights)
             return
-        held = scratch(out.shape, self.dtype(name)) if isinstance(out, QuantizedTensor) else out
-        yield from self._row_reads(name, held, part)
+        stored = self._stored("packed", source.name, self._packed[source.name])
+        held = scratch(out.shape, stored.dtype) if isinstance(out, QuantizedTensor) else out
+        yield from self._packed_reads("packed", source.name, held, part)
         yield after_all(lambda: put_fitted(source.fit, out, held))
+
+    def mapped(
+        self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
+    ) -> torch.Tensor | QuantizedTensor | None:
+        entry = self._packed.get(source.name, {})
+        if bool(entry.get("pair")) != paired or (source.neurons is not None and not entry):
+            return None
+        if isinstance(like, QuantizedTensor):
+            if entry.get("bits") != like.bits:
+                return None
+            data, scales = (self._in_file(*part) for part in (("data", source, like.data), ("scales", source, like.scales)))
+            return None if data is None or scales is None else QuantizedTensor(data, scales, like.bits)
+        if entry.get("bits") or source.fit is not None:
+            return None
+        return self._in_file("packed" if entry else "", source, like)
+
+    def _in_file(self, kind: str, source: Source, like: torch.Tensor) -> torch.Tensor | None:
+        """A stored tensor where its file is mapped, if all of it is wanted."""
+        entry = self._packed.get(source.name, {})
+        place = self._stored(kind, source.name, entry)
+        if (place.dtype, place.shape) != (like.dtype, tuple(like.shape)):
+            return None
+        if place.start % math.gcd(ALIGNMENT, place.row_bytes):
+            return None
+        values = self._mapped.tensor(place.path, place.start, place.nbytes)
+        if values is None:
+            return None
+        values = values.view(place.dtype)
+        pair = entry.get("pair")
+        if pair is None:
+            return values.view(place.shape)
+        return values.view(place.rows, 2, *place.shape[1:])[:, pair["half"]]
+
+    def _stored(self, kind: str, name: str, entry: dict) -> Place:
+        """Where a weight lies; of one that takes turns with another, the shape is its own, and the bytes are both's."""
+        pair = entry.get("pair")
+        if pair is None:
+            return self._place(f"{kind}.{name}" if kind else name)
+        both = self._place(f"{kind}.{pair['first']}")
+        return replace(both, shape=(both.rows, *both.shape[2:]))
+
+    def _packed_reads(
+        self,
+        kind: str,
+        name: str,
+        out: torch.Tensor | QuantizedTensor,
+        part: slice | None,
+        column_weights: torch.Tensor | None = None,
+    ) -> Iterator[Read]:
+        """part: rows of the pack, None for all."""
+        pair = self._packed[name].get("pair")
+        if pair is None:
+            yield from self._row_reads(f"{kind}.{name}", out, part, column_weights)
+            return
+        stored = f"{kind}.{pair['first']}"
+        place = self._stored(kind, name, self._packed[name])
+        row_bytes, columns = place.row_bytes, math.prod(place.shape[1:])
+        if isinstance(out, torch.Tensor) and out.stride() == (2 * columns, 1) and out.dtype == place.dtype:
+            if pair["half"] == 0:  # both are read at once, to where they take turns as well
+                yield from self._row_reads(stored, out.as_strided((len(out), 2, columns), (2 * columns, columns, 1)), part)
+            return
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(part.start, part.stop, step):
+            stop = min(start + step, part.stop)
+            places = slice(start - part.start, stop - part.start)
+            take = partial(_take_half, place, pair["half"], out, column_weights, places)
+            yield Read(place.path, place.start + start * row_bytes, (stop - start) * row_bytes, take=take)
+        self.bytes_read += row_bytes * (part.stop - part.start) // 2
+
+    def _row_reads(
+        self,
+        name: str,
+        out: torch.Tensor | QuantizedTensor,
+        rows: torch.Tensor | slice | None = None,
+        column_weights: torch.Tensor | None = None,
+    ) -> Iterator[Read]:
+        if not isinstance(out, torch.Tensor) or not self._mapped.holds(out):
+            yield from super()._row_reads(name, out, rows, column_weights)
+            return
+        place = self._place(name)
+        self.bytes_read += place.nbytes
+        memory = out.view(-1).view(torch.uint8)
+        for start in range(0, len(memory), MAPPED_BLOCK_BYTES):
+            part = memory[start : start + MAPPED_BLOCK_BYTES]
+            yield Read(place.path, place.start + start, len(part), into=part, mapped=True)
 
     def _place(self, name: str) -> Place:
         if name not in self._files:
@@ -188,6 +278,18 @@ class Pack(Checkpoint):
             f"{self.source} holds other neurons of {name} than these settings need: it was packed with {used}; "
             "use these, or pack the model again"
         )
+
+
+def _take_half(
+    place: Place,
+    half: int,
+    out: torch.Tensor | QuantizedTensor,
+    column_weights: torch.Tensor | None,
+    places: slice,
+    block: torch.Tensor,
+) -> None:
+    """Put one of two weights, whose rows take turns in a block, into its place."""
+    put(out, places, block.view(place.dtype).view(-1, 2, *place.shape[1:])[:, half], column_weights)
 
 
 def sum_of(rest: WeightedSum | None) -> int | None:

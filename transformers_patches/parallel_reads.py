@@ -1,4 +1,4 @@
-"""Reading pieces of files, several at a time and ahead of their use, without mapping them.
+"""Reading pieces of files, several at a time and ahead of their use.
 
 One thread that reads block after block leaves a solid-state disk idle most of the time; four keep it busy. The page cache is
 used, so that a second load is served from memory.
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.mapped_files import bring
 
 BLOCK_BYTES = 2 * 2**20  # of one read, where rows are not longer
 THREADS = 4
@@ -28,13 +29,14 @@ AHEAD = 8  # reads that are under way or waiting to be taken; bounds the memory 
 class Read:
     """Bytes of a file. into: memory that they go to; or take: called with them (uint8 [size]), gone afterwards.
 
-    Reads are taken in order, `take` in the caller's thread.
+    mapped: `into` is where the file is mapped. Reads are taken in order, `take` in the caller's thread.
     """
 
     path: Path
     start: int
     size: int
     into: torch.Tensor | None = None
+    mapped: bool = False
     take: Callable[[torch.Tensor], None] | None = None
 
 
@@ -83,6 +85,9 @@ def _finish(read: Read, memory: torch.Tensor, future: Future, free: list[torch.T
 
 
 def _read(read: Read, memory: torch.Tensor) -> None:
+    if read.mapped:
+        bring(memory)
+        return
     view = memoryview(memory.numpy())[: read.size]
     try:
         with open(read.path, "rb", buffering=0) as file:

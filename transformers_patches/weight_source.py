@@ -77,6 +77,16 @@ class WeightSource(ABC):
     ) -> None:
         """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]; sum up others as `rest` says."""
 
+    def mapped(
+        self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
+    ) -> torch.Tensor | QuantizedTensor | None:
+        """A weight where it lies in a file that is mapped, for fill() to bring there; None if it has to be copied.
+
+        like: shape and type of the weight. paired: whether its rows are to take turns with another's, as
+        WeightMemory.empty_paired has them.
+        """
+        return None
+
     def rope_factors(self) -> torch.Tensor | None:
         """float32 [head_dim / 2], what the rotary frequencies are divided by; None if they are as the config says."""
         return None

@@ -1,0 +1,41 @@
+"""Writing safetensors files whose tensors can be used where they are mapped: they start at multiples of 64 bytes.
+
+The format (a length, a JSON header that spaces may fill up, the bytes of all tensors without gaps) allows that; its own
+writer orders tensors by type and name, and leaves the alignment to chance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from transformers_patches.checkpoint import DTYPES
+from transformers_patches.mapped_files import ALIGNMENT
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write contiguous CPU tensors in their order, but those that would push others off the alignment last, and sync the file.
+
+    These are aligned as their type is.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0) * (9 - item[1].itemsize))
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, values in ordered:
+        start, end = end, end + values.nbytes
+        header[name] = {"dtype": _NAMES[values.dtype], "shape": list(values.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, values in ordered:
+            if values.nbytes:
+                file.write(values.reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())

@@ -136,6 +136,106 @@ inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input&
   if (g < groups) dot_groups<BITS, R, T, false, RUN>(rows, next, x, first, g, groups - g, acc);
 }
 
+#ifdef PARTINFER_SUM_GROUPS
+
+// acc[r][t] += 16 groups from group g on of rows[r] of 4-bit weights · x[first + t]: integers become one lane per group
+// before they become floats. next: what is prefetched, `past` bytes from there.
+template <int ROWS, int T>
+inline void dot_block4(const RowRef* rows, const RowRef* next, int64_t past, const Input& x, int64_t first, int64_t g,
+                       F (&acc)[ROWS][T]) {
+  const int64_t half = x.hidden / 2, start = g * Packing<4>::GROUP_BYTES;
+  I32 sums[ROWS][T][4];
+  PARTINFER_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    I8 xv[T][2];
+    PARTINFER_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const int8_t* xq = x.q + (first + t) * x.q_stride + start + k * BYTES;
+      xv[t][0] = load_bytes(xq);
+      xv[t][1] = load_bytes(xq + half);
+    }
+    PARTINFER_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      prefetch(next[r].data + past + start + k * BYTES);
+      I8 w[2];
+      unpack<4>(load_once(rows[r].data + start + k * BYTES), w);
+      PARTINFER_UNROLL
+      for (int t = 0; t < T; ++t) sums[r][t][k] = dot_u4(dot_u4(load_i32(NO_SUM), w[0], xv[t][0]), w[1], xv[t][1]);
+    }
+  }
+  PARTINFER_UNROLL
+  for (int t = 0; t < T; ++t) {
+    const int64_t place = (first + t) * x.scale_stride + g;
+    const F scales = load(x.scales + place), corrections = load(x.corrections + place);
+    PARTINFER_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const F own = load(reinterpret_cast<const f16_t*>(rows[r].scales) + g);
+      acc[r][t] = fma(own, fma(to_float(sum_groups(sums[r][t])), scales, corrections), acc[r][t]);
+    }
+  }
+}
+
+// out[r][t] += the last two groups of eight rows · x[first + t]: together they are as many as a block.
+template <int T>
+inline void dot_last_pairs4(const RowRef* rows, const Input& x, int64_t first, int64_t g, float (*out)[T]) {
+  const int64_t half = x.hidden / 2, start = g * Packing<4>::GROUP_BYTES;
+  const f16_t* places[8];
+  for (int r = 0; r < 8; ++r) places[r] = reinterpret_cast<const f16_t*>(rows[r].scales) + g;
+  const F own = load_pairs_of(places);
+  for (int t = 0; t < T; ++t) {
+    const int8_t* xq = x.q + (first + t) * x.q_stride + start;
+    const I8 low = repeat_half(xq), high = repeat_half(xq + half);
+    I32 sums[4];
+    PARTINFER_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      I8 w[2];
+      unpack<4>(load_halves(rows[2 * k].data + start, rows[2 * k + 1].data + start), w);
+      sums[k] = dot_u4(dot_u4(load_i32(NO_SUM), w[0], low), w[1], high);
+    }
+    const int64_t place = (first + t) * x.scale_stride + g;
+    const F product = fma(to_float(sum_groups(sums)), repeat_pair(x.scales + place), repeat_pair(x.corrections + place));
+    float some[8];
+    sum_pairs(mul(own, product), some);
+    for (int r = 0; r < 8; ++r) out[r][t] += some[r];
+  }
+}
+
+// Columns up to which 4-bit rows of a run are read one after the other; of longer ones four together were faster.
+constexpr int64_t LONGEST_ROW_ALONE = 4096;
+
+// out[r][t] = rows[r] · x[first + t] for 4-bit weights. RUN: the rows follow each other in memory.
+template <int R, int T, bool RUN>
+inline void dot_rows4(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, float (*out)[T]) {
+  // Rows of a run one after the other, as memory has them; else as many as have their 4 T sums in registers.
+  constexpr int ROWS = RUN ? 1 : T == 1 ? 4 : T == 2 ? 2 : 1;
+  const int64_t groups = x.hidden / GROUP, whole = groups / SCALE_BLOCK * SCALE_BLOCK;
+  const bool pairs = R == 8 && groups - whole == 2;
+  F all[R][T];
+  for (int r = 0; r < R; r += ROWS) {
+    const RowRef* ahead = RUN ? rows + r : next + r;
+    F acc[ROWS][T];
+    PARTINFER_UNROLL
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < T; ++t) acc[i][t] = zero();
+    for (int64_t g = 0; g < whole; g += SCALE_BLOCK)
+      dot_block4<ROWS, T>(rows + r, ahead, RUN ? RUN_AHEAD : 0, x, first, g, acc);
+    if (whole < groups && !pairs)
+      dot_groups<4, ROWS, T, false, RUN>(rows + r, ahead, x, first, whole, groups - whole, acc);
+    PARTINFER_UNROLL
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < T; ++t) all[r + i][t] = acc[i][t];
+  }
+  sums(reinterpret_cast<F(&)[R * T]>(all), out[0]);
+  if constexpr (R == 8) {
+    if (pairs) {
+      for (int r = 0; r < R; ++r) prefetch((RUN ? rows[r].data + RUN_AHEAD : next[r].data) + whole * Packing<4>::GROUP_BYTES);
+      dot_last_pairs4<T>(rows, x, first, whole, out);
+    }
+  }
+}
+
+#endif
+
 constexpr int QUAD = 4;           // rows whose bytes are taken side by side
 constexpr int QUANT_ADD_ROWS = 8;  // rows whose sum is taken as integers, with one scale per group of columns
 
@@ -237,10 +337,17 @@ inline void quant_add_rows(const RowRef* rows, const RowRef* next, int quads, co
 
 template <int BITS>
 struct QuantRows {
-  static constexpr bool RUNS = BITS == 8;  // 4-bit rows are short, and arithmetic needs several at a time
+#ifdef PARTINFER_SUM_GROUPS
+  static constexpr bool RUNS = true;
+#else
+  static constexpr bool RUNS = BITS == 8;  // arithmetic on 4-bit rows needs several at a time
+#endif
 
   template <int R, int T>
   static void dot(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, float (*out)[T]) {
+#ifdef PARTINFER_SUM_GROUPS
+    if constexpr (BITS == 4) return dot_rows4<R, T, false>(rows, next, x, first, out);
+#endif
     // Besides the sums, T * PARTS input vectors want a register.
     constexpr int BLOCK = R * T <= MAX_ACCUMULATORS / 2 ? R : (MAX_ACCUMULATORS / 2 / T > 0 ? MAX_ACCUMULATORS / 2 / T : 1);
     for (int r = 0; r < R; r += BLOCK) {
@@ -254,6 +361,14 @@ struct QuantRows {
   // it in memory, not what is read next: one KB of a run's many.
   template <int R, int T>
   static void dot_run(const RowRef* rows, const RowRef&, const Input& x, int64_t first, float (*out)[T]) {
+#ifdef PARTINFER_SUM_GROUPS
+    if constexpr (BITS == 4) {
+      if (x.hidden <= LONGEST_ROW_ALONE) return dot_rows4<R, T, true>(rows, nullptr, x, first, out);
+      RowRef next[R];
+      for (int r = 0; r < R; ++r) next[r] = {rows[r].data + R * (rows[1].data - rows[0].data), rows[r].scales};
+      return dot_rows4<R, T, false>(rows, next, x, first, out);
+    }
+#endif
     F acc[R][T];
     for (int r = 0; r < R; ++r) {
       F one[1][T];

@@ -182,6 +182,47 @@ inline F spread_from(F values, int64_t first) {
                                           : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return {_mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(int(first))), values.v)};
 }
+// Sums of 4-bit products of 64 packed bytes each (dot_u4 of both halves: a lane is within 15240) as one sum per group of 16
+// bytes: two lanes together still fit 16 bits, so that half the width and multiply-adds do what shuffles and sums would.
+#define PARTINFER_SUM_GROUPS 1
+inline I32 sum_groups(const I32 (&s)[4]) {
+  const __m512i ones = _mm512_set1_epi16(1);
+  const __m512i low = _mm512_madd_epi16(_mm512_packs_epi32(s[0].v, s[1].v), ones);
+  const __m512i high = _mm512_madd_epi16(_mm512_packs_epi32(s[2].v, s[3].v), ones);
+  const __m512i turned = _mm512_madd_epi16(_mm512_packs_epi32(low, high), ones);  // lane 4 q + k is group 4 k + q
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return {_mm512_permutexvar_epi32(order, turned)};
+}
+// In a register, where the compiler would load what two operations take twice: loads are what it has fewest of.
+inline I8 load_once(const char* p) {
+  __m512i bytes = _mm512_loadu_si512(p);
+  asm("" : "+v"(bytes));
+  return {bytes};
+}
+inline I8 load_halves(const char* low, const char* high) {
+  const __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+  return {_mm512_inserti64x4(both, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)), 1)};
+}
+inline I8 repeat_half(const void* p) {
+  return {_mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+inline F repeat_pair(const float* p) {
+  double pair;
+  __builtin_memcpy(&pair, p, 8);
+  return {_mm512_castpd_ps(_mm512_set1_pd(pair))};
+}
+// The first two values of eight places, side by side.
+inline F load_pairs_of(const f16_t* const (&p)[8]) {
+  int32_t pairs[8];
+  for (int i = 0; i < 8; ++i) __builtin_memcpy(pairs + i, p[i], 4);
+  return {_mm512_cvtph_ps(_mm256_setr_epi32(pairs[0], pairs[1], pairs[2], pairs[3], pairs[4], pairs[5], pairs[6], pairs[7]))};
+}
+// out[i] = a[2 i] + a[2 i + 1]
+inline void sum_pairs(F a, float* out) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+  const __m512 odd = _mm512_permutexvar_ps(_mm512_add_epi32(even, _mm512_set1_epi32(1)), a.v);
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm512_castps512_ps256(_mm512_permutexvar_ps(even, a.v)), _mm512_castps512_ps256(odd)));
+}
 template <int GROUP_BYTES>
 inline I8 spread_bytes(const int32_t* p) {
   return {spread_bits<GROUP_BYTES>(p)};

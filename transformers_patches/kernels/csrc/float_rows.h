@@ -186,12 +186,15 @@ inline void columns_in_order(int64_t begin, int64_t end, int64_t hidden, const S
 }
 
 constexpr int FLOAT_ADD_ROWS = 4;  // rows of down, or values of attention, that are added together
+// The same where a group is 8 neurons, whose `up` is known or not there: y is read and written half as often. Only where
+// the registers hold so many factors and rows.
+constexpr int FLOAT_ADD_ROWS_WIDE = LANES >= 16 ? 8 : FLOAT_ADD_ROWS;
 
 // The products of one weight type with one input type, as the loops of ffn_loop.h and linear_loop.h use them.
-template <class W, class X>
+template <class W, class X, int ADD = FLOAT_ADD_ROWS>
 struct FloatRows {
   static constexpr bool RUNS = true;
-  static constexpr int ADD_ROWS = FLOAT_ADD_ROWS;
+  static constexpr int ADD_ROWS = ADD;
 
   static const X* input(const Input& x);
 
@@ -203,10 +206,14 @@ struct FloatRows {
       dot_block<W, X, BLOCK, T>(rows + r, next + r, input(x) + first * x.hidden, x.hidden, out + r);
   }
 
+  // y[t] += sum over r of h[r][t] * rows[r]; rows past the first `count` have factors of 0.
   template <int T>
-  static void add_rows(const RowRef* rows, const RowRef* next, int64_t, const float (*h)[T], float* y,
+  static void add_rows(const RowRef* rows, const RowRef* next, int64_t count, const float (*h)[T], float* y,
                        int64_t y_stride, int64_t hidden) {
-    add_rows_block<W, ADD_ROWS, T>(rows, next, h, y, y_stride, hidden);
+    constexpr int BLOCK = T == 1 ? ADD_ROWS : FLOAT_ADD_ROWS;  // factors of several tokens fill the registers
+    if (count <= FLOAT_ADD_ROWS) return add_rows_block<W, FLOAT_ADD_ROWS, T>(rows, next, h, y, y_stride, hidden);
+    for (int r = 0; r < ADD_ROWS; r += BLOCK)
+      add_rows_block<W, BLOCK, T>(rows + r, next + r, h + r, y, y_stride, hidden);
   }
 
   // As dot, for rows that follow each other, one after the other; `after` is what is read next.
@@ -222,8 +229,8 @@ struct FloatRows {
   static void prefetch_scales(const RowRef*, int, int64_t) {}
 };
 
-template <class W, class X>
-inline const X* FloatRows<W, X>::input(const Input& x) {
+template <class W, class X, int ADD>
+inline const X* FloatRows<W, X, ADD>::input(const Input& x) {
   if constexpr (sizeof(X) == 2)
     return x.bf16;
   else

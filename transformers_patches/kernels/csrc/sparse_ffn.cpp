@@ -6,17 +6,25 @@
 namespace partinfer {
 namespace PARTINFER_ISA {
 
+// Rows of gate and up are read 4 neurons at a time where they are listed, and then 4 rows of down are read faster than 8
+// after two such groups. Where they follow each other it makes no difference.
+template <class W, class X>
+inline void ffn_of(const FfnTask& task) {
+  if (task.up.data != nullptr) return ffn<FloatRows<W, X>>(task);
+  ffn<FloatRows<W, X, FLOAT_ADD_ROWS_WIDE>>(task);
+}
+
 void ffn_float(const FfnTask& task) {
   switch (task.type) {
     case Type::F32:
-      return ffn<FloatRows<float, float>>(task);
+      return ffn_of<float, float>(task);
     case Type::F16:
-      return ffn<FloatRows<f16_t, float>>(task);
+      return ffn_of<f16_t, float>(task);
     default:
 #ifdef PARTINFER_BF16_DOT
-      if (task.x.bf16 != nullptr) return ffn<FloatRows<bf16_t, bf16_t>>(task);
+      if (task.x.bf16 != nullptr) return ffn_of<bf16_t, bf16_t>(task);
 #endif
-      return ffn<FloatRows<bf16_t, float>>(task);
+      return ffn_of<bf16_t, float>(task);
   }
 }
 

@@ -1,7 +1,7 @@
 """Writing safetensors files whose tensors can be used where they are mapped: they start at multiples of 64 bytes.
 
-The format (a length, a JSON header that spaces may fill up, the bytes of all tensors without gaps) allows that; its own
-writer orders tensors by type and name, and leaves the alignment to chance.
+The format (a length, a JSON header that spaces may fill up, the bytes of all tensors without gaps) allows that, with tensors
+that fill the gaps; its own writer orders tensors by type and name, and leaves the alignment to chance.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch
 from transformers_patches.checkpoint import DTYPES
 from transformers_patches.mapped_files import ALIGNMENT
 
+PADDING = "padding."  # what fills a gap is called so
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write contiguous CPU tensors in their order, but those that would push others off the alignment last, and sync the file.
-
-    These are aligned as their type is.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0) * (9 - item[1].itemsize))
+    """Write contiguous CPU tensors in their order, and sync the file."""
+    ordered = []
+    for name, values in tensors.items():
+        ordered.append((name, values))
+        if gap := -values.nbytes % ALIGNMENT:
+            ordered.append((f"{PADDING}{len(ordered)}", torch.zeros(gap, dtype=torch.uint8)))
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, values in ordered:

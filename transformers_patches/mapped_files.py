@@ -50,7 +50,9 @@ def bring(memory: torch.Tensor) -> None:
     """Read the pages of mapped memory, uint8 [n], from the disk unless they are there."""
     first = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = memory.data_ptr() + len(memory) - first
-    if _madvise(first, size, _MADV_POPULATE_READ) and ctypes.get_errno() != 22:  # EINVAL: before Linux 5.14, read at use
+    if (
+        _madvise(first, size, _MADV_POPULATE_READ) and ctypes.get_errno() != 22
+    ):  # EINVAL: before Linux 5.14, read at use
         raise PartInferError(f"weights can't be read: {os.strerror(ctypes.get_errno())}")
 
 

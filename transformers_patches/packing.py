@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from transformers_patches.aligned_file import PADDING
 from transformers_patches.checkpoint import Checkpoint, Place
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
@@ -35,7 +36,7 @@ FORMAT, VERSION, READABLE = "partinfer-pack", 3, (1, 2, 3)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
 ROPE_FACTORS = "rope_factors"
 MAPPED_BLOCK_BYTES = 16 * 2**20  # of a mapped file that a thread brings at once
-_ADDED = ("packed.", "data.", "scales.", "left_out.", "neurons.", ROPE_FACTORS)
+_ADDED = ("packed.", "data.", "scales.", "left_out.", "neurons.", PADDING, ROPE_FACTORS)
 # settings that decide which neurons are there
 FIXED = (
     *("loaded_neurons_percent", "base_neurons_percent", "base_neurons_type", "start_num", "end_num", "compensation"),
@@ -175,7 +176,9 @@ class Pack(Checkpoint):
         if isinstance(like, QuantizedTensor):
             if entry.get("bits") != like.bits:
                 return None
-            data, scales = (self._in_file(*part) for part in (("data", source, like.data), ("scales", source, like.scales)))
+            data, scales = (
+                self._in_file(*part) for part in (("data", source, like.data), ("scales", source, like.scales))
+            )
             return None if data is None or scales is None else QuantizedTensor(data, scales, like.bits)
         if entry.get("bits") or source.fit is not None:
             return None
@@ -224,7 +227,9 @@ class Pack(Checkpoint):
         row_bytes, columns = place.row_bytes, math.prod(place.shape[1:])
         if isinstance(out, torch.Tensor) and out.stride() == (2 * columns, 1) and out.dtype == place.dtype:
             if pair["half"] == 0:  # both are read at once, to where they take turns as well
-                yield from self._row_reads(stored, out.as_strided((len(out), 2, columns), (2 * columns, columns, 1)), part)
+                yield from self._row_reads(
+                    stored, out.as_strided((len(out), 2, columns), (2 * columns, columns, 1)), part
+                )
             return
         step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(part.start, part.stop, step):

@@ -1,8 +1,8 @@
 """Weights that stay where they lie in a file: its pages of the page cache, mapped, instead of copies of them.
 
 They cost no memory beside the page cache, which processes share, and a file that is in it is there at once. Pages of 4 KB are
-read up to a fifth slower while decoding, so a mapping is used only where the system backs it with huge pages: Linux 6.18
-does on ext4 (whose pages are large since 6.16), where files were not written a moment ago. Elsewhere files are read.
+read up to a fifth slower while decoding, so a mapping is used only where the system backs it with huge pages, as Linux 6.18
+does on ext4, but for files that were written a moment ago. Elsewhere files are read.
 """
 
 from __future__ import annotations
@@ -54,6 +54,13 @@ def bring(memory: torch.Tensor) -> None:
         _madvise(first, size, _MADV_POPULATE_READ) and ctypes.get_errno() != 22
     ):  # EINVAL: before Linux 5.14, read at use
         raise PartInferError(f"weights can't be read: {os.strerror(ctypes.get_errno())}")
+
+
+def forget(path: Path) -> None:
+    """Let a file that was written, and synced, leave the page cache: it comes back in large pages."""
+    if hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _madvise(address: int, size: int, advice: int) -> int:

@@ -19,6 +19,7 @@ from transformers_patches.fit_file import FitFile, fit_path
 from transformers_patches.gguf_files import gguf_tokenizer, is_gguf
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.loading import LoadedModel, load_from, read_config
+from transformers_patches.mapped_files import forget
 from transformers_patches.model_files import model_name, open_weights
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.packing import (
@@ -155,6 +156,7 @@ class _Recorder(WeightSource):
         if self._waiting:
             shard = f"model-{len(self._shards) + 1:05}.safetensors"
             save_aligned(self._waiting, self.folder / shard)
+            forget(self.folder / shard)
             self._shards.append(shard)
             self._places.update(dict.fromkeys(self._waiting, shard))
             self.bytes_written += sum(tensor.nbytes for tensor in self._waiting.values())

@@ -8,6 +8,7 @@ does on ext4, but for files that were written a moment ago. Elsewhere files are 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import re
@@ -50,10 +51,9 @@ def bring(memory: torch.Tensor) -> None:
     """Read the pages of mapped memory, uint8 [n], from the disk unless they are there."""
     first = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = memory.data_ptr() + len(memory) - first
-    if (
-        _madvise(first, size, _MADV_POPULATE_READ) and ctypes.get_errno() != 22
-    ):  # EINVAL: before Linux 5.14, read at use
-        raise PartInferError(f"weights can't be read: {os.strerror(ctypes.get_errno())}")
+    failed = _madvise(first, size, _MADV_POPULATE_READ) and ctypes.get_errno()
+    if failed and failed != errno.EINVAL:  # which Linux before 5.14 says, and reads pages when they are used
+        raise PartInferError(f"weights can't be read: {os.strerror(failed)}; make the pack again")
 
 
 def forget(path: Path) -> None:

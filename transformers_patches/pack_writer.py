@@ -97,9 +97,8 @@ class _Recorder(WeightSource):
         """Write what was loaded for a source; if its rows take turns with another weight's, both together."""
         first = self._halves.pop(_parts(out)[0][1].data_ptr(), None)
         if first is not None and source.fit is not None and not isinstance(out, QuantizedTensor):
-            self._keep_alone(
-                *first
-            )  # loading will change these rows, so they can't stay in the file, nor can half a pair
+            # loading will change these rows, so they can't stay in the file, and half a pair should not
+            self._keep_alone(*first)
             first = None
         if first is not None:
             own, held = first
@@ -134,9 +133,8 @@ class _Recorder(WeightSource):
         """Write a tensor, with the next shard."""
         if name in self._places or name in self._waiting:
             return
-        self._waiting[name] = values.detach().clone(
-            memory_format=torch.contiguous_format
-        )  # the loader may change what it was given
+        # a copy, because the loader may change what it was given
+        self._waiting[name] = values.detach().clone(memory_format=torch.contiguous_format)
         if sum(tensor.nbytes for tensor in self._waiting.values()) >= SHARD_BYTES:
             self.flush()
 

@@ -27,7 +27,7 @@ from transformers_patches.checkpoint import Checkpoint, Place
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
-from transformers_patches.mapped_files import ALIGNMENT, MappedFiles
+from transformers_patches.mapped_files import MappedFiles
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weight_source import Source, WeightedSum, put, put_fitted
@@ -176,9 +176,7 @@ class Pack(Checkpoint):
         if isinstance(like, QuantizedTensor):
             if entry.get("bits") != like.bits:
                 return None
-            data, scales = (
-                self._in_file(*part) for part in (("data", source, like.data), ("scales", source, like.scales))
-            )
+            data, scales = self._in_file("data", source, like.data), self._in_file("scales", source, like.scales)
             return None if data is None or scales is None else QuantizedTensor(data, scales, like.bits)
         if entry.get("bits") or source.fit is not None:
             return None
@@ -189,8 +187,6 @@ class Pack(Checkpoint):
         entry = self._packed.get(source.name, {})
         place = self._stored(kind, source.name, entry)
         if (place.dtype, place.shape) != (like.dtype, tuple(like.shape)):
-            return None
-        if place.start % math.gcd(ALIGNMENT, place.row_bytes):
             return None
         values = self._mapped.tensor(place.path, place.start, place.nbytes)
         if values is None:
@@ -227,9 +223,8 @@ class Pack(Checkpoint):
         row_bytes, columns = place.row_bytes, math.prod(place.shape[1:])
         if isinstance(out, torch.Tensor) and out.stride() == (2 * columns, 1) and out.dtype == place.dtype:
             if pair["half"] == 0:  # both are read at once, to where they take turns as well
-                yield from self._row_reads(
-                    stored, out.as_strided((len(out), 2, columns), (2 * columns, columns, 1)), part
-                )
+                both = out.as_strided((len(out), 2, columns), (2 * columns, columns, 1))
+                yield from self._row_reads(stored, both, part)
             return
         step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(part.start, part.stop, step):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers_patches import parallel_reads
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
-from transformers_patches.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.parallel_reads import BLOCK_BYTES, MAPPED_BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weight_source import Source, WeightedSum, WeightSource, put, put_fitted, takes_whole_rows
 
 
@@ -163,10 +163,11 @@ class Checkpoint(WeightSource):
         first, count = (0, place.rows) if rows is None or order is not None else (rows.start, rows.stop - rows.start)
         self.bytes_read += place.row_bytes * (count if order is None else len(order))
         if order is None and _holds_bytes_of(out, place):
-            memory = out.view(-1).view(torch.uint8)
-            for start in range(0, len(memory), BLOCK_BYTES):
-                part = memory[start : start + BLOCK_BYTES]
-                yield Read(place.path, place.start + first * place.row_bytes + start, len(part), into=part)
+            memory, mapped = out.view(-1).view(torch.uint8), self._is_mapped(out)
+            step = MAPPED_BLOCK_BYTES if mapped else BLOCK_BYTES
+            for start in range(0, len(memory), step):
+                part = memory[start : start + step]
+                yield Read(place.path, place.start + first * place.row_bytes + start, len(part), part, mapped)
             return
         step = max(1, BLOCK_BYTES // place.row_bytes)
         for start in range(first, first + count, step):
@@ -180,6 +181,10 @@ class Checkpoint(WeightSource):
                 start, stop = int(rows[low]), int(rows[high - 1]) + 1
                 take = partial(_take_rows, place, out, column_weights, order[low:high], rows[low:high] - start)
             yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
+
+    def _is_mapped(self, out: torch.Tensor) -> bool:
+        """Whether memory is where the file itself is mapped, so that nothing has to be copied."""
+        return False
 
     def _column_reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
         """A row of the file is shorter than the gaps that could be skipped, so all of the tensor is read."""

@@ -35,7 +35,6 @@ from transformers_patches.weight_source import Source, WeightedSum, put, put_fit
 FORMAT, VERSION, READABLE = "partinfer-pack", 3, (1, 2, 3)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
 ROPE_FACTORS = "rope_factors"
-MAPPED_BLOCK_BYTES = 16 * 2**20  # of a mapped file that a thread brings at once
 _ADDED = ("packed.", "data.", "scales.", "left_out.", "neurons.", PADDING, ROPE_FACTORS)
 # settings that decide which neurons are there
 FIXED = (
@@ -234,22 +233,8 @@ class Pack(Checkpoint):
             yield Read(place.path, place.start + start * row_bytes, (stop - start) * row_bytes, take=take)
         self.bytes_read += row_bytes * (part.stop - part.start) // 2
 
-    def _row_reads(
-        self,
-        name: str,
-        out: torch.Tensor | QuantizedTensor,
-        rows: torch.Tensor | slice | None = None,
-        column_weights: torch.Tensor | None = None,
-    ) -> Iterator[Read]:
-        if not isinstance(out, torch.Tensor) or not self._mapped.holds(out):
-            yield from super()._row_reads(name, out, rows, column_weights)
-            return
-        place = self._place(name)
-        self.bytes_read += place.nbytes
-        memory = out.view(-1).view(torch.uint8)
-        for start in range(0, len(memory), MAPPED_BLOCK_BYTES):
-            part = memory[start : start + MAPPED_BLOCK_BYTES]
-            yield Read(place.path, place.start + start, len(part), into=part, mapped=True)
+    def _is_mapped(self, out: torch.Tensor) -> bool:
+        return self._mapped.holds(out)
 
     def _place(self, name: str) -> Place:
         if name not in self._files:

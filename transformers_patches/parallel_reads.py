@@ -21,6 +21,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.mapped_files import bring
 
 BLOCK_BYTES = 2 * 2**20  # of one read, where rows are not longer
+MAPPED_BLOCK_BYTES = 16 * 2**20  # of a mapped file that a thread brings at once
 THREADS = 4
 AHEAD = 8  # reads that are under way or waiting to be taken; bounds the memory of their buffers
 

@@ -9,10 +9,10 @@ import math
 import torch
 
 from transformers_patches import kernels
+from transformers_patches.mapped_files import ALIGNMENT
 
 BLOCK_BYTES = 64 * 2**20  # small tensors share blocks, because a huge page is 2 MB
 OWN_BYTES = BLOCK_BYTES // 8  # tensors from this size on have their own
-ALIGNMENT = 64
 
 
 class WeightMemory:

@@ -10,6 +10,7 @@ from transformers_patches.loading import LoadedModel
 from transformers_patches.sparse_ffn import SparseFFN
 
 SPARSE = range(1, 5)
+PROMPT = torch.arange(3, 15)[None]
 DATASET, MODEL = random_neuron_file(1), random_neuron_file(2)
 METHODS = {
     "partinfer": {"method": "partinfer"},
@@ -23,6 +24,14 @@ def naive(method: str, **settings) -> NaiveMethod:
     options = METHODS[method]
     partial = method != "coreinfer"
     return NaiveMethod(options["method"], partial, DATASET.ranking.tolist(), MODEL.ranking.tolist(), SPARSE, **settings)
+
+
+def logits(loaded: LoadedModel) -> torch.Tensor:
+    """[T + 1, vocabulary] of PROMPT and of one token after it."""
+    with torch.inference_mode():
+        output = loaded.model(PROMPT, use_cache=True)
+        step = loaded.model(torch.tensor([[7]]), past_key_values=output.past_key_values)
+    return torch.cat([output.logits[0], step.logits[0]])
 
 
 def padded_prompts(lengths: list[int], side: str, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

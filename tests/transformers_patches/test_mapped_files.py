@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import FAMILIES
 from tests.transformers_patches.made_up_files import made_up_fit, with_statistics
+from tests.transformers_patches.model_passes import logits
 from transformers_patches import mapped_files
 from transformers_patches.config import PartInferConfig
 from transformers_patches.fit_file import FitFile, fit_path
@@ -15,7 +16,6 @@ from transformers_patches.mapped_files import MappedFiles, bring
 from transformers_patches.pack_writer import write_pack
 from transformers_patches.packing import Pack
 
-PROMPT = torch.arange(3, 15)[None]
 NEURONS = with_statistics(1)
 DTYPES = ("bfloat16", "int8", "int4")
 
@@ -36,13 +36,6 @@ def pack_of(checkpoint, folder, **options) -> None:
     path = folder / "neurons.safetensors"
     NEURONS.save(path)
     write_pack(checkpoint, folder / "pack", settings(dataset_neurons_filepath=str(path), **options))
-
-
-def logits(loaded: LoadedModel) -> torch.Tensor:
-    with torch.inference_mode():
-        output = loaded.model(PROMPT, use_cache=True)
-        step = loaded.model(torch.tensor([[7]]), past_key_values=output.past_key_values)
-    return torch.cat([output.logits[0], step.logits[0]])
 
 
 def mapped_names(loaded: LoadedModel, folder) -> set[str]:

@@ -8,7 +8,7 @@ import torch
 
 import partinfer
 from tests.conftest import FAMILIES
-from tests.transformers_patches.model_passes import DATASET, MODEL
+from tests.transformers_patches.model_passes import DATASET, MODEL, logits
 from transformers_patches.checkpoint import Checkpoint
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
@@ -16,8 +16,6 @@ from transformers_patches.loading import load_model
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.pack_writer import write_pack
 from transformers_patches.packing import Pack, is_pack, pack_settings
-
-PROMPT = torch.arange(3, 15)[None]
 
 
 def settings(**options) -> PartInferConfig:
@@ -37,13 +35,6 @@ def packs(tiny_checkpoints, tmp_path_factory):
         return made[family]
 
     return pack
-
-
-def logits(loaded) -> torch.Tensor:
-    with torch.inference_mode():
-        output = loaded.model(PROMPT, use_cache=True)
-        step = loaded.model(torch.tensor([[7]]), past_key_values=output.past_key_values)
-    return torch.cat([output.logits[0], step.logits[0]])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from tests.conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, m
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.transformers_patches.made_up_files import made_up_fit, with_input_squares, with_statistics
-from tests.transformers_patches.model_passes import DATASET, MODEL
+from tests.transformers_patches.model_passes import DATASET, MODEL, logits
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.fit_file import FitFile, fit_path
@@ -22,7 +22,6 @@ from transformers_patches.pack_writer import write_pack
 from transformers_patches.packing import Pack
 from transformers_patches.quantized import weight_places
 
-PROMPT = torch.arange(3, 15)[None]
 DTYPES = ("int8", "int4")
 
 
@@ -42,13 +41,6 @@ def packs(tiny_checkpoints, tmp_path_factory):
         return made[family, dtype]
 
     return pack
-
-
-def logits(loaded: LoadedModel) -> torch.Tensor:
-    with torch.inference_mode():
-        output = loaded.model(PROMPT, use_cache=True)
-        step = loaded.model(torch.tensor([[7]]), past_key_values=output.past_key_values)
-    return torch.cat([output.logits[0], step.logits[0]])
 
 
 def assert_same(packed: LoadedModel, partial: LoadedModel) -> None:

@@ -114,6 +114,26 @@ def test_threads_change_nothing_but_rounding(variant, threads, count):
     assert torch.equal(result, kernels.sparse_ffn(x, gate, up, down, 300, index, "silu"))
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("prefix", [0, 900, 2001])
+def test_whoever_takes_the_last_rows_changes_no_bit(variant, threads, count, prefix):
+    """They go to the threads that are done first, another one each time."""
+    x, (gate, up, down) = torch.randn(2, 512), weights(3, 2001, 512)
+    index, size = unsorted_index(prefix, 2001, (2001 - prefix) // 2), torch.rand(2001)
+    threads(count)
+    calls = [
+        lambda: kernels.sparse_ffn(x, gate, up, down, prefix, index, "silu"),
+        lambda: kernels.sparse_ffn_by_up(x, gate, up, down, prefix, index, size, 700)[0],
+        lambda: kernels.linear(x, gate),
+    ]
+    for call in calls:
+        first = call()
+        assert all(torch.equal(call(), first) for _ in range(10))
+    expected = reference.sparse_ffn(*double(x, gate, up, down), prefix, index, "silu")
+    assert error(calls[0](), expected) < 1e-5
+    assert error(calls[2](), torch.nn.functional.linear(*double(x, gate))) < 1e-5
+
+
 def test_rows_of_fc2_are_skipped_where_relu_gives_zero(variant):
     """A row that must not be read holds NaN."""
     x, (fc1, fc2) = torch.randn(1, 64), weights(2, 700, 64)

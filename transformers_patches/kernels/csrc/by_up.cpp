@@ -1,7 +1,5 @@
 // The FFN that chooses its neurons per token: the gated one from up·x, the plain one from its activations. Same threads
 // as run_ffn, in one parallel region.
-#include <omp.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -44,23 +42,31 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
   Selection& selection = kept;  // the caller's, for all threads of the region
   const int64_t candidates = call.ffn.rows.prefix + call.ffn.rows.count;
   const int useful = useful_threads(candidates * first_of(call.ffn).row_bytes, threads);
-  const int64_t y_count = useful * y_stride_of(call.ffn.hidden);
+  const int64_t y_count = most_sums(useful) * y_stride_of(call.ffn.hidden);
   selection.values.resize(size_t(candidates));
   selection.scores.resize(size_t(candidates));
   selection.rows.resize(size_t(candidates + KEEP_ROOM));
   selection.kept_values.resize(size_t(candidates + KEEP_ROOM));
   scratch.reserve(input_bytes(1, call.ffn.hidden) + Scratch::padded(size_t(y_count) * sizeof(float)));
   const Input x = prepare(kernels, call.ffn.type, call.ffn.x, call.ffn.x_type, 0, 1, call.ffn.hidden, scratch);
-  SharedFfn shared = share_ffn(call.ffn, x, 0, scratch.take<float>(y_count));
+  SharedFfn shared;
+  share_ffn(call.ffn, x, 0, scratch.take<float>(y_count), shared);
+  const int64_t first_bytes = first_of(call.ffn).row_bytes;
+  shared.bytes_each -= first_bytes;
   if (call.ffn.up.data == nullptr) {
     selection.ones.assign(size_t(candidates), 1.0f);
     shared.task.gate = Matrix{};
     shared.task.gate_bias = Vector{};
   }
   shared.task.up = Matrix{};  // its products are known by then
+  Taken taken;
   parallel(useful, [&](int worker, int workers) {
     const int computing = std::min(useful, workers);
-    if (worker < computing) score(kernels, call, x, share(candidates, ROW_BLOCK, worker, computing), selection);
+    if (worker < computing) {
+      const Split rows = split(candidates, first_bytes, candidates * first_bytes, computing);
+      score(kernels, call, x, share(rows.fixed, ROW_BLOCK, worker, computing), selection);
+      taken.share_out(rows.parts, [&](int64_t part) { score(kernels, call, x, rows.part(part), selection); });
+    }
     wait_for_all(workers);
     if (worker == 0) {
       shared.positions =

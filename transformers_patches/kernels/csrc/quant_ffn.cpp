@@ -36,7 +36,7 @@ inline void finish_bits(const FinishTask& task) {
       const float* y = task.y + t * task.y_stride + start;
       for (int64_t j = 0; j < COLUMN_BLOCK; j += LANES) {
         F sum = load(y + j);
-        for (int64_t thread = 1; thread < task.threads; ++thread) sum = add(sum, load(y + thread * task.thread_stride + j));
+        for (int64_t other = 1; other < task.sums; ++other) sum = add(sum, load(y + other * task.sum_stride + j));
         store(total + j, sum);
       }
       for (int64_t j = start; j < smaller(start + COLUMN_BLOCK, task.end); ++j)

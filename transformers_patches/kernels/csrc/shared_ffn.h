@@ -1,49 +1,16 @@
 // How the drivers (threads.cpp, by_up.cpp) split an FFN over threads: ranges of neurons, then ranges of columns.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 
 #include "input.h"
 #include "scratch.h"
+#include "shares.h"
 #include "threads.h"
 
 namespace partinfer {
-
-constexpr int64_t ROW_BLOCK = 8;             // a thread's share is a multiple of this many rows
-constexpr int64_t BYTES_PER_THREAD = 65536;  // below this, waking another thread costs more than it reads
-
-struct Range {
-  int64_t begin, end;
-};
-
-inline Range share(int64_t count, int64_t block, int64_t worker, int64_t workers) {
-  const int64_t blocks = (count + block - 1) / block;
-  return {std::min(count, blocks * worker / workers * block), std::min(count, blocks * (worker + 1) / workers * block)};
-}
-
-inline int useful_threads(int64_t bytes, int threads) {
-  return int(std::max<int64_t>(1, std::min<int64_t>(threads, bytes / BYTES_PER_THREAD)));
-}
-
-// f(worker, workers) on `threads` threads of the pool. The pool is always woken as a whole: libgomp ends and restarts
-// threads when the size of the team changes.
-template <class Function>
-void parallel(int threads, const Function& f) {
-  if (threads == 1 || omp_in_parallel()) {
-    f(0, 1);
-    return;
-  }
-#pragma omp parallel
-  f(omp_get_thread_num(), omp_get_num_threads());
-}
-
-inline void wait_for_all(int workers) {
-  if (workers == 1) return;
-#pragma omp barrier
-}
 
 inline Rows rows_of(const ActiveRows& active, Range range) { return {active.prefix, active.index, range.begin, range.end}; }
 
@@ -58,46 +25,58 @@ inline int64_t bytes_per_neuron(const FfnCall& call) {
 struct SharedFfn {
   FfnTask task;
   FinishTask finish;
-  int64_t positions;
+  int64_t positions, bytes_each;
+  Taken taken;
+
+  Split split_over(int workers) const { return split(positions, bytes_each, positions * bytes_each, workers); }
 };
 
-inline void compute(const Kernels& kernels, const SharedFfn& shared, int worker, int workers) {
-  FfnTask task = shared.task;
-  task.y = task.y + worker * shared.finish.thread_stride;
-  std::memset(task.y, 0, size_t(task.x.tokens * task.y_stride) * sizeof(float));
+// Sums of a thread's share, then those of each part of the rest, have a y of their own: they are added in this order,
+// whoever computed them.
+inline int64_t most_sums(int useful) { return useful == 1 ? 1 : useful + MAX_PARTS; }
+
+inline void compute(const Kernels& kernels, SharedFfn& shared, int worker, int workers) {
+  const Split split = shared.split_over(workers);
+  const auto sum_up = [&](int64_t number, std::initializer_list<Range> ranges) {
+    FfnTask task = shared.task;
+    task.y += number * shared.finish.sum_stride;
+    std::memset(task.y, 0, size_t(task.x.tokens * task.y_stride) * sizeof(float));
+    for (const Range& range : ranges) {
+      task.rows.begin = range.begin;
+      task.rows.end = range.end;
+      if (range.begin < range.end) (quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float)(task);
+    }
+  };
   // Every thread gets its share of the prefix, which reads faster, and its share of the list.
-  const int64_t prefix = std::min(shared.task.rows.prefix, shared.positions);
+  const int64_t prefix = std::min(shared.task.rows.prefix, split.fixed);
   const Range run = share(prefix, ROW_BLOCK, worker, workers);
-  const Range list = share(shared.positions - prefix, ROW_BLOCK, worker, workers);
-  for (const Range& range : {run, Range{prefix + list.begin, prefix + list.end}}) {
-    task.rows.begin = range.begin;
-    task.rows.end = range.end;
-    if (range.begin < range.end) (quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float)(task);
-  }
+  const Range list = share(split.fixed - prefix, ROW_BLOCK, worker, workers);
+  sum_up(worker, {run, {prefix + list.begin, prefix + list.end}});
+  shared.taken.share_out(split.parts, [&](int64_t number) { sum_up(workers + number, {split.part(number)}); });
 }
 
-inline void finish(const Kernels& kernels, const SharedFfn& shared, int worker, int workers, int computed_by) {
+inline void finish(const Kernels& kernels, const SharedFfn& shared, int worker, int workers, int64_t sums) {
   FinishTask task = shared.finish;
   const Range range = share(task.hidden, COLUMN_BLOCK, worker, workers);
   task.begin = range.begin;
   task.end = range.end;
-  task.threads = computed_by;
+  task.sums = sums;
   (quantised(task.type) ? kernels.finish_quant : kernels.finish_float)(task);
 }
 
-inline void compute_and_finish(const Kernels& kernels, const SharedFfn& shared, int worker, int workers, int useful) {
+inline void compute_and_finish(const Kernels& kernels, SharedFfn& shared, int worker, int workers, int useful) {
   const int computing = std::min(useful, workers);
   if (worker < computing) compute(kernels, shared, worker, computing);
   wait_for_all(workers);
-  if (worker < computing) finish(kernels, shared, worker, computing, computing);
+  if (worker < computing) finish(kernels, shared, worker, computing, computing + shared.split_over(computing).parts);
 }
 
 inline int64_t y_stride_of(int64_t hidden) { return (hidden + COLUMN_BLOCK - 1) / COLUMN_BLOCK * COLUMN_BLOCK; }
 
-inline SharedFfn share_ffn(const FfnCall& call, const Input& x, int64_t first_token, float* y) {
+inline void share_ffn(const FfnCall& call, const Input& x, int64_t first_token, float* y, SharedFfn& shared) {
   const int64_t stride = y_stride_of(call.hidden);
-  SharedFfn shared;
   shared.positions = call.rows.prefix + call.rows.count;
+  shared.bytes_each = bytes_per_neuron(call);
   shared.task.type = call.type;
   shared.task.gate = call.gate;
   shared.task.up = call.up;
@@ -111,13 +90,12 @@ inline SharedFfn share_ffn(const FfnCall& call, const Input& x, int64_t first_to
   shared.task.y_stride = stride;
   shared.finish.type = call.type;
   shared.finish.y = y;
-  shared.finish.thread_stride = x.tokens * stride;
+  shared.finish.sum_stride = x.tokens * stride;
   shared.finish.y_stride = stride;
   shared.finish.tokens = x.tokens;
   shared.finish.hidden = call.hidden;
   shared.finish.out = call.out + first_token * call.hidden * element_size(call.x_type);
   shared.finish.out_type = call.x_type;
-  return shared;
 }
 
 }  // namespace partinfer

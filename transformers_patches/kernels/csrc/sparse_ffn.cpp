@@ -59,8 +59,8 @@ inline void finish(const FinishTask& task) {
     const float* y = task.y + t * task.y_stride;
     const auto sums = [&](int64_t place) {
       F total = load(y + place);
-      for (int64_t thread = 1; thread < task.threads; ++thread)
-        total = add(total, load(y + thread * task.thread_stride + place));
+      for (int64_t sum = 1; sum < task.sums; ++sum)
+        total = add(total, load(y + sum * task.sum_stride + place));
       return total;
     };
     columns_in_order<W>(task.begin, task.end, task.hidden, sums,

@@ -10,15 +10,18 @@ void run_ffn(const Kernels& kernels, const FfnCall& call, int threads) {
   const int useful = useful_threads(positions * bytes_per_neuron(call), threads);
   for (int64_t first = 0; first < call.tokens; first += MAX_TOKENS) {
     const int64_t tokens = std::min(MAX_TOKENS, call.tokens - first);
-    const int64_t y_count = useful * tokens * y_stride_of(call.hidden);
+    const int64_t y_count = most_sums(useful) * tokens * y_stride_of(call.hidden);
     scratch.reserve(input_bytes(tokens, call.hidden) + Scratch::padded(size_t(y_count) * sizeof(float)));
     const Input x = prepare(kernels, call.type, call.x, call.x_type, first, tokens, call.hidden, scratch);
-    const SharedFfn shared = share_ffn(call, x, first, scratch.take<float>(y_count));
+    SharedFfn shared;
+    share_ffn(call, x, first, scratch.take<float>(y_count), shared);
     parallel(useful, [&](int worker, int workers) { compute_and_finish(kernels, shared, worker, workers, useful); });
   }
 }
 
 namespace {
+
+constexpr int MAX_LINEARS = 3;
 
 LinearTask linear_task(const LinearCall& call, const Input& x, int64_t first) {
   LinearTask task;
@@ -29,13 +32,26 @@ LinearTask linear_task(const LinearCall& call, const Input& x, int64_t first) {
   task.out = call.out + first * call.rows * element_size(call.x_type);
   task.out_type = call.x_type;
   task.out_stride = call.rows;
+  task.rows = {call.rows, nullptr, 0, call.rows};
   return task;
 }
 
-void compute_linear(const Kernels& kernels, LinearTask task, int64_t rows, int worker, int workers) {
-  const Range range = share(rows, ROW_BLOCK, worker, workers);
-  task.rows = {rows, nullptr, range.begin, range.end};
+void compute_rows(const Kernels& kernels, LinearTask task, Range range) {
+  task.rows.begin = range.begin;
+  task.rows.end = range.end;
   (quantised(task.type) ? kernels.linear_quant : kernels.linear_float)(task);
+}
+
+// The tasks of one region; the rest is the last one's.
+void compute_linears(const Kernels& kernels, const LinearTask* tasks, int count, Taken& taken, int worker, int workers) {
+  int64_t bytes = 0;
+  for (int i = 0; i < count; ++i) bytes += tasks[i].rows.end * tasks[i].weight.row_bytes;
+  for (int i = 0; i + 1 < count; ++i)
+    compute_rows(kernels, tasks[i], share(tasks[i].rows.end, ROW_BLOCK, worker, workers));
+  const LinearTask& last = tasks[count - 1];
+  const Split rows = split(last.rows.end, last.weight.row_bytes, bytes, workers);
+  compute_rows(kernels, last, share(rows.fixed, ROW_BLOCK, worker, workers));
+  taken.share_out(rows.parts, [&](int64_t number) { compute_rows(kernels, last, rows.part(number)); });
 }
 
 }  // namespace
@@ -48,9 +64,10 @@ void run_linear(const Kernels& kernels, const LinearCall& call, int threads) {
     scratch.reserve(input_bytes(tokens, call.hidden));
     const Input x = prepare(kernels, call.type, call.x, call.x_type, first, tokens, call.hidden, scratch);
     const LinearTask task = linear_task(call, x, first);
+    Taken taken;
     parallel(useful, [&](int worker, int workers) {
       const int computing = std::min(useful, workers);
-      if (worker < computing) compute_linear(kernels, task, call.rows, worker, computing);
+      if (worker < computing) compute_linears(kernels, &task, 1, taken, worker, computing);
     });
   }
 }
@@ -75,10 +92,12 @@ void run_linears(const Kernels& kernels, const LinearCall* calls, int count, int
   const int useful = useful_threads(bytes, threads);
   scratch.reserve(input_bytes(1, calls[0].hidden));
   const Input x = prepare(kernels, calls[0].type, calls[0].x, calls[0].x_type, 0, 1, calls[0].hidden, scratch);
+  LinearTask tasks[MAX_LINEARS];
+  for (int i = 0; i < count; ++i) tasks[i] = linear_task(calls[i], x, 0);
+  Taken taken;
   parallel(useful, [&](int worker, int workers) {
     const int computing = std::min(useful, workers);
-    for (int i = 0; i < count && worker < computing; ++i)
-      compute_linear(kernels, linear_task(calls[i], x, 0), calls[i].rows, worker, computing);
+    if (worker < computing) compute_linears(kernels, tasks, count, taken, worker, computing);
   });
 }
 

@@ -80,11 +80,11 @@ struct LinearTask {
   int64_t out_stride = 0;
 };
 
-// out[t, j] = sum over the threads of their y, columns [begin, end) (multiples of COLUMN_BLOCK, or the end).
+// out[t, j] = sum over all y, columns [begin, end) (multiples of COLUMN_BLOCK, or the end).
 struct FinishTask {
   Type type = Type::F32;
   const float* y = nullptr;
-  int64_t threads = 1, thread_stride = 0, y_stride = 0;
+  int64_t sums = 1, sum_stride = 0, y_stride = 0;
   int64_t tokens = 0, hidden = 0, begin = 0, end = 0;
   char* out = nullptr;  // [tokens, hidden]
   Type out_type = Type::F32;

@@ -8,9 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
+from transformers_patches.decoding_loop import one_sequence_loop
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import LoadedModel
 from transformers_patches.one_token import new_cache
@@ -132,8 +140,8 @@ def generate(
     interrupted = False
     started = time.perf_counter()
     try:
-        stops = {"stop_strings": list(options.stop), "tokenizer": tokenizer} if options.stop else {}
-        generate_ids(loaded, ids, config, recorder, cache, **stops)
+        stops = [StopStringCriteria(tokenizer, list(options.stop))] if options.stop else []
+        generate_ids(loaded, ids, config, recorder, cache, stopping_criteria=StoppingCriteriaList(stops))
     except KeyboardInterrupt:
         interrupted = True
         recorder.end()
@@ -165,6 +173,7 @@ def generate_ids(
 
     cache: holds a prefix of the prompts; options: others of transformers' generate().
     """
+    loop = one_sequence_loop(loaded.model, loaded.state, config, streamer, len(ids), options)
     with loaded.state.expect_prompt(ids.shape[1]), torch.inference_mode():
         return loaded.model.generate(
             input_ids=ids,
@@ -172,6 +181,7 @@ def generate_ids(
             past_key_values=new_cache(loaded.model) if cache is None else cache,
             generation_config=config,
             streamer=streamer,
+            custom_generate=loop,
             **options,
         )
 

@@ -86,8 +86,32 @@ def _grown(old: torch.Tensor, like: torch.Tensor, length: int, capacity: int) ->
     return new
 
 
-def growing_cache() -> DynamicCache:
-    """An empty cache of GrowingLayers."""
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = GrowingLayer
-    return cache
+class GrowingCache(DynamicCache):
+    """A cache of GrowingLayers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = GrowingLayer
+        self._room: dict[range, _Room] = {}
+
+    def room_for_one(self, layers: range) -> _Room:
+        """The buffers of layers of one length that each have room for a token more."""
+        stores, room = self.layers[layers.start : layers.stop], self._room.get(layers)
+        if room is None or not room.fits(stores):
+            buffers = [store.room_for_one() for store in stores]
+            room = self._room[layers] = _Room([keys for keys, _ in buffers], [values for _, values in buffers])
+        return room
+
+
+class _Room:
+    """Buffers of several layers, kept because looking them all up takes a hundredth of a small model's token."""
+
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        self.keys, self.values = keys, values
+        self.capacity = min(buffer.shape[-2] for buffer in (*keys, *values))
+
+    def fits(self, stores: list[GrowingLayer]) -> bool:
+        return stores[0].length < self.capacity and all(
+            store._keys is keys and store._values is values
+            for store, keys, values in zip(stores, self.keys, self.values, strict=True)
+        )

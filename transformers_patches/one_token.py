@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformers_patches import kernels
 from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import FastLinear
-from transformers_patches.kv_cache import GrowingLayer, growing_cache
+from transformers_patches.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.phase import DECODE
 from transformers_patches.quantized import QuantizedLinear
 from transformers_patches.sparse_ffn import KERNEL_ACTIVATIONS, SparseFFN
@@ -37,7 +38,7 @@ def speed_up_one_token(model: PreTrainedModel) -> bool:
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache, of the kind that the model's decoder is fastest with."""
     step = getattr(getattr(model, "model", None), "forward", None)
-    return growing_cache() if isinstance(step, OneTokenPass) else DynamicCache()
+    return GrowingCache() if isinstance(step, OneTokenPass) else DynamicCache()
 
 
 class OneTokenPass:
@@ -52,6 +53,7 @@ class OneTokenPass:
         self.layers = [_Layer(layer, decoder.config) for layer in decoder.layers]
         modules = [decoder, *(module for layer in decoder.layers for module in layer.modules())]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.unwatched_until = -1  # the number of the next hook in PyTorch when there was none here
         self.rotary = RotaryTable(decoder.rotary_emb)
         self.native: kernels.Decoder | None = None
         self.runs: list[range] = []  # of layers in one call; in between, layers of one
@@ -67,7 +69,8 @@ class OneTokenPass:
         **options,
     ):
         if inputs_embeds is None and self._fits(input_ids, attention_mask, past_key_values, options):
-            return self._pass(input_ids, position_ids, past_key_values)
+            hidden = self.advance(input_ids, past_key_values, position_ids)
+            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
         return self.original(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -81,15 +84,30 @@ class OneTokenPass:
         return (
             ids is not None
             and ids.numel() == 1
-            and isinstance(cache, DynamicCache)
-            and len(cache.layers) == len(self.layers)
-            and all(type(layer) is GrowingLayer and layer.length for layer in cache.layers)
             and (mask is None or (mask.ndim == 2 and bool(mask.all())))
             and not any(value for name, value in options.items() if name.startswith("output_"))
-            and not any(self.hooks)
+            and self.ready(cache)
         )
 
-    def _pass(self, ids: torch.Tensor, positions: torch.Tensor | None, cache: DynamicCache) -> BaseModelOutputWithPast:
+    def ready(self, cache) -> bool:
+        """Whether `advance` can take a token that follows those of the cache."""
+        return (
+            isinstance(cache, GrowingCache)
+            and len(cache.layers) == len(self.layers)
+            and all(type(layer) is GrowingLayer and layer.length for layer in cache.layers)
+            and not self._watched()
+        )
+
+    def _watched(self) -> bool:
+        """Whether a module has a hook; looked up again only after one has been registered somewhere."""
+        if self.unwatched_until != RemovableHandle.next_id:
+            if any(self.hooks):
+                return True
+            self.unwatched_until = RemovableHandle.next_id
+        return False
+
+    def advance(self, ids: torch.Tensor, cache: GrowingCache, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """One token, ids [1, 1], after those of the cache, which it joins; the decoder's output [1, 1, H]."""
         decoder = self.decoder
         position = cache.layers[0].length if positions is None else int(positions)
         x = decoder.embed_tokens(ids)  # [1, 1, H]
@@ -105,12 +123,12 @@ class OneTokenPass:
                 delta = layer.ffn(normed)
         if not self.layers[-1].native:
             delta = kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.variance_epsilon)
-        return BaseModelOutputWithPast(last_hidden_state=delta, past_key_values=cache)
+        return delta
 
-    def _run(self, run: range, x, delta, turns, cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, run: range, x, delta, turns, cache: GrowingCache) -> tuple[torch.Tensor, torch.Tensor]:
         stores = cache.layers[run.start : run.stop]
-        keys, values = zip(*(store.room_for_one() for store in stores), strict=True)
-        x, delta, computed = self.native.run(run, x, delta, *turns, list(keys), list(values), stores[0].length)
+        room = cache.room_for_one(run)
+        x, delta, computed = self.native.run(run, x, delta, *turns, room.keys, room.values, stores[0].length)
         for store in stores:
             store.length += 1
         for number, neurons in zip(run, computed.tolist(), strict=True):

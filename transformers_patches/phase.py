@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from transformers_patches.sparse_ffn import SparseFFN
@@ -35,10 +36,15 @@ class RequestState:
         self.token_mask: torch.Tensor | None = None
         self.layers: list[SparseFFN] = []
         self._prompt_length: int | None = None
+        self._watching: RemovableHandle | None = None
 
     def attach(self, model: nn.Module) -> None:
         """Follow the passes of a transformers causal language model."""
-        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._watching = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def is_only_watcher(self, model: nn.Module) -> bool:
+        """Whether nobody else's hook waits for the model's passes, so that `begin_pass` may be called in their place."""
+        return set(model._forward_pre_hooks) <= {self._watching.id} if self._watching else False
 
     def reset(self) -> None:
         """Forget the request: selections, evidence of the prompt, copies made for it."""

@@ -13,7 +13,7 @@ from tests.transformers_patches.model_passes import DATASET, MODEL
 from transformers_patches import kernels
 from transformers_patches.compensation import Compensation
 from transformers_patches.config import PartInferConfig
-from transformers_patches.kv_cache import GrowingLayer, growing_cache
+from transformers_patches.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.loading import load_model
 from transformers_patches.one_token import FAMILIES as NATIVE
 from transformers_patches.one_token import OneTokenPass, RotaryTable, new_cache
@@ -158,8 +158,8 @@ def test_kept_rotary_embeddings_are_those_of_the_module(rope):
 def test_the_native_pass_is_taken_and_left_for_hooks(tiny_checkpoints, monkeypatch):
     loaded = load(tiny_checkpoints["llama"], "dense", dtype="float32")
     taken = []
-    native = OneTokenPass._pass
-    monkeypatch.setattr(OneTokenPass, "_pass", lambda *a: taken.append(1) or native(*a))
+    native = OneTokenPass.advance
+    monkeypatch.setattr(OneTokenPass, "advance", lambda *a: taken.append(1) or native(*a))
     decode(loaded.model, new_cache(loaded.model), steps=3)
     assert len(taken) == 3
     seen = []
@@ -185,7 +185,7 @@ def test_a_sliding_window_hides_what_is_before_it(tiny_checkpoints):
 
 
 def test_the_cache_grows_crops_and_keeps_its_content():
-    ours, theirs = growing_cache(), DynamicCache()
+    ours, theirs = GrowingCache(), DynamicCache()
     generator = torch.Generator().manual_seed(0)
     for tokens in (3, 1, 300, 1, 700):
         keys, values = torch.randn(2, 1, 2, tokens, 4, generator=generator)

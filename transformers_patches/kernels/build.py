@@ -35,6 +35,7 @@ DRIVERS = (
     "decoder",
     "threads",
     "layer",
+    "attention",
     "core_counts",
     "typical_size",
     "by_up",

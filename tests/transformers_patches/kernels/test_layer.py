@@ -82,10 +82,14 @@ def test_quantised_projections(variant, bits):
         assert error(ours, theirs) < 2e-2  # the inputs are rounded to 8 bits, too
 
 
-@pytest.mark.parametrize("several", [1, 2, 3])
-def test_any_number_of_threads(threads, several):
+@pytest.mark.parametrize(
+    "size", [(32, 8, 64, 512, 700, 0), (9, 3, 64, 64, 90, 0), (64, 64, 128, 64, 2, 0), (4, 1, 64, 64, 900, 500)]
+)
+@pytest.mark.parametrize("several", [1, 2, 3, 5])
+def test_any_number_of_threads(variant, threads, several, size):
+    """Each has some of the positions; there may be fewer positions than threads."""
     threads(several)
-    step = Step((32, 8, 64, 512, 700, 0), torch.float32)
+    step = Step(size, torch.float32)
     result = step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
     expected = step.run(layer.attention_step, doubled(step.linears), torch.Tensor.double)
     assert all(error(ours, theirs) < 1e-5 for ours, theirs in zip(result, expected, strict=True))

@@ -91,14 +91,25 @@ struct AddValues {
   }
 };
 
-// Scores become probabilities, still to be divided by the sum that is returned.
-inline float exponentials(float* scores, int64_t count, float scale) {
-  float highest = scores[0];
-  for (int64_t i = 1; i < count; ++i) highest = scores[i] > highest ? scores[i] : highest;
+// As many values at once as a register holds: compilers don't reorder sums and comparisons of floats themselves.
+template <class Combine>
+inline float reduce(const float* values, int64_t count, float first, const Combine& combine) {
+  float lanes[LANES];
+  for (int l = 0; l < LANES; ++l) lanes[l] = first;
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES)
+    for (int l = 0; l < LANES; ++l) lanes[l] = combine(lanes[l], values[i + l]);
+  for (; i < count; ++i) lanes[0] = combine(lanes[0], values[i]);
+  for (int l = 1; l < LANES; ++l) lanes[0] = combine(lanes[0], lanes[l]);
+  return lanes[0];
+}
+
+// Scores become exponentials relative to the highest one, which is returned; total: their sum.
+inline float exponentials(float* scores, int64_t count, float scale, float& total) {
+  const float highest = reduce(scores, count, scores[0], [](float a, float b) { return a > b ? a : b; });
   for (int64_t i = 0; i < count; ++i) scores[i] = fast_exp((scores[i] - highest) * scale);
-  float total = 0.0f;
-  for (int64_t i = 0; i < count; ++i) total += scores[i];
-  return total;
+  total = reduce(scores, count, 0.0f, [](float a, float b) { return a + b; });
+  return highest;
 }
 
 template <class T>
@@ -112,9 +123,8 @@ inline void attend_of(const AttendTask& task) {
   products.out = reinterpret_cast<char*>(task.scores);
   products.out_stride = task.score_stride;
   linear_float(products);
-  float totals[MAX_TOKENS];
   for (int64_t t = 0; t < task.q.tokens; ++t)
-    totals[t] = exponentials(task.scores + t * task.score_stride, count, task.scale);
+    task.highest[t] = exponentials(task.scores + t * task.score_stride, count, task.scale, task.total[t]);
   __builtin_memset(task.y, 0, size_t(task.q.tokens * task.y_stride) * sizeof(float));
   const Matrix values{task.values, nullptr, row_bytes, 0};
   RowRef rows[ADD_ROWS], next[ADD_ROWS];
@@ -126,11 +136,10 @@ inline void attend_of(const AttendTask& task) {
     token_blocks(task.q.tokens, AddValues<T>{task, rows, next, position});
   }
   for (int64_t t = 0; t < task.q.tokens; ++t) {
-    const F factor = set1(1.0f / totals[t]);
     const float* y = task.y + t * task.y_stride;
     float* out = task.out + t * task.head_dim;
     columns_in_order<T>(0, task.head_dim, task.head_dim, [&](int64_t place) { return load(y + place); },
-                        [&](int64_t j, F values, int64_t count) { store_part(out + j, mul(values, factor), count); });
+                        [&](int64_t j, F values, int64_t count) { store_part(out + j, values, count); });
   }
 }
 

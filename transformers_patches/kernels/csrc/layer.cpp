@@ -1,5 +1,7 @@
 #include "layer.h"
 
+#include "attention.h"
+
 #include "shared_ffn.h"
 
 namespace partinfer {
@@ -28,52 +30,6 @@ void narrow(const Kernels& kernels, const float* values, int64_t count, Type typ
   task.out = out;
   task.out_type = type;
   kernels.finish_float(task);
-}
-
-// Attention of every head over the cache, which holds the new token already: q [heads, head_dim] -> out.
-void attend_all(const Kernels& kernels, const AttentionCall& call, const char* q, float* out, int threads) {
-  static thread_local Scratch scratch;
-  const int64_t size = element_size(call.type), group = call.heads / call.kv_heads, end = call.length + 1;
-  const int64_t begin = call.window > 0 ? std::max<int64_t>(0, end - call.window) : 0;
-  const int64_t cache_stride = call.capacity * call.head_dim * size;
-  const bool raw = call.type == Type::BF16 && *kernels.bf16_input;
-  const int useful = useful_threads(2 * call.kv_heads * (end - begin) * call.head_dim * size, threads);
-  const int64_t score_stride = end - begin, y_stride = y_stride_of(call.head_dim), q_count = call.heads * call.head_dim;
-  scratch.reserve(Scratch::padded(size_t(q_count) * sizeof(float)) +
-                  Scratch::padded(size_t(useful * MAX_TOKENS * score_stride) * sizeof(float)) +
-                  Scratch::padded(size_t(useful * MAX_TOKENS * y_stride) * sizeof(float)));
-  float* wide = scratch.take<float>(q_count);
-  float* scores = scratch.take<float>(useful * MAX_TOKENS * score_stride);
-  float* y = scratch.take<float>(useful * MAX_TOKENS * y_stride);
-  if (!raw) kernels.widen(call.type, q, q_count, wide);
-  parallel(useful, [&](int worker, int workers) {
-    const int computing = std::min(useful, workers);
-    if (worker >= computing) return;
-    for (int64_t head = worker; head < call.kv_heads; head += computing)
-      for (int64_t first = 0; first < group; first += MAX_TOKENS) {
-        const int64_t place = (head * group + first) * call.head_dim;
-        AttendTask task;
-        task.type = call.type;
-        task.keys = call.keys + head * cache_stride;
-        task.values = call.values + head * cache_stride;
-        task.begin = begin;
-        task.end = end;
-        task.head_dim = call.head_dim;
-        task.q.tokens = std::min(MAX_TOKENS, group - first);
-        task.q.hidden = call.head_dim;
-        if (raw)
-          task.q.bf16 = reinterpret_cast<const bf16_t*>(q) + place;
-        else
-          task.q.f32 = wide + place;
-        task.scale = call.scale;
-        task.scores = scores + worker * MAX_TOKENS * score_stride;
-        task.score_stride = score_stride;
-        task.y = y + worker * MAX_TOKENS * y_stride;
-        task.y_stride = y_stride;
-        task.out = out + place;
-        kernels.attend(task);
-      }
-  });
 }
 
 }  // namespace

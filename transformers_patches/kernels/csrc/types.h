@@ -113,7 +113,9 @@ struct NormTask {
   char* out;
 };
 
-// out[t] = sum over the positions of softmax(scale * keys·q[t]) * values, for the query heads of one key-value head.
+// Some positions of softmax(scale * keys·q[t]) * values, for the query heads of one key-value head:
+// highest[t] = the highest keys·q[t], total[t] = sum of exp(scale * (keys·q[t] - highest[t])), out[t] = sum of the values
+// multiplied with these. The parts of all positions together give the softmax.
 struct AttendTask {
   Type type = Type::F32;  // of keys and values [positions, head_dim]
   const char *keys = nullptr, *values = nullptr;
@@ -125,6 +127,7 @@ struct AttendTask {
   float* y = nullptr;  // [tokens, y_stride], to work in: whole vectors are written, past head_dim too
   int64_t y_stride = 0;
   float* out = nullptr;  // [tokens, head_dim]
+  float *highest = nullptr, *total = nullptr;  // [tokens]
 };
 
 constexpr int64_t COLUMN_BLOCK = 128;  // columns are reordered only inside blocks of this many

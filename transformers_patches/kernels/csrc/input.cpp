@@ -13,7 +13,8 @@ int64_t scale_stride_of(int64_t hidden) { return groups_of(hidden) + PAD; }
 
 size_t input_bytes(int64_t tokens, int64_t hidden) {
   return Scratch::padded(size_t(tokens * hidden) * sizeof(float)) + Scratch::padded(size_t(tokens * q_stride_of(hidden))) +
-         2 * Scratch::padded(size_t(tokens * scale_stride_of(hidden)) * sizeof(float));
+         2 * Scratch::padded(size_t(tokens * scale_stride_of(hidden)) * sizeof(float)) +
+         Scratch::padded(size_t(tokens * FINE_PAIRS) * sizeof(FinePair));
 }
 
 Input prepare(const Kernels& kernels, Type weights, const char* x, Type x_type, int64_t first, int64_t tokens,
@@ -43,7 +44,9 @@ Input prepare(const Kernels& kernels, Type weights, const char* x, Type x_type, 
   std::memset(q, 0, size_t(tokens * input.q_stride));
   std::memset(scales, 0, size_t(tokens * input.scale_stride) * sizeof(float));
   std::memset(corrections, 0, size_t(tokens * input.scale_stride) * sizeof(float));
-  kernels.prepare_quant(weights, input.f32, tokens, hidden, input, q, scales, corrections);
+  FinePair* fine = weights == Type::Q8 && groups_of(hidden) > 1 ? scratch.take<FinePair>(tokens * FINE_PAIRS) : nullptr;
+  kernels.prepare_quant(weights, input.f32, tokens, hidden, input, q, scales, corrections, fine);
+  input.fine = fine;
   input.q = q;
   input.scales = scales;
   input.corrections = corrections;

@@ -123,6 +123,35 @@ inline void dot_groups(const RowRef* rows, const RowRef* next, const Input& x, i
   }
 }
 
+#ifndef PARTINFER_SPREAD_PAIR
+// The scales of a pair of groups, multiplied with others, over the lanes of a vector that begins at byte `place` of the pair.
+inline F spread_pair(const uint16_t* scales, const float* others, int64_t place) {
+  const int64_t i = place / GROUP;
+  return set1(to_float(f16_t{scales[i]}) * others[i]);
+}
+#endif
+
+// acc[r][t] += rows[r] · the fine pairs of x[first + t], for 8-bit weights.
+template <int R, int T>
+inline void dot_fine(const RowRef* rows, const Input& x, int64_t first, F (&acc)[R][T]) {
+  for (int t = 0; t < T; ++t) {
+    const FinePair* pairs = x.fine + (first + t) * FINE_PAIRS;
+    PARTINFER_UNROLL
+    for (int64_t e = 0; e < FINE_PAIRS; ++e) {
+      const FinePair& pair = pairs[e];
+      PARTINFER_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const char* data = rows[r].data + pair.group * GROUP;
+        PARTINFER_UNROLL
+        for (int64_t b = 0; b < 2 * GROUP; b += BYTES) {
+          const I32 sum = dot_s8(load_i32(pair.start + b / 4), load_bytes(data + b), load_bytes(pair.q + b));
+          acc[r][t] = fma(to_float(sum), spread_pair(rows[r].scales + pair.group, pair.scales, b), acc[r][t]);
+        }
+      }
+    }
+  }
+}
+
 // The sums of acc[r][t] are rows[r] · x[first + t].
 template <int BITS, int R, int T, bool RUN>
 inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, F (&acc)[R][T]) {
@@ -134,6 +163,9 @@ inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input&
   for (; g + SCALE_BLOCK <= groups; g += SCALE_BLOCK)
     dot_groups<BITS, R, T, true, RUN>(rows, next, x, first, g, SCALE_BLOCK, acc);
   if (g < groups) dot_groups<BITS, R, T, false, RUN>(rows, next, x, first, g, groups - g, acc);
+  if constexpr (BITS == 8) {
+    if (x.fine != nullptr) dot_fine<R, T>(rows, x, first, acc);
+  }
 }
 
 #ifdef PARTINFER_SUM_GROUPS

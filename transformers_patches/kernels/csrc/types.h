@@ -34,6 +34,16 @@ struct Vector {
   Type type = Type::F32;
 };
 
+// Two neighbouring groups of a token's input once more: what rounding to 8 bits left of them, rounded to 8 bits. A few
+// large values, behind a norm always in the same columns, decide how coarse their groups are.
+struct alignas(64) FinePair {
+  int8_t q[2 * GROUP];
+  int32_t start[2 * GROUP / 4];  // what sums of four columns start from: minus what unsigned weights add too much
+  int64_t group;                 // the first of the two
+  float scales[2];
+};
+constexpr int64_t FINE_PAIRS = 2;  // for each token: those with the largest values
+
 // The input [tokens, H], prepared once per call for the weights' type.
 struct Input {
   int64_t tokens = 0;
@@ -44,6 +54,7 @@ struct Input {
   const float* scales = nullptr;  // [tokens, scale_stride]
   const float* corrections = nullptr;  // [tokens, scale_stride]: minus what unsigned weights add too much to a group
   int64_t q_stride = 0, scale_stride = 0;
+  const FinePair* fine = nullptr;  // [tokens, FINE_PAIRS]; Q8 of two groups or more
 };
 
 // Positions [begin, end) of the active set: position p is row p below `prefix`, else row index[p - prefix].
@@ -161,9 +172,9 @@ struct Kernels {
   void (*ffn_quant)(const FfnTask&);
   void (*linear_quant)(const LinearTask&);
   void (*finish_quant)(const FinishTask&);
-  // x [tokens, hidden] -> int8, scales and corrections, in the strides of `layout`.
+  // x [tokens, hidden] -> int8, scales and corrections, in the strides of `layout`, and fine pairs if they are wanted.
   void (*prepare_quant)(Type weights, const float* x, int64_t tokens, int64_t hidden, const Input& layout, int8_t* q,
-                        float* scales, float* corrections);
+                        float* scales, float* corrections, FinePair* fine);
   void (*quantise_rows)(const ConvertTask&);
   void (*dequantise_rows)(const ConvertTask&);
 };

@@ -30,7 +30,7 @@
   void ffn_quant(const FfnTask&);                                           \
   void linear_quant(const LinearTask&);                                     \
   void finish_quant(const FinishTask&);                                     \
-  void prepare_quant(Type, const float*, int64_t, int64_t, const Input&, int8_t*, float*, float*); \
+  void prepare_quant(Type, const float*, int64_t, int64_t, const Input&, int8_t*, float*, float*, FinePair*); \
   void quantise_rows(const ConvertTask&);                                   \
   void dequantise_rows(const ConvertTask&);                                 \
   }                                                                         \

@@ -182,6 +182,17 @@ inline F spread_from(F values, int64_t first) {
                                           : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return {_mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(int(first))), values.v)};
 }
+#define PARTINFER_SPREAD_PAIR 1
+// Two scales, multiplied with others, over the lanes of their groups' 32 bytes each.
+inline F spread_pair(const uint16_t* scales, const float* others, int64_t) {
+  int32_t pair;
+  double two;
+  __builtin_memcpy(&pair, scales, 4);
+  __builtin_memcpy(&two, others, 8);
+  const __m128 products = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(pair)), _mm_castpd_ps(_mm_set_sd(two)));
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return {_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(products))};
+}
 // Sums of 4-bit products of 64 packed bytes each (dot_u4 of both halves: a lane is within 15240) as one sum per group of 16
 // bytes: two lanes together still fit 16 bits, so that half the width and multiply-adds do what shuffles and sums would.
 #define PARTINFER_SUM_GROUPS 1

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             raise PartInferError(f"bootstrap_iters must be at least 1, got {arguments.bootstrap_iters}")
     except PartInferError as error:
         parser.error(str(error))
+    cli.wait_briefly()
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.models import find_model
     from transformers_patches.loading import read_config

@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         _check(arguments)
     except PartInferError as error:
         parser.error(str(error))
+    cli.wait_briefly()
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.models import find_model
     from evaluation.task_runs import TaskRunner

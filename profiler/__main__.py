@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 
+from transformers_patches import cli
 from transformers_patches.errors import PartInferError
 
 COMMANDS = ("run", "fit", "merge", "rank", "random", "convert", "show", "compare")
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 130 interrupted (2, wrong usage, is argparse's)."""
+    cli.wait_briefly()  # commands import torch
     arguments = build_parser().parse_args(argv)
     try:
         arguments.main(arguments)

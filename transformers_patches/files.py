@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save
+if TYPE_CHECKING:
+    import torch
 
 
 def sync_folder(folder: Path) -> None:
@@ -52,6 +53,8 @@ def save_tensors_atomic(path: str | Path, tensors: dict[str, torch.Tensor], meta
 
     safetensors writes metadata in the order of a hash table that is seeded per process, so the header is sorted here.
     """
+    from safetensors.torch import save  # brings torch, which scripts that only write texts import later, or never
+
     content = save(tensors, metadata=metadata)
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])

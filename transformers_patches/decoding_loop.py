@@ -106,7 +106,7 @@ class _Loop:
         if not self.step.ready(cache):
             return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         self.state.begin_pass(1, 1, cache.layers[0].length, None)
-        return model.lm_head(self.step.advance(token, cache))
+        return self.step.logits(token, cache)
 
 
 def _drawn(scores: torch.Tensor) -> int:

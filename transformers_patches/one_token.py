@@ -17,7 +17,7 @@ from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import FastLinear
 from transformers_patches.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.phase import DECODE
-from transformers_patches.quantized import QuantizedLinear
+from transformers_patches.quantized import QuantizedEmbedding, QuantizedLinear
 from transformers_patches.sparse_ffn import KERNEL_ACTIVATIONS, SparseFFN
 
 # Decoder layers of these families are: norm, attention with rotary embeddings, residual, norm, gated FFN, residual.
@@ -28,7 +28,7 @@ def speed_up_one_token(model: PreTrainedModel) -> bool:
     """Let a causal language model's decoder take passes over one token natively; False for a family it isn't made for."""
     if model.config.model_type not in FAMILIES:
         return False
-    step = OneTokenPass(model.model)
+    step = OneTokenPass(model.model, model.lm_head)
     if not all(layer.usable for layer in step.layers):
         return False
     model.model.forward = step
@@ -42,20 +42,26 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 class OneTokenPass:
-    """The forward of a decoder (LlamaModel and its like).
+    """The forward of a decoder (LlamaModel and its like), and with its head that of the whole model.
 
     Layers that follow each other and that the native decoder knows how to compute are one call; the others are an
     operation for attention and their own FFN module.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
-        self.decoder, self.original = decoder, decoder.forward
+    def __init__(self, decoder: nn.Module, head: nn.Module) -> None:
+        self.decoder, self.head, self.original = decoder, head, decoder.forward
         self.layers = [_Layer(layer, decoder.config) for layer in decoder.layers]
-        modules = [decoder, *(module for layer in decoder.layers for module in layer.modules())]
+        modules = [
+            decoder,
+            decoder.embed_tokens,
+            head,
+            *(module for layer in decoder.layers for module in layer.modules()),
+        ]
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.unwatched_until = -1  # the number of the next hook in PyTorch when there was none here
         self.rotary = RotaryTable(decoder.rotary_emb)
         self.native: kernels.Decoder | None = None
+        self.has_ends = False  # whether `native` knows embeddings and head
         self.runs: list[range] = []  # of layers in one call; in between, layers of one
         self.choices: list[object] = [None] * len(self.layers)  # those of the sparse layers that `native` knows
 
@@ -129,13 +135,29 @@ class OneTokenPass:
         stores = cache.layers[run.start : run.stop]
         room = cache.room_for_one(run)
         x, delta, computed = self.native.run(run, x, delta, *turns, room.keys, room.values, stores[0].length)
+        self._count(run, stores, computed)
+        return x, delta
+
+    def logits(self, ids: torch.Tensor, cache: GrowingCache) -> torch.Tensor:
+        """As the model's forward over one token, ids [1, 1], after those of the cache, which it joins: [1, 1, V]."""
+        like = self.decoder.norm.weight[None, None]
+        self._follow_choices(like)
+        if not self.has_ends or len(self.runs) > 1 or not self.layers[0].native:
+            return self.head(self.advance(ids, cache))
+        run, length = self.runs[0], cache.layers[0].length
+        room = cache.room_for_one(run)
+        logits, computed = self.native.logits(int(ids), *self.rotary.at(like, length), room.keys, room.values, length)
+        self._count(run, cache.layers, computed)
+        return logits
+
+    def _count(self, run: range, stores: list[GrowingLayer], computed: torch.Tensor) -> None:
+        """What a native call did: a token more in the cache, so many neurons in each layer."""
         for store in stores:
             store.length += 1
         for number, neurons in zip(run, computed.tolist(), strict=True):
             ffn = self.layers[number].sparse
             if ffn is not None:  # without a low-rank map, which the native decoder does not know
                 ffn.counters.add(1, neurons, ffn.selection.rows_read(neurons))
-        return x, delta
 
     def _follow_choices(self, x: torch.Tensor) -> None:
         """Tell the native decoder what sparse layers compute from now on, where that has changed."""
@@ -164,6 +186,12 @@ class OneTokenPass:
                 native.set_whole(number, layer.dense, layer.activation)
                 layer.native = True
         native.set_norm(self.decoder.norm.weight.detach(), self.decoder.norm.variance_epsilon)
+        embedding, head = (
+            kernels.Projections.of([weight]) for weight in (_rows(self.decoder.embed_tokens), _weight(self.head))
+        )
+        self.has_ends = embedding is not None and head is not None
+        if self.has_ends:
+            native.set_ends(embedding, head)
         return native
 
 
@@ -258,3 +286,10 @@ def _weight(linear: nn.Module):
     if isinstance(linear, QuantizedLinear):
         return linear.weight.packed, linear.bias
     return (linear.weight, linear.bias) if isinstance(linear, FastLinear) else None
+
+
+def _rows(embedding: nn.Module):
+    """(weight, no bias) of embeddings that are looked up as they are, or None."""
+    if isinstance(embedding, QuantizedEmbedding):
+        return (embedding.weight.packed, None) if embedding.scale is None else None
+    return (embedding.weight, None) if type(embedding) is nn.Embedding and embedding.max_norm is None else None

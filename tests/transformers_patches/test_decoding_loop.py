@@ -137,8 +137,8 @@ def test_calls_it_is_not_made_for_take_transformers_loop(tiny_checkpoints, taken
 
 def test_a_hook_that_comes_while_tokens_are_generated_sees_those_that_follow(tiny_checkpoints, monkeypatch, taken):
     loaded, seen, native = load(tiny_checkpoints["llama"], method="dense"), [], []
-    advance = OneTokenPass.advance
-    monkeypatch.setattr(OneTokenPass, "advance", lambda *a: native.append(1) or advance(*a))
+    logits = OneTokenPass.logits
+    monkeypatch.setattr(OneTokenPass, "logits", lambda *a: native.append(1) or logits(*a))
     expected = run(loaded)
     native.clear()
     mlp, handles = loaded.model.model.layers[2].mlp, []

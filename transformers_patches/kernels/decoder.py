@@ -72,6 +72,21 @@ class Decoder:
         """The RMSNorm after the last layer, weight [H]; all layers have been added."""
         self._native.set_norm(norm, eps)
 
+    def set_ends(self, embedding: Projections, head: Projections) -> None:
+        """The embeddings [V, H], as of a linear layer, and the head [V, H]: for `logits`. The norm has been set."""
+        self._native.set_ends(
+            embedding.weights, embedding.scales, embedding.bits, head.weights, head.scales, head.biases, head.bits
+        )
+
+    def logits(
+        self, token: int, cosine: Tensor, sine: Tensor, keys: list[Tensor], values: list[Tensor], length: int
+    ) -> tuple[Tensor, Tensor]:
+        """One token through embeddings, all layers, norm and head; the rest as in `run`.
+
+        Returns the logits [1, 1, V] and the neurons that each FFN computed, int64 [layers].
+        """
+        return self._native.logits(token, cosine, sine, keys, values, length)
+
     def run(
         self,
         layers: range,

@@ -110,6 +110,23 @@ def test_parts_are_the_whole(model):
     assert torch.equal(hidden, expected)
 
 
+def test_logits_are_those_of_embeddings_layers_and_head(model):
+    embedding, head = model.projections((11, HIDDEN)), model.projections((13, HIDDEN))
+    decoder, cache, expected_cache = model.native(), model.caches.clone(), model.caches.clone()
+    decoder.set_ends(embedding, head)
+    logits, computed = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH)
+    rows, columns = (_weight(part, model.bits) for part in (embedding, head))
+    x = (kernels.dequantize(rows, model.dtype) if model.bits else rows)[7].view(1, 1, HIDDEN)
+    _, hidden, expected = model.run(decoder, range(3), x, None, expected_cache)
+    assert torch.equal(logits, kernels.linear(hidden, columns))
+    assert torch.equal(computed, expected)
+    assert torch.equal(cache, expected_cache)
+
+
+def _weight(part: Projections, bits: int | None):
+    return kernels.QuantizedTensor(part.weights[0], part.scales[0], bits) if bits else part.weights[0]
+
+
 def test_what_a_layer_computes_can_be_set_again(model):
     decoder = model.native()
     _, _, before = model.run(decoder, range(3), model.x, None, model.caches.clone())
@@ -151,3 +168,13 @@ def test_what_does_not_fit_is_an_error():
     unfinished.set_whole(0, model.whole, "silu")
     with pytest.raises(ValueError, match="needs a norm behind it"):
         model.run(unfinished, range(1), model.x, None, cache)
+    with pytest.raises(ValueError, match="set_ends first"):
+        decoder.logits(0, *model.turns, list(cache[0]), list(cache[1]), LENGTH)
+    rows = model.projections((11, HIDDEN))
+    with pytest.raises(ValueError, match="set_norm first"):
+        unfinished.set_ends(rows, rows)
+    with pytest.raises(ValueError, match="columns|hidden|64"):
+        decoder.set_ends(rows, model.projections((11, 32)))
+    decoder.set_ends(rows, rows)
+    with pytest.raises(ValueError, match="token ids are 0 to 10, got 11"):
+        decoder.logits(11, *model.turns, list(cache[0]), list(cache[1]), LENGTH)

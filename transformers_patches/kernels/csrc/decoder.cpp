@@ -5,6 +5,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <vector>
 
 #include "arguments.h"
@@ -96,6 +97,58 @@ class Decoder : public torch::CustomClassHolder {
     norm_eps_ = float(eps);
   }
 
+  // What comes before the first layer, the embeddings, and after the last norm, the head: two linear layers with `hidden`
+  // columns and a row for each token. They are needed for `logits` only, and the norm has to be set before.
+  void set_ends(std::vector<Tensor> embedding, std::vector<Tensor> embedding_scales, int64_t embedding_bits,
+                std::vector<Tensor> head, std::vector<Tensor> head_scales, Biases head_bias, int64_t head_bits) {
+    TORCH_CHECK_VALUE(norm_.defined(), "set_norm first");
+    Biases none;
+    none.push_back(optional<Tensor>());
+    const LayerWeights before{embedding, embedding_scales, none, embedding_bits};
+    const LayerWeights after{head, head_scales, head_bias, head_bits};
+    before.check(1);
+    after.check(1);
+    const LayerWeight rows = before.weight(0, norm_.numel(), "embedding");
+    TORCH_CHECK_VALUE(!embedding_scales.empty() || embedding[0].scalar_type() == norm_.scalar_type(),
+                      "embeddings must be quantised or ", norm_.scalar_type(), ", got ", embedding[0].scalar_type());
+    head_ = after.weight(0, norm_.numel(), "head");
+    embedding_ = rows;
+    end_weights_.clear();
+    keep(end_weights_, embedding, embedding_scales, none);
+    keep(end_weights_, head, head_scales, head_bias);
+  }
+
+  // Token `id` through all layers: the logits of what comes next, [1, 1, vocabulary], and the neurons that each FFN
+  // computed. The rest as in `run`.
+  std::tuple<Tensor, Tensor> logits(int64_t id, const Tensor& cosine, const Tensor& sine, std::vector<Tensor> keys,
+                                    std::vector<Tensor> values, int64_t length) {
+    TORCH_CHECK_VALUE(!end_weights_.empty(), "set_ends first");
+    TORCH_CHECK_VALUE(id >= 0 && id < embedding_.rows, "token ids are 0 to ", embedding_.rows - 1, ", got ", id);
+    const Kernels& kernels = *current().load();
+    const Tensor x = at::empty({1, 1, norm_.numel()}, norm_.options());
+    const char* row = embedding_.matrix.data + id * embedding_.matrix.row_bytes;
+    if (embedding_.type == Type::Q8 || embedding_.type == Type::Q4) {
+      ConvertTask task;
+      task.type = embedding_.type;
+      task.floats = static_cast<char*>(x.data_ptr());
+      task.float_type = float_type(x, "x");
+      task.data = const_cast<char*>(row);
+      task.scales = const_cast<uint16_t*>(embedding_.matrix.scales) + id * embedding_.matrix.row_scales;
+      task.row_bytes = embedding_.matrix.row_bytes;
+      task.row_scales = embedding_.matrix.row_scales;
+      task.hidden = x.numel();
+      task.end = 1;
+      kernels.dequantise_rows(task);
+    } else {
+      std::memcpy(x.data_ptr(), row, x.nbytes());
+    }
+    const auto [sum, out, computed] = run(0, int64_t(layers_.size()), x, {}, cosine, sine, keys, values, length);
+    Tensor logits = at::empty({1, 1, head_.rows}, x.options());
+    LinearCall call = linear_call(head_, float_type(x, "x"), pointer(out), static_cast<char*>(logits.data_ptr()));
+    run_linear(kernels, call, at::get_num_threads());
+    return {logits, computed};
+  }
+
   // Takes one token, x [1, 1, hidden] plus the output `delta` of the layer before, through the layers first … last - 1.
   // keys, values: of those layers, [1, heads, capacity, head size], filled up to `length`. Returns what comes out as x
   // and delta, after the last layer x + delta and the norm of it, and for every layer the neurons that its FFN computed,
@@ -173,6 +226,8 @@ class Decoder : public torch::CustomClassHolder {
   std::vector<Layer> layers_;
   Tensor norm_;
   float norm_eps_ = 0.0f;
+  LayerWeight embedding_, head_;
+  std::vector<Tensor> end_weights_;  // kept alive
 };
 
 }  // namespace
@@ -184,5 +239,7 @@ TORCH_LIBRARY_FRAGMENT(partinfer, m) {
       .def("set_whole", &Decoder::set_whole)
       .def("set_rows", &Decoder::set_rows)
       .def("set_norm", &Decoder::set_norm)
-      .def("run", &Decoder::run);
+      .def("set_ends", &Decoder::set_ends)
+      .def("run", &Decoder::run)
+      .def("logits", &Decoder::logits);
 }

@@ -5,7 +5,6 @@
 #include "shared_ffn.h"
 
 namespace partinfer {
-namespace {
 
 LinearCall linear_call(const LayerWeight& weight, Type type, const char* x, char* out) {
   LinearCall call;
@@ -20,6 +19,8 @@ LinearCall linear_call(const LayerWeight& weight, Type type, const char* x, char
   call.out = out;
   return call;
 }
+
+namespace {
 
 // float32 to any type.
 void narrow(const Kernels& kernels, const float* values, int64_t count, Type type, char* out) {

@@ -38,6 +38,8 @@ struct DenseFfnCall {
   char* out = nullptr;
 };
 
+// The product of one token's x, of this type, with the layer; out [rows] of the same type.
+LinearCall linear_call(const LayerWeight& weight, Type type, const char* x, char* out);
 // y += added, both [count] of one type, rounded to it.
 void add_vector(const Kernels& kernels, Type type, char* y, const char* added, int64_t count);
 void run_attention(const Kernels& kernels, const AttentionCall& call, int threads);

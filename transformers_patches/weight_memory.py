@@ -11,8 +11,10 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.mapped_files import ALIGNMENT
 
-BLOCK_BYTES = 64 * 2**20  # small tensors share blocks, because a huge page is 2 MB
-OWN_BYTES = BLOCK_BYTES // 8  # tensors from this size on have their own
+# Tensors share blocks, because a huge page is 2 MB and begins at a multiple of that: of a tensor of 8 MB by itself a
+# quarter is in small pages. What is left of a block is never touched, so it takes no memory.
+BLOCK_BYTES = 256 * 2**20
+OWN_BYTES = BLOCK_BYTES // 4  # tensors from this size on have their own
 
 
 class WeightMemory:

@@ -99,7 +99,10 @@ class GrowingCache(DynamicCache):
         stores, room = self.layers[layers.start : layers.stop], self._room.get(layers)
         if room is None or not room.fits(stores):
             buffers = [store.room_for_one() for store in stores]
-            room = self._room[layers] = _Room([keys for keys, _ in buffers], [values for _, values in buffers])
+            room = _Room([keys for keys, _ in buffers], [values for _, values in buffers])
+            # others with some of these layers may hold buffers that have been replaced
+            apart = [other for other in self._room if other.stop <= layers.start or layers.stop <= other.start]
+            self._room = {other: self._room[other] for other in apart} | {layers: room}
         return room
 
 

@@ -1,5 +1,6 @@
 """The native pass over one token against transformers' own, and the cache that grows."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -204,3 +205,25 @@ def test_the_cache_grows_crops_and_keeps_its_content():
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
     ours.reset()
     assert ours.get_seq_length() == 0
+
+
+def test_room_for_a_token_is_looked_up_once_and_old_buffers_go():
+    cache = GrowingCache()
+    for number in range(3):
+        cache.update(*torch.zeros(2, 1, 2, 5, 4), number)
+    whole, part = cache.room_for_one(range(3)), cache.room_for_one(range(1, 3))
+    assert whole.capacity > 5
+    assert cache.room_for_one(range(1, 3)) is part
+    old = weakref.ref(cache.layers[1]._keys)
+    for layer in cache.layers:
+        layer.length = whole.capacity  # as if tokens had been written
+    del whole, part
+    grown = cache.room_for_one(range(3))
+    assert grown.capacity > cache.layers[0].length
+    assert grown is cache.room_for_one(range(3))
+    assert all(keys is layer._keys for keys, layer in zip(grown.keys, cache.layers, strict=True))
+    assert old() is None
+    cache.crop(-3)
+    assert cache.room_for_one(range(3)) is grown
+    cache.layers[2].keys = cache.layers[2].keys.clone()
+    assert cache.room_for_one(range(3)) is not grown

@@ -86,7 +86,7 @@ class _Loop:
         ids[:, :length] = input_ids
         ended = _Ended(stopping_criteria)
         new = input_ids[:, cache.get_seq_length() :]
-        logits = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = _model_logits(model, new, cache)
         while True:
             scores = logits_processor(ids[:, :length], logits[:, -1].float())
             token = _drawn(scores) if generation_config.do_sample else _largest(scores)
@@ -104,9 +104,13 @@ class _Loop:
 
     def _next_logits(self, model: PreTrainedModel, token: torch.Tensor, cache: GrowingCache) -> torch.Tensor:
         if not self.step.ready(cache):
-            return model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return _model_logits(model, token, cache)
         self.state.begin_pass(1, 1, cache.layers[0].length, None)
         return self.step.logits(token, cache)
+
+
+def _model_logits(model: PreTrainedModel, ids: torch.Tensor, cache: GrowingCache) -> torch.Tensor:
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
 
 def _drawn(scores: torch.Tensor) -> int:

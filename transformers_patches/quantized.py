@@ -83,8 +83,7 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("_float", torch.empty(0, dtype=dtype), persistent=False)  # the type that comes out
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        number = slice(int(ids), int(ids) + 1) if ids.numel() == 1 and ids.is_cpu else ids.flatten()
-        rows = kernels.dequantize(self.weight.packed[number], self._float.dtype)
+        rows = kernels.dequantize(self.weight.packed[ids.flatten()], self._float.dtype)
         if self.scale is not None:
             rows = rows * torch.tensor(self.scale, dtype=rows.dtype)
         return rows.view(*ids.shape, self.embedding_dim)

@@ -64,8 +64,7 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
     const int computing = std::min(useful, workers);
     if (worker < computing) {
       const Split rows = split(candidates, first_bytes, candidates * first_bytes, computing);
-      score(kernels, call, x, share(rows.fixed, ROW_BLOCK, worker, computing), selection);
-      taken.share_out(rows.parts, [&](int64_t part) { score(kernels, call, x, rows.part(part), selection); });
+      rows_of_thread(rows, taken, worker, computing, [&](Range range) { score(kernels, call, x, range, selection); });
     }
     wait_for_all(workers);
     if (worker == 0) {

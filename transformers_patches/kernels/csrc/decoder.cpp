@@ -108,7 +108,7 @@ class Decoder : public torch::CustomClassHolder {
     const LayerWeights after{head, head_scales, head_bias, head_bits};
     before.check(1);
     after.check(1);
-    const LayerWeight rows = before.weight(0, norm_.numel(), "embedding");
+    const LayerWeight rows = before.weight(0, norm_.numel(), "embedding");  // nothing changes if the head doesn't fit
     TORCH_CHECK_VALUE(!embedding_scales.empty() || embedding[0].scalar_type() == norm_.scalar_type(),
                       "embeddings must be quantised or ", norm_.scalar_type(), ", got ", embedding[0].scalar_type());
     head_ = after.weight(0, norm_.numel(), "head");
@@ -144,7 +144,7 @@ class Decoder : public torch::CustomClassHolder {
     }
     const auto [sum, out, computed] = run(0, int64_t(layers_.size()), x, {}, cosine, sine, keys, values, length);
     Tensor logits = at::empty({1, 1, head_.rows}, x.options());
-    LinearCall call = linear_call(head_, float_type(x, "x"), pointer(out), static_cast<char*>(logits.data_ptr()));
+    const LinearCall call = linear_call(head_, float_type(x, "x"), pointer(out), static_cast<char*>(logits.data_ptr()));
     run_linear(kernels, call, at::get_num_threads());
     return {logits, computed};
   }

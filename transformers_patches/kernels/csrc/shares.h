@@ -65,6 +65,13 @@ class Taken {
   std::atomic<int64_t> next_{0};
 };
 
+// Calls f(range) for all rows that a thread has of a split: its share of the fixed ones, then parts of the rest.
+template <class Function>
+void rows_of_thread(const Split& split, Taken& taken, int worker, int workers, const Function& f) {
+  f(share(split.fixed, ROW_BLOCK, worker, workers));
+  taken.share_out(split.parts, [&](int64_t number) { f(split.part(number)); });
+}
+
 // f(worker, workers) on `threads` threads of the pool. The pool is always woken as a whole: libgomp ends and restarts
 // threads when the size of the team changes.
 template <class Function>

@@ -50,8 +50,7 @@ void compute_linears(const Kernels& kernels, const LinearTask* tasks, int count,
     compute_rows(kernels, tasks[i], share(tasks[i].rows.end, ROW_BLOCK, worker, workers));
   const LinearTask& last = tasks[count - 1];
   const Split rows = split(last.rows.end, last.weight.row_bytes, bytes, workers);
-  compute_rows(kernels, last, share(rows.fixed, ROW_BLOCK, worker, workers));
-  taken.share_out(rows.parts, [&](int64_t number) { compute_rows(kernels, last, rows.part(number)); });
+  rows_of_thread(rows, taken, worker, workers, [&](Range range) { compute_rows(kernels, last, range); });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers_patches.loading import LoadedModel
+from transformers_patches.quantized import ScreenedHead
 from transformers_patches.sparse_ffn import SparseFFN
 
 
@@ -35,6 +36,9 @@ def _bytes_per_token(loaded: LoadedModel) -> int:
     if embedding is not head:
         total -= embedding.nbytes
     skipped = sum(layer.row_bytes * (1 - _read_share(layer)) for layer in loaded.state.layers)
+    output = model.get_output_embeddings()
+    if isinstance(output, ScreenedHead):
+        skipped += output.unread_bytes()
     return round(total - skipped)
 
 

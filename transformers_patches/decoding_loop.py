@@ -13,12 +13,23 @@ from collections.abc import Callable
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationMode,
+    MaxLengthCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
+from transformers_patches.kernels import SOFTMAX, Needed
 from transformers_patches.kv_cache import GrowingCache
 from transformers_patches.one_token import OneTokenPass
 from transformers_patches.phase import RequestState
+
+# Of top-p sampling, in nats: what stays rough are the least likely tokens, which it leaves out
+NUCLEUS_TOLERANCE = 5e-3
 
 
 def one_sequence_loop(
@@ -86,7 +97,7 @@ class _Loop:
         ids[:, :length] = input_ids
         ended = _Ended(stopping_criteria)
         new = input_ids[:, cache.get_seq_length() :]
-        logits = _model_logits(model, new, cache)
+        logits, needed = _model_logits(model, new, cache), _needed(generation_config, logits_processor)
         while True:
             scores = logits_processor(ids[:, :length], logits[:, -1].float())
             token = _drawn(scores) if generation_config.do_sample else _largest(scores)
@@ -97,16 +108,35 @@ class _Loop:
                 self.streamer.put(ids[0, length - 1 : length].cpu())
             if done:
                 break
-            logits = self._next_logits(model, ids[:, length - 1 : length], cache)
+            logits = self._next_logits(model, ids[:, length - 1 : length], cache, needed)
         if self.streamer is not None:
             self.streamer.end()
         return ids[:, :length]
 
-    def _next_logits(self, model: PreTrainedModel, token: torch.Tensor, cache: GrowingCache) -> torch.Tensor:
+    def _next_logits(
+        self, model: PreTrainedModel, token: torch.Tensor, cache: GrowingCache, needed: Needed
+    ) -> torch.Tensor:
         if not self.step.ready(cache):
             return _model_logits(model, token, cache)
         self.state.begin_pass(1, 1, cache.layers[0].length, None)
-        return self.step.logits(token, cache)
+        return self.step.logits(token, cache, needed)
+
+
+def _needed(config: GenerationConfig, processors: LogitsProcessorList) -> Needed:
+    """Which logits a token is chosen from: the largest one, the k largest, those with most of the mass, or all of them."""
+    if not config.do_sample:
+        return Needed(largest=1) if not processors else SOFTMAX
+    temperature = 1.0
+    for processor in processors:
+        if isinstance(processor, TemperatureLogitsWarper):
+            temperature *= processor.temperature
+        elif isinstance(processor, TopKLogitsWarper):
+            return Needed(largest=processor.top_k)
+        elif isinstance(processor, TopPLogitsWarper):
+            return Needed(tolerance=NUCLEUS_TOLERANCE, temperature=temperature)
+        else:  # others may move logits past each other
+            return SOFTMAX
+    return Needed(temperature=temperature)
 
 
 def _model_logits(model: PreTrainedModel, ids: torch.Tensor, cache: GrowingCache) -> torch.Tensor:

@@ -34,6 +34,7 @@ from transformers_patches.quantized import (
     HEAD_BITS,
     QuantizedEmbedding,
     QuantizedWeight,
+    ScreenedHead,
     quantize_modules,
     weight_bytes,
     weight_places,
@@ -91,8 +92,9 @@ class LoadedModel:
         return read / (tokens * matrices * self.plan.intermediate_size)
 
     def reset_counters(self) -> None:
-        for layer in self.state.layers:
-            layer.reset_counters()
+        head = self.model.get_output_embeddings()
+        for counting in (*self.state.layers, *([head] if isinstance(head, ScreenedHead) else [])):
+            counting.reset_counters()
 
 
 def resolve_device(device: str) -> torch.device:

@@ -17,7 +17,7 @@ from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import FastLinear
 from transformers_patches.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.phase import DECODE
-from transformers_patches.quantized import QuantizedEmbedding, QuantizedLinear
+from transformers_patches.quantized import QuantizedEmbedding, QuantizedLinear, ScreenedHead
 from transformers_patches.sparse_ffn import KERNEL_ACTIVATIONS, SparseFFN
 
 # Decoder layers of these families are: norm, attention with rotary embeddings, residual, norm, gated FFN, residual.
@@ -138,16 +138,22 @@ class OneTokenPass:
         self._count(run, stores, computed)
         return x, delta
 
-    def logits(self, ids: torch.Tensor, cache: GrowingCache) -> torch.Tensor:
-        """As the model's forward over one token, ids [1, 1], after those of the cache, which it joins: [1, 1, V]."""
+    def logits(self, ids: torch.Tensor, cache: GrowingCache, needed: kernels.Needed = kernels.SOFTMAX) -> torch.Tensor:
+        """As the model's forward over one token, ids [1, 1], after those of the cache, which it joins: [1, 1, V].
+
+        needed: which logits have to be right, where the head can tell them apart.
+        """
         like = self.decoder.norm.weight[None, None]
         self._follow_choices(like)
         if not self.has_ends or len(self.runs) > 1 or not self.layers[0].native:
             return self.head(self.advance(ids, cache))
         run, length = self.runs[0], cache.layers[0].length
         room = cache.room_for_one(run)
-        logits, computed = self.native.logits(int(ids), *self.rotary.at(like, length), room.keys, room.values, length)
+        turns = self.rotary.at(like, length)
+        logits, computed, exact = self.native.logits(int(ids), *turns, room.keys, room.values, length, needed)
         self._count(run, cache.layers, computed)
+        if isinstance(self.head, ScreenedHead):
+            self.head.count(1, exact)
         return logits
 
     def _count(self, run: range, stores: list[GrowingLayer], computed: torch.Tensor) -> None:
@@ -191,7 +197,7 @@ class OneTokenPass:
         )
         self.has_ends = embedding is not None and head is not None
         if self.has_ends:
-            native.set_ends(embedding, head)
+            native.set_ends(embedding, head, self.head.errors if isinstance(self.head, ScreenedHead) else None)
         return native
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from transformers_patches import kernels
 from transformers_patches.aligned_file import PADDING
 from transformers_patches.checkpoint import Checkpoint, Place
 from transformers_patches.config import PartInferConfig
@@ -32,7 +33,7 @@ from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weight_source import Source, WeightedSum, put, put_fitted
 
-FORMAT, VERSION, READABLE = "partinfer-pack", 3, (1, 2, 3)
+FORMAT, VERSION, READABLE = "partinfer-pack", 4, (1, 2, 3, 4)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
 ROPE_FACTORS = "rope_factors"
 _ADDED = ("packed.", "data.", "scales.", "left_out.", "neurons.", PADDING, ROPE_FACTORS)
@@ -146,6 +147,9 @@ class Pack(Checkpoint):
                 raise self._other_neurons(name)
             for kind, values in (("data", out.data), ("scales", out.scales)):
                 place = self._stored(kind, name, entry)
+                if kind == "data" and out.in_planes != (len(place.shape) == 3):
+                    yield from self._other_layout_reads(name, out)
+                    continue
                 rows = len(values) if part is None else part.stop
                 if (place.dtype, place.shape[1:]) != (values.dtype, values.shape[1:]) or place.rows < rows:
                     raise PartInferError(f"{self.source} has no int{out.bits} in {kind}.{name}: make the pack again")
@@ -156,6 +160,14 @@ class Pack(Checkpoint):
             if entry["left_out"] != sum_of(source.left_out):
                 raise self._other_neurons(name)
             yield from self._row_reads(f"left_out.{name}", source.left_out.out)
+
+    def _other_layout_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
+        """A head in planes where they are not used, or the other way round."""
+        stored = self._place(f"data.{name}")
+        held = scratch(stored.shape, stored.dtype)
+        convert = kernels.split_planes if out.in_planes else kernels.join_planes
+        yield from self._row_reads(f"data.{name}", held)
+        yield after_all(lambda: out.data.copy_(convert(QuantizedTensor(held, out.scales, 8)).data))
 
     def _float_reads(self, source: Source, out: torch.Tensor | QuantizedTensor, part: slice) -> Iterator[Read]:
         if source.fit is None:

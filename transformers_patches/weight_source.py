@@ -167,6 +167,6 @@ def put(
     if isinstance(out, QuantizedTensor):
         exact = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.float()
         packed = kernels.quantize(exact.to(out.device), out.bits, column_weights)
-        out.data[places], out.scales[places] = packed.data, packed.scales
+        out.put(places, kernels.split_planes(packed) if out.in_planes else packed)
     else:
         out[places] = values.to(out.device, out.dtype)

@@ -9,19 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transformers_patches.kernels import blockwise, quantization, reference
+from transformers_patches.kernels import blockwise, planes, quantization, reference
 from transformers_patches.kernels import layer as _layer
 from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
 from transformers_patches.kernels.decoder import ActiveNeurons, Decoder
 from transformers_patches.kernels.layer import AttentionLayer, Projections
+from transformers_patches.kernels.planes import SOFTMAX, Needed, coarse_errors
 from transformers_patches.kernels.quantization import GROUP, QuantizedTensor
 
 __all__ = [
     "GROUP",
+    "SOFTMAX",
     "ActiveNeurons",
     "AttentionLayer",
     "Decoder",
+    "Needed",
     "Projections",
     "QuantizedTensor",
     "Weight",
@@ -30,18 +33,22 @@ __all__ = [
     "attention_step",
     "available",
     "bandwidth_probe",
+    "coarse_errors",
     "combine",
     "core_counts",
     "dense_ffn",
     "dequantize",
+    "join_planes",
     "linear",
     "most_marked",
     "project",
     "quantize",
+    "screened_linear",
     "sparse_ffn",
     "sparse_ffn_by_up",
     "sparse_ffn_plain",
     "sparse_ffn_plain_by_size",
+    "split_planes",
     "sum_of_squares",
     "typical_scale",
     "use_variant",
@@ -206,8 +213,45 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if ops is None or not x.is_cpu:
         return reference.linear(x, weight, bias)
     if isinstance(weight, QuantizedTensor):
+        if weight.in_planes:
+            return project(x, weight, bias)
         return ops.quant_linear(x, weight.data, weight.scales, weight.bits, bias)
     return ops.linear(x, weight, bias)
+
+
+def screened_linear(
+    x: Tensor, weight: QuantizedTensor, errors: Tensor, needed: Needed = SOFTMAX
+) -> tuple[Tensor, Tensor]:
+    """x [..., in] times a weight [out, in] in planes, of whose outputs only those that matter are computed with both.
+
+    errors: `coarse_errors(weight)`; needed: which outputs those are; the others have the errors of a 4-bit weight.
+    Returns [..., out], and for each token how many outputs are exact, int64. Products with planes that are not screened
+    (`linear`, `project`) unpack them.
+    """
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu:
+        return planes.screened_linear(x, weight, errors, needed)
+    return ops.screened_linear(x, weight.data, weight.scales, errors, *needed.arguments)
+
+
+def split_planes(weight: QuantizedTensor) -> QuantizedTensor:
+    """An 8-bit weight, int8 [rows, columns], in planes; the scales are shared."""
+    ops = _LIBRARY.get()
+    if ops is None or not weight.data.is_cpu:
+        return quantization.split_planes(weight)
+    data = torch.empty(2, len(weight), weight.shape[1] // 2, dtype=torch.uint8)
+    ops.split_planes(weight.data, data)
+    return QuantizedTensor(data, weight.scales, 8)
+
+
+def join_planes(weight: QuantizedTensor) -> QuantizedTensor:
+    """A weight in planes as int8 [rows, columns]; the scales are shared."""
+    ops = _LIBRARY.get()
+    if ops is None or not weight.data.is_cpu:
+        return quantization.join_planes(weight)
+    data = torch.empty(weight.shape, dtype=torch.int8)
+    ops.join_planes(weight.data, data)
+    return QuantizedTensor(data, weight.scales, 8)
 
 
 def project(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -247,6 +291,7 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32, out:
     if ops is None or not weight.data.is_cpu:
         floats = quantization.dequantize(weight, dtype)
         return floats if out is None else out.copy_(floats)
+    weight = join_planes(weight) if weight.in_planes else weight
     out = torch.empty(weight.shape, dtype=dtype) if out is None else out
     ops.dequantize(weight.data, weight.scales, weight.bits, out)
     return out

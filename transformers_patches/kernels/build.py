@@ -29,7 +29,7 @@ from transformers_patches.files import write_text_atomic
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "partinfer_kernels"
 FLOAT_SOURCES = ("sparse_ffn", "linear", "attend", "choose", "read")
-QUANT_SOURCES = ("quant_ffn", "quant_linear", "quant_convert")
+QUANT_SOURCES = ("quant_ffn", "quant_linear", "quant_convert", "planes")
 DRIVERS = (
     "bindings",
     "decoder",
@@ -39,6 +39,8 @@ DRIVERS = (
     "core_counts",
     "typical_size",
     "by_up",
+    "screened",
+    "layouts",
     "dispatch",
     "input",
     "probe",

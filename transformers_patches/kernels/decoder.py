@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transformers_patches.kernels.layer import AttentionLayer, Projections
+from transformers_patches.kernels.planes import SOFTMAX, Needed
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,38 @@ class Decoder:
         """The RMSNorm after the last layer, weight [H]; all layers have been added."""
         self._native.set_norm(norm, eps)
 
-    def set_ends(self, embedding: Projections, head: Projections) -> None:
-        """The embeddings [V, H], as of a linear layer, and the head [V, H]: for `logits`. The norm has been set."""
+    def set_ends(self, embedding: Projections, head: Projections, head_errors: Tensor | None = None) -> None:
+        """The embeddings [V, H], as of a linear layer, and the head [V, H]: for `logits`. The norm has been set.
+
+        head_errors: of a head in planes, as `screened_linear` takes them.
+        """
         self._native.set_ends(
-            embedding.weights, embedding.scales, embedding.bits, head.weights, head.scales, head.biases, head.bits
+            embedding.weights,
+            embedding.scales,
+            embedding.bits,
+            head.weights,
+            head.scales,
+            head.biases,
+            head.bits,
+            head_errors,
         )
 
     def logits(
-        self, token: int, cosine: Tensor, sine: Tensor, keys: list[Tensor], values: list[Tensor], length: int
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        token: int,
+        cosine: Tensor,
+        sine: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        length: int,
+        needed: Needed = SOFTMAX,
+    ) -> tuple[Tensor, Tensor, int]:
         """One token through embeddings, all layers, norm and head; the rest as in `run`.
 
-        Returns the logits [1, 1, V] and the neurons that each FFN computed, int64 [layers].
+        needed: of a head in planes, as in `screened_linear`. Returns the logits [1, 1, V], the neurons that each FFN
+        computed, int64 [layers], and how many logits are exact.
         """
-        return self._native.logits(token, cosine, sine, keys, values, length)
+        return self._native.logits(token, cosine, sine, keys, values, length, *needed.arguments)
 
     def run(
         self,

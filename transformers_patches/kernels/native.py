@@ -95,6 +95,14 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"partinfer::{name}")(lambda *_: None)
     for name in ("linear", "quant_linear"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
+    for name in ("join_planes", "split_planes"):
+        torch.library.register_fake(f"partinfer::{name}")(lambda *_: None)
+    torch.library.register_fake("partinfer::screened_linear")(
+        lambda x, data, *_: (
+            x.new_empty(*x.shape[:-1], data.shape[1]),
+            x.new_empty(x.shape[:-1].numel(), dtype=torch.int64),
+        )
+    )
     torch.library.register_fake("partinfer::core_counts")(lambda h, _: h.new_empty(h.shape[1], dtype=torch.int64))
     torch.library.register_fake("partinfer::most_marked")(
         lambda counts, _priority, _first, wanted: counts.new_empty(wanted, dtype=torch.int32)

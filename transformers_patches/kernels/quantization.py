@@ -21,6 +21,7 @@ class QuantizedTensor:
 
     data: int8 [rows, columns], or uint8 [rows, columns / 2]: value + 8 in four bits, byte k of a group's 16 holding
     column k (low bits) and column k + 16 (high bits). scales: float16 [rows, columns / 32]. Weight = scale * value.
+    8 bits may also be in two planes of such nibbles, data uint8 [2, rows, columns / 2]: value + 128 = 16 high + low.
     """
 
     data: Tensor
@@ -30,7 +31,11 @@ class QuantizedTensor:
     @property
     def shape(self) -> torch.Size:
         """[rows, columns] of the weight that this stands for."""
-        return torch.Size((self.data.shape[0], self.scales.shape[1] * GROUP))
+        return torch.Size((self.scales.shape[0], self.scales.shape[1] * GROUP))
+
+    @property
+    def in_planes(self) -> bool:
+        return self.data.ndim == 3
 
     @property
     def nbytes(self) -> int:
@@ -42,15 +47,15 @@ class QuantizedTensor:
         return self.data.device
 
     def __len__(self) -> int:
-        return self.data.shape[0]
+        return self.scales.shape[0]
 
     def __getitem__(self, rows: Tensor | slice) -> QuantizedTensor:
         """Some of the rows: a view for a slice, a copy for indices."""
-        return QuantizedTensor(self.data[rows], self.scales[rows], self.bits)
+        return QuantizedTensor(self.data[..., rows, :], self.scales[rows], self.bits)
 
     def index_select(self, dim: int, index: Tensor) -> QuantizedTensor:
         """A copy of some rows; dim must be 0."""
-        return QuantizedTensor(self.data.index_select(dim, index), self.scales.index_select(dim, index), self.bits)
+        return QuantizedTensor(self.data.index_select(dim - 2, index), self.scales.index_select(dim, index), self.bits)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> QuantizedTensor:
         """The same on another device."""
@@ -65,13 +70,19 @@ class QuantizedTensor:
         """A copy in page-locked memory."""
         return QuantizedTensor(self.data.pin_memory(), self.scales.pin_memory(), self.bits)
 
+    def put(self, rows: Tensor | slice, values: QuantizedTensor) -> None:
+        """Take over some rows from another one of the same layout."""
+        self.data[..., rows, :], self.scales[rows] = values.data, values.scales
+
     def copy_(self, other: QuantizedTensor) -> None:
         """Take over the values of another one of the same shape and bits."""
         self.data.copy_(other.data)
         self.scales.copy_(other.scales)
 
     @classmethod
-    def empty(cls, rows: int, columns: int, bits: int, device: torch.device | str = "cpu") -> QuantizedTensor:
+    def empty(
+        cls, rows: int, columns: int, bits: int, device: torch.device | str = "cpu", *, in_planes: bool = False
+    ) -> QuantizedTensor:
         """Memory for a [rows, columns] weight. Raises PartInferError if columns is no multiple of 32 or bits not 4 or 8."""
         if bits not in (4, 8):
             raise PartInferError(f"bits must be 4 or 8, got {bits}")
@@ -80,11 +91,11 @@ class QuantizedTensor:
                 f"a weight to quantise must be [rows, columns] with columns a multiple of {GROUP}, "
                 f"got [{rows}, {columns}]: keep it in bfloat16"
             )
-        data = (
-            torch.empty(rows, columns, dtype=torch.int8, device=device)
-            if bits == 8
-            else torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
-        )
+        if bits == 8 and not in_planes:
+            data = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        else:
+            planes = (2,) if in_planes else ()
+            data = torch.empty(*planes, rows, columns // 2, dtype=torch.uint8, device=device)
         return cls(data, torch.empty(rows, columns // GROUP, dtype=torch.float16, device=device), bits)
 
 
@@ -118,8 +129,25 @@ def check_column_weights(column_weights: Tensor | None, columns: int) -> None:
     )
 
 
+def split_planes(weight: QuantizedTensor) -> QuantizedTensor:
+    """An 8-bit weight, int8 [rows, columns], in planes."""
+    groups = (weight.data.view(torch.uint8) ^ 128).view(len(weight), -1, 2, GROUP // 2)
+    first, second = groups[:, :, 0], groups[:, :, 1]
+    planes = [first >> 4 | second & 0xF0, first & 15 | second << 4]
+    return QuantizedTensor(torch.stack([plane.flatten(1) for plane in planes]), weight.scales, 8)
+
+
+def join_planes(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same weight as int8 [rows, columns]."""
+    high, low = weight.data.view(2, len(weight), -1, GROUP // 2)
+    first, second = (high & 15) << 4 | low & 15, high & 0xF0 | low >> 4
+    values = torch.stack([first, second], dim=2).flatten(1) ^ 128
+    return QuantizedTensor(values.view(torch.int8), weight.scales, 8)
+
+
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The float weight [rows, columns] that a quantised one stands for."""
+    weight = join_planes(weight) if weight.in_planes else weight
     rows, columns = weight.shape
     if weight.bits == 8:
         values = weight.data.view(rows, -1, GROUP)

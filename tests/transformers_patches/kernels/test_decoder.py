@@ -114,13 +114,33 @@ def test_logits_are_those_of_embeddings_layers_and_head(model):
     embedding, head = model.projections((11, HIDDEN)), model.projections((13, HIDDEN))
     decoder, cache, expected_cache = model.native(), model.caches.clone(), model.caches.clone()
     decoder.set_ends(embedding, head)
-    logits, computed = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH)
+    logits, computed, exact = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH)
+    assert exact == 13
     rows, columns = (_weight(part, model.bits) for part in (embedding, head))
     x = (kernels.dequantize(rows, model.dtype) if model.bits else rows)[7].view(1, 1, HIDDEN)
     _, hidden, expected = model.run(decoder, range(3), x, None, expected_cache)
     assert torch.equal(logits, kernels.linear(hidden, columns))
     assert torch.equal(computed, expected)
     assert torch.equal(cache, expected_cache)
+
+
+def test_logits_of_ends_in_planes_are_screened(model):
+    generator = torch.Generator().manual_seed(5)
+    values = kernels.quantize(torch.randn(900, HIDDEN, generator=generator), 8)
+    packed = kernels.split_planes(values)
+    errors, ends = kernels.coarse_errors(packed), Projections.of([(packed, None)])
+    decoder, cache, expected_cache = model.native(), model.caches.clone(), model.caches.clone()
+    decoder.set_ends(ends, ends, errors)
+    x = kernels.dequantize(values, model.dtype)[7].view(1, 1, HIDDEN)
+    _, hidden, expected = model.run(decoder, range(3), x, None, expected_cache)
+    for needed in (kernels.SOFTMAX, kernels.Needed(largest=1)):
+        logits, computed, exact = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH, needed)
+        screened, count = kernels.screened_linear(hidden, packed, errors, needed)
+        assert torch.equal(logits, screened)
+        assert exact == int(count)
+        assert torch.equal(computed, expected)
+    with pytest.raises(ValueError, match="a head in planes needs the errors of its high plane"):
+        decoder.set_ends(ends, ends)
 
 
 def _weight(part: Projections, bits: int | None):

@@ -10,6 +10,7 @@
 
 #include "dispatch.h"
 #include "layer.h"
+#include "screened.h"
 #include "threads.h"
 
 namespace partinfer {
@@ -67,6 +68,29 @@ inline Matrix quant_matrix(const Tensor& data, const Tensor& scales, const char*
   check_matrix(data, name, rows, type == Type::Q8 ? hidden : hidden / 2);
   check_matrix(scales, name, rows, hidden / GROUP);
   return {pointer(data), reinterpret_cast<const uint16_t*>(pointer(scales)), stride_of(data), stride_of(scales)};
+}
+
+// data: uint8 [2, rows, hidden / 2], the high plane first.
+inline Planes planes_of(const Tensor& data, const Tensor& scales, const char* name) {
+  TORCH_CHECK_VALUE(data.dim() == 3 && data.size(0) == 2, name, " must be two planes, [2, rows, columns / 2], got ",
+                    data.sizes());
+  const int64_t hidden = 2 * data.size(2);
+  const Matrix high = quant_matrix(data.select(0, 0), scales, name, data.size(1), hidden, Type::Q4);
+  return {high.data, high.data + data.stride(0), high.scales, high.row_bytes, high.row_scales};
+}
+
+// Without x, out and exact, and what has to be right.
+inline ScreenedCall screened_call(const Tensor& data, const Tensor& scales, const Tensor& errors) {
+  ScreenedCall call;
+  call.planes = planes_of(data, scales, "weight");
+  call.rows = data.size(1);
+  call.hidden = 2 * data.size(2);
+  TORCH_CHECK_VALUE(errors.scalar_type() == at::kFloat && errors.dim() == 1 && errors.is_contiguous() &&
+                        errors.numel() == call.hidden / GROUP,
+                    "errors must be contiguous float32 [", call.hidden / GROUP, "], got ", errors.scalar_type(), " ",
+                    errors.sizes());
+  call.errors = errors.const_data_ptr<float>();
+  return call;
 }
 
 inline Vector vector_of(const optional<Tensor>& tensor, const char* name, int64_t size) {

@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "core_counts.h"
+#include "layouts.h"
 #include "probe.h"
 #include "typical_size.h"
 
@@ -97,6 +98,51 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, const Tensor& scales,
   const int64_t rows = rows_of(weight, "weight");
   const Type type = quant_type(bits);
   return linear_like(x, type, quant_matrix(weight, scales, "weight", rows, input.hidden, type), rows, bias, input);
+}
+
+std::tuple<Tensor, Tensor> screened_linear(const Tensor& x, const Tensor& data, const Tensor& scales,
+                                           const Tensor& errors, int64_t wanted, double tolerance,
+                                           double temperature) {
+  const Input2d input = input_of(x);
+  ScreenedCall call = screened_call(data, scales, errors);
+  call.wanted = wanted;
+  call.tolerance = float(tolerance);
+  call.temperature = float(temperature);
+  TORCH_CHECK_VALUE(call.hidden == input.hidden, "the weight has ", call.hidden, " columns, x ", input.hidden);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = call.rows;
+  Tensor out = at::empty(shape, x.options()), exact = at::empty({input.tokens}, errors.options().dtype(at::kLong));
+  call.x = pointer(input.x);
+  call.x_type = float_type(x, "x");
+  call.tokens = input.tokens;
+  call.out = static_cast<char*>(out.data_ptr());
+  call.exact = exact.mutable_data_ptr<int64_t>();
+  run_screened(*current().load(), call, at::get_num_threads());
+  return {out, exact};
+}
+
+// values: int8 [rows, hidden] beside planes of the same.
+void check_joined(const Tensor& values, const Tensor& planes) {
+  TORCH_CHECK_VALUE(values.scalar_type() == at::kChar && planes.scalar_type() == at::kByte && planes.dim() == 3 &&
+                        planes.size(0) == 2 && planes.size(2) * 2 % GROUP == 0,
+                    "expected int8 and two uint8 planes of groups of ", GROUP, " columns, got ", values.scalar_type(),
+                    " ", values.sizes(), " and ", planes.scalar_type(), " ", planes.sizes());
+  check_matrix(values, "values", planes.size(1), 2 * planes.size(2));
+  check_matrix(planes.select(0, 0), "planes", planes.size(1), planes.size(2));
+}
+
+void join_planes(const Tensor& data, const Tensor& out) {
+  check_joined(out, data);
+  const char* high = pointer(data);
+  run_join(*current().load(), {high, high + data.stride(0), nullptr, data.stride(1), 0}, data.size(1), out.size(1),
+           static_cast<int8_t*>(out.data_ptr()), stride_of(out), at::get_num_threads());
+}
+
+void split_planes(const Tensor& values, const Tensor& out) {
+  check_joined(values, out);
+  char* high = static_cast<char*>(out.data_ptr());
+  split_rows(values.const_data_ptr<int8_t>(), stride_of(values), out.size(1), values.size(1), high,
+             high + out.stride(0), out.stride(1));
 }
 
 // One token at a time: every token chooses its own neurons. Returns how many were computed for each.
@@ -331,6 +377,11 @@ TORCH_LIBRARY(partinfer, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("quant_linear(Tensor x, Tensor weight, Tensor scales, int bits, Tensor? bias) -> Tensor");
   m.def(
+      "screened_linear(Tensor x, Tensor data, Tensor scales, Tensor errors, int wanted, float tolerance, "
+      "float temperature) -> (Tensor, Tensor)");
+  m.def("join_planes(Tensor data, Tensor(a!) out) -> ()");
+  m.def("split_planes(Tensor values, Tensor(a!) out) -> ()");
+  m.def(
       "sparse_ffn_by_up(Tensor x, Tensor gate, Tensor up, Tensor down, int prefix, Tensor? index, Tensor scale, "
       "int keep_count, float threshold, str activation) -> (Tensor, Tensor)");
   m.def(
@@ -372,6 +423,9 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("quant_sparse_ffn_plain", quant_sparse_ffn_plain);
   m.impl("linear", linear);
   m.impl("quant_linear", quant_linear);
+  m.impl("screened_linear", screened_linear);
+  m.impl("join_planes", join_planes);
+  m.impl("split_planes", split_planes);
   m.impl("sparse_ffn_by_up", sparse_ffn_by_up);
   m.impl("quant_sparse_ffn_by_up", quant_sparse_ffn_by_up);
   m.impl("sparse_ffn_plain_by_size", sparse_ffn_plain_by_size);

@@ -1,4 +1,5 @@
-// Choosing neurons, for a token or a prompt: what the candidates are worth, and which of them are kept.
+// Choosing neurons, for a token or a prompt: what the candidates are worth, and which of them are kept. And what choosing
+// among the rows of a screened weight asks of their values.
 #include "isa.h"
 #include "variants.h"
 
@@ -86,6 +87,35 @@ int64_t keep_candidates(const Rows& rows, const float* values, const float* scor
     kept += int64_t(s > cut.above && s != 0.0f) | int64_t(tie);
   }
   return kept;
+}
+
+float largest(const float* values, int64_t count) {
+  constexpr int AT_ONCE = 64;  // as many independent maxima, so that the compiler keeps vectors of them
+  float most[AT_ONCE];
+  for (int j = 0; j < AT_ONCE; ++j) most[j] = bits_to_float(0xff800000u);
+  int64_t i = 0;
+  for (; i + AT_ONCE <= count; i += AT_ONCE)
+    for (int j = 0; j < AT_ONCE; ++j) most[j] = values[i + j] > most[j] ? values[i + j] : most[j];
+  for (; i < count; ++i) most[0] = values[i] > most[0] ? values[i] : most[0];
+  for (int j = 1; j < AT_ONCE; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
+  return most[0];
+}
+
+void count_bands(const float* values, int64_t count, float top, int64_t* counts) {
+  constexpr int64_t PIECE = 1024;
+  constexpr int TABLES = 4;  // neighbours often share a band, and a count has to be written before it is read again
+  int32_t bands[PIECE], tables[TABLES][BANDS] = {};
+  for (int64_t start = 0; start < count; start += PIECE) {
+    const int64_t here = smaller(PIECE, count - start);
+    for (int64_t i = 0; i < here; ++i) {
+      float band = (top - FIRST_BAND - values[start + i]) * (1.0f / BAND) + 1.0f;
+      band = band > 0.0f ? band : 0.0f;
+      bands[i] = int32_t(band < float(BANDS - 1) ? band : float(BANDS - 1));
+    }
+    for (int64_t i = 0; i < here; ++i) ++tables[i % TABLES][bands[i]];
+  }
+  for (int t = 0; t < TABLES; ++t)
+    for (int band = 0; band < BANDS; ++band) counts[band] += tables[t][band];
 }
 
 namespace {

@@ -100,53 +100,51 @@ class Decoder : public torch::CustomClassHolder {
   // What comes before the first layer, the embeddings, and after the last norm, the head: two linear layers with `hidden`
   // columns and a row for each token. They are needed for `logits` only, and the norm has to be set before.
   void set_ends(std::vector<Tensor> embedding, std::vector<Tensor> embedding_scales, int64_t embedding_bits,
-                std::vector<Tensor> head, std::vector<Tensor> head_scales, Biases head_bias, int64_t head_bits) {
+                std::vector<Tensor> head, std::vector<Tensor> head_scales, Biases head_bias, int64_t head_bits,
+                const optional<Tensor>& head_errors) {
     TORCH_CHECK_VALUE(norm_.defined(), "set_norm first");
     Biases none;
     none.push_back(optional<Tensor>());
-    const LayerWeights before{embedding, embedding_scales, none, embedding_bits};
-    const LayerWeights after{head, head_scales, head_bias, head_bits};
-    before.check(1);
-    after.check(1);
-    const LayerWeight rows = before.weight(0, norm_.numel(), "embedding");  // nothing changes if the head doesn't fit
-    TORCH_CHECK_VALUE(!embedding_scales.empty() || embedding[0].scalar_type() == norm_.scalar_type(),
-                      "embeddings must be quantised or ", norm_.scalar_type(), ", got ", embedding[0].scalar_type());
-    head_ = after.weight(0, norm_.numel(), "head");
-    embedding_ = rows;
+    // nothing changes if one of them doesn't fit
+    const Embedding before = embedding_of({embedding, embedding_scales, none, embedding_bits});
+    const Head after = head_of({head, head_scales, head_bias, head_bits}, head_errors);
+    embedding_ = before;
+    head_ = after;
     end_weights_.clear();
     keep(end_weights_, embedding, embedding_scales, none);
     keep(end_weights_, head, head_scales, head_bias);
+    keep(end_weights_, head_errors);
   }
 
-  // Token `id` through all layers: the logits of what comes next, [1, 1, vocabulary], and the neurons that each FFN
-  // computed. The rest as in `run`.
-  std::tuple<Tensor, Tensor> logits(int64_t id, const Tensor& cosine, const Tensor& sine, std::vector<Tensor> keys,
-                                    std::vector<Tensor> values, int64_t length) {
+  // Token `id` through all layers: the logits of what comes next, [1, 1, vocabulary], the neurons that each FFN computed,
+  // and the logits that were computed exactly: all, or of a head in planes what is asked for (screened.h). The rest as in `run`.
+  std::tuple<Tensor, Tensor, int64_t> logits(int64_t id, const Tensor& cosine, const Tensor& sine,
+                                             std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
+                                             int64_t wanted, double tolerance, double temperature) {
     TORCH_CHECK_VALUE(!end_weights_.empty(), "set_ends first");
     TORCH_CHECK_VALUE(id >= 0 && id < embedding_.rows, "token ids are 0 to ", embedding_.rows - 1, ", got ", id);
     const Kernels& kernels = *current().load();
     const Tensor x = at::empty({1, 1, norm_.numel()}, norm_.options());
-    const char* row = embedding_.matrix.data + id * embedding_.matrix.row_bytes;
-    if (embedding_.type == Type::Q8 || embedding_.type == Type::Q4) {
-      ConvertTask task;
-      task.type = embedding_.type;
-      task.floats = static_cast<char*>(x.data_ptr());
-      task.float_type = float_type(x, "x");
-      task.data = const_cast<char*>(row);
-      task.scales = const_cast<uint16_t*>(embedding_.matrix.scales) + id * embedding_.matrix.row_scales;
-      task.row_bytes = embedding_.matrix.row_bytes;
-      task.row_scales = embedding_.matrix.row_scales;
-      task.hidden = x.numel();
-      task.end = 1;
-      kernels.dequantise_rows(task);
-    } else {
-      std::memcpy(x.data_ptr(), row, x.nbytes());
-    }
+    look_up(kernels, id, x);
     const auto [sum, out, computed] = run(0, int64_t(layers_.size()), x, {}, cosine, sine, keys, values, length);
     Tensor logits = at::empty({1, 1, head_.rows}, x.options());
-    const LinearCall call = linear_call(head_, float_type(x, "x"), pointer(out), static_cast<char*>(logits.data_ptr()));
-    run_linear(kernels, call, at::get_num_threads());
-    return {logits, computed};
+    char* place = static_cast<char*>(logits.data_ptr());
+    if (!head_.screened) {
+      run_linear(kernels, linear_call(head_.whole, float_type(x, "x"), pointer(out), place), at::get_num_threads());
+      return {logits, computed, head_.rows};
+    }
+    ScreenedCall call = head_.planes;
+    int64_t exact = 0;
+    call.wanted = wanted;
+    call.tolerance = float(tolerance);
+    call.temperature = float(temperature);
+    call.x = pointer(out);
+    call.x_type = float_type(x, "x");
+    call.tokens = 1;
+    call.out = place;
+    call.exact = &exact;
+    run_screened(kernels, call, at::get_num_threads());
+    return {logits, computed, exact};
   }
 
   // Takes one token, x [1, 1, hidden] plus the output `delta` of the layer before, through the layers first … last - 1.
@@ -200,6 +198,85 @@ class Decoder : public torch::CustomClassHolder {
     return layers_[size_t(number)];
   }
 
+  struct Embedding {
+    LayerWeight whole;
+    Planes planes;  // instead, if it has a high plane
+    int64_t rows = 0;
+  };
+
+  struct Head {
+    bool screened = false;
+    LayerWeight whole;
+    ScreenedCall planes;
+    int64_t rows = 0;
+  };
+
+  Embedding embedding_of(const LayerWeights& given) const {
+    given.check(1);
+    Embedding embedding;
+    const Tensor& data = given.weights[0];
+    TORCH_CHECK_VALUE(!given.scales.empty() || data.scalar_type() == norm_.scalar_type(),
+                      "embeddings must be quantised or ", norm_.scalar_type(), ", got ", data.scalar_type());
+    if (data.dim() == 3) {
+      embedding.planes = planes_of(data, given.scales[0], "embedding");
+      check_matrix(data.select(0, 0), "embedding", data.size(1), norm_.numel() / 2);
+      embedding.rows = data.size(1);
+    } else {
+      embedding.whole = given.weight(0, norm_.numel(), "embedding");
+      embedding.rows = embedding.whole.rows;
+    }
+    return embedding;
+  }
+
+  Head head_of(const LayerWeights& given, const optional<Tensor>& errors) const {
+    given.check(1);
+    Head head;
+    const Tensor& data = given.weights[0];
+    head.screened = data.dim() == 3;
+    if (head.screened) {
+      TORCH_CHECK_VALUE(errors.has_value() && !given.biases.get(0).has_value(),
+                        "a head in planes needs the errors of its high plane, and can't have a bias");
+      head.planes = screened_call(data, given.scales[0], *errors);
+      check_matrix(data.select(0, 0), "head", data.size(1), norm_.numel() / 2);
+      head.rows = data.size(1);
+    } else {
+      head.whole = given.weight(0, norm_.numel(), "head");
+      head.rows = head.whole.rows;
+    }
+    return head;
+  }
+
+  // x = the embedding of a token
+  void look_up(const Kernels& kernels, int64_t id, const Tensor& x) const {
+    const bool joined = embedding_.planes.high != nullptr;
+    const Matrix& matrix = embedding_.whole.matrix;
+    const char* row = matrix.data + id * matrix.row_bytes;
+    if (!joined && embedding_.whole.type != Type::Q8 && embedding_.whole.type != Type::Q4) {
+      std::memcpy(x.data_ptr(), row, x.nbytes());
+      return;
+    }
+    ConvertTask task;
+    std::vector<int8_t> values;
+    if (joined) {
+      Planes planes = embedding_.planes;
+      planes.high += id * planes.row_bytes;
+      planes.low += id * planes.row_bytes;
+      values.resize(size_t(x.numel() + PAD));
+      kernels.join_rows(planes, x.numel(), 1, values.data(), x.numel());
+      row = reinterpret_cast<const char*>(values.data());
+      task.scales = const_cast<uint16_t*>(planes.scales) + id * planes.row_scales;
+    } else {
+      task.type = embedding_.whole.type;
+      task.scales = const_cast<uint16_t*>(matrix.scales) + id * matrix.row_scales;
+    }
+    task.floats = static_cast<char*>(x.data_ptr());
+    task.float_type = float_type(x, "x");
+    task.data = const_cast<char*>(row);
+    task.hidden = x.numel();
+    task.end = 1;
+    kernels.dequantise_rows(task);
+  }
+
   static int64_t ffn(const Kernels& kernels, Layer& layer, const char* x, char* out, int threads) {
     int64_t computed = 0;
     FfnCall& rows = layer.rows.ffn;
@@ -226,7 +303,8 @@ class Decoder : public torch::CustomClassHolder {
   std::vector<Layer> layers_;
   Tensor norm_;
   float norm_eps_ = 0.0f;
-  LayerWeight embedding_, head_;
+  Embedding embedding_;
+  Head head_;
   std::vector<Tensor> end_weights_;  // kept alive
 };
 

@@ -14,10 +14,12 @@
   {{name, partinfer::floats::ffn_float, partinfer::floats::linear_float, partinfer::floats::finish_float,       \
     partinfer::floats::widen, partinfer::floats::read_all, partinfer::floats::norm, partinfer::floats::rotate,  \
     partinfer::floats::attend, partinfer::floats::gate_values,                                                  \
-    partinfer::floats::score_candidates, partinfer::floats::keep_candidates, partinfer::floats::count_positive, \
+    partinfer::floats::score_candidates, partinfer::floats::keep_candidates, partinfer::floats::largest,        \
+    partinfer::floats::count_bands, partinfer::floats::count_positive,                                         \
     partinfer::floats::mark_largest, partinfer::floats::add_squares, &partinfer::floats::bf16_input,            \
     partinfer::quants::ffn_quant, partinfer::quants::linear_quant, partinfer::quants::finish_quant,             \
-    partinfer::quants::prepare_quant, partinfer::quants::quantise_rows, partinfer::quants::dequantise_rows},    \
+    partinfer::quants::prepare_quant, partinfer::quants::quantise_rows, partinfer::quants::dequantise_rows,     \
+    partinfer::quants::add_fine, partinfer::quants::join_rows},                                                  \
    usable}
 
 PARTINFER_DECLARE_FLOAT(isa_scalar)

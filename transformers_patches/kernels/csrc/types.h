@@ -28,6 +28,14 @@ struct Matrix {
   int64_t row_scales = 0;
 };
 
+// An 8-bit weight in two planes of 4 bits: 16 * (nibble of high - 8) + nibble of low, both with the rows of a 4-bit weight.
+// `high` by itself is a coarse weight of half the bytes.
+struct Planes {
+  const char *high = nullptr, *low = nullptr;
+  const uint16_t* scales = nullptr;
+  int64_t row_bytes = 0, row_scales = 0;
+};
+
 // A vector in one of the float types, read element by element (biases).
 struct Vector {
   const char* data = nullptr;
@@ -145,6 +153,11 @@ constexpr int64_t COLUMN_BLOCK = 128;  // columns are reordered only inside bloc
 
 constexpr int64_t KEEP_ROOM = 16;
 
+// Values are counted by how far they lie below the largest: band 0 is FIRST_BAND wide, the others BAND, and the last one
+// has all the rest.
+constexpr int BANDS = 25;
+constexpr float FIRST_BAND = 2.0f, BAND = 0.75f;
+
 // One instruction set's kernels. Single-threaded; threads.cpp shares the work out.
 struct Kernels {
   const char* name;
@@ -163,6 +176,8 @@ struct Kernels {
   // order, with room for KEEP_ROOM more than there are positions. Returns how many.
   int64_t (*keep_candidates)(const Rows& rows, const float* values, const float* scores, int64_t keep, float threshold,
                              int32_t* kept_rows, float* kept_values);
+  float (*largest)(const float* values, int64_t count);
+  void (*count_bands)(const float* values, int64_t count, float top, int64_t* counts);  // counts[band] += how many
   int64_t (*count_positive)(Type, const char* values, int64_t count);  // how many values are above 0
   // marks[i] += 1 for the k largest of the values above 0, of equal ones the first; space: [count]
   void (*mark_largest)(Type, const char* values, int64_t count, int64_t k, uint32_t* space, int32_t* marks);
@@ -177,6 +192,10 @@ struct Kernels {
                         float* scales, float* corrections, FinePair* fine);
   void (*quantise_rows)(const ConvertTask&);
   void (*dequantise_rows)(const ConvertTask&);
+  // out[i] += row rows[i] of a weight in planes times the fine pairs of a token
+  void (*add_fine)(const Planes&, const int32_t* rows, int64_t count, const FinePair* pairs, float* out);
+  // The first `count` rows of a weight in planes as a Q8 weight has them, `stride` bytes apart.
+  void (*join_rows)(const Planes&, int64_t hidden, int64_t count, int8_t* out, int64_t stride);
 };
 
 static inline int64_t element_size(Type type) { return type == Type::F32 ? 4 : 2; }

@@ -17,6 +17,8 @@
   void gate_values(Activation, float*, const float*, int64_t);    \
   void score_candidates(const Rows&, const float*, const float*, float*);  \
   int64_t keep_candidates(const Rows&, const float*, const float*, int64_t, float, int32_t*, float*);  \
+  float largest(const float*, int64_t);    \
+  void count_bands(const float*, int64_t, float, int64_t*);  \
   int64_t count_positive(Type, const char*, int64_t);  \
   void mark_largest(Type, const char*, int64_t, int64_t, uint32_t*, int32_t*);  \
   void add_squares(Type, const char*, int64_t, int64_t, int64_t, float*);  \
@@ -33,6 +35,8 @@
   void prepare_quant(Type, const float*, int64_t, int64_t, const Input&, int8_t*, float*, float*, FinePair*); \
   void quantise_rows(const ConvertTask&);                                   \
   void dequantise_rows(const ConvertTask&);                                 \
+  void add_fine(const Planes&, const int32_t*, int64_t, const FinePair*, float*);  \
+  void join_rows(const Planes&, int64_t, int64_t, int8_t*, int64_t);  \
   }                                                                         \
   }
 

@@ -12,7 +12,9 @@
 #include "typical_size.h"
 #include "dispatch.h"
 #include "layer.h"
+#include "layouts.h"
 #include "probe.h"
+#include "screened.h"
 #include "threads.h"
 
 using namespace partinfer;
@@ -297,6 +299,57 @@ void check_convert(const Kernels& kernels, Type type, Type float_type) {
   });
 }
 
+void check_screened(const Kernels& kernels, int64_t hidden) {
+  const int64_t rows = 1100;
+  const Weight weight = quants(rows, hidden, Type::Q8);
+  Weight x = floats(1, hidden, Type::F32);
+  auto* inputs = reinterpret_cast<float*>(x.data.data());
+  for (int64_t j = 0; j < hidden; ++j) x.values[size_t(j)] = inputs[j] *= 0.5f / std::sqrt(float(hidden));
+  const std::string what = std::string(kernels.name) + " " + std::to_string(hidden);
+  std::vector<char> planes(static_cast<size_t>(rows * hidden));
+  const auto* bytes = reinterpret_cast<const int8_t*>(weight.data.data());
+  char *high = planes.data(), *low = high + rows * hidden / 2;
+  split_rows(bytes, hidden, rows, hidden, high, low, hidden / 2);
+  ScreenedCall call;
+  call.planes = {high, low, weight.scales.data(), hidden / 2, hidden / GROUP};
+  std::vector<int8_t> joined(static_cast<size_t>(rows * hidden));
+  run_join(kernels, call.planes, rows, hidden, joined.data(), hidden, 2);
+  report("joined planes " + what, std::vector<double>(bytes, bytes + rows * hidden),
+         std::vector<float>(joined.begin(), joined.end()), 1e-9);
+
+  std::vector<double> expected(static_cast<size_t>(rows)), errors(static_cast<size_t>(hidden / GROUP));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < hidden; ++j)
+      expected[size_t(r)] += weight.values[size_t(r * hidden + j)] * x.values[size_t(j)];
+    for (int64_t g = 0; g < hidden / GROUP; ++g)
+      errors[size_t(g)] += std::pow(std::ldexp(1.0, (weight.scales[size_t(r * hidden / GROUP + g)] >> 10) - 15), 2);
+  }
+  const std::vector<float> mean = [&] {
+    std::vector<float> squares;
+    for (double error : errors) squares.push_back(float(error * 255 / 12 / double(rows)));
+    return squares;
+  }();
+  std::vector<float> out(static_cast<size_t>(rows));
+  int64_t exact = 0;
+  call.errors = mean.data();
+  call.rows = rows;
+  call.x = x.data.data();
+  call.tokens = 1;
+  call.hidden = hidden;
+  call.out = reinterpret_cast<char*>(out.data());
+  call.exact = &exact;
+  call.wanted = 1;
+  run_screened(kernels, call, 2);
+  report("screened " + what, expected, out, 0.1);
+  const auto largest = std::max_element(expected.begin(), expected.end()) - expected.begin();
+  const bool found = std::max_element(out.begin(), out.end()) - out.begin() == largest && exact >= 1 && exact < rows / 2;
+  failures += !found;
+  std::printf("%-4s the largest of %s, %d exact\n", found ? "ok" : "BAD", what.c_str(), int(exact));
+  call.wanted = rows;
+  run_screened(kernels, call, 2);
+  report("screened, all wanted " + what, expected, out, 1e-2);
+}
+
 void check_read(const Kernels& kernels) {
   std::vector<char> bytes(4096, 1);
   const bool good = kernels.read_all(bytes.data(), 4096) == 512 * 0x0101010101010101u;
@@ -352,6 +405,7 @@ void check_layer(const Kernels& kernels) {
   for (Type type : {Type::F32, Type::BF16, Type::F16}) check_typical_size(kernels, type);
   for (Type type : {Type::Q8, Type::Q4})
     for (Type float_type : {Type::F32, Type::BF16, Type::F16}) check_convert(kernels, type, float_type);
+  for (int64_t hidden : {32, 96, 1056}) check_screened(kernels, hidden);
   check_read(kernels);
 }
 

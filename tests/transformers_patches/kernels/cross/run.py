@@ -20,7 +20,10 @@ sys.path.insert(0, str(HERE.parents[3]))
 from transformers_patches.kernels import build  # noqa: E402
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-DRIVERS = ("threads", "layer", "attention", "core_counts", "typical_size", "by_up", "dispatch", "input", "probe")
+DRIVERS = (
+    *("threads", "layer", "attention", "core_counts", "typical_size", "by_up", "screened", "layouts"),
+    *("dispatch", "input", "probe"),
+)
 
 
 def main() -> int:

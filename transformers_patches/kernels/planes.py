@@ -1,0 +1,92 @@
+"""Products with 8-bit weights in two planes of 4 bits that read the second plane only where it matters.
+
+A model's output projection gives as many logits as there are tokens, of which few matter. The high plane alone is a weight of
+4 bits: it says which logits may be large, and those are computed with both planes. The idea is that of SVD-softmax
+(Shim et al., NeurIPS 2017), with bits in the place of singular values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from transformers_patches.kernels.quantization import GROUP, QuantizedTensor, dequantize
+
+LOW_MIDDLE, LOW_VARIANCE = 7.5, 255 / 12  # of low nibbles, which are 0 … 15: what the high plane alone takes them for
+DEVIATIONS = 8.0
+LEVELS = [2.0 + 0.75 * k for k in range(24)]  # below the largest logit
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What has to be right of a product's outputs: the `largest` ones, or (0) their softmax.
+
+    tolerance: the KL divergence of the softmax, of outputs divided by `temperature`, from the exact one, in nats, that is
+    expected at most.
+    """
+
+    largest: int = 0
+    tolerance: float = 1e-3
+    temperature: float = 1.0
+
+    @property
+    def arguments(self) -> tuple[int, float, float]:
+        """As the native operations take them."""
+        return self.largest, self.tolerance, self.temperature
+
+
+SOFTMAX = Needed()
+
+
+def coarse(weight: QuantizedTensor) -> Tensor:
+    """What the high plane alone stands for: float32 [rows, columns]."""
+    high = QuantizedTensor(weight.data[0], weight.scales, 4)
+    return 16 * dequantize(high) + LOW_MIDDLE * weight.scales.float().repeat_interleave(GROUP, dim=1)
+
+
+def coarse_errors(weight: QuantizedTensor) -> Tensor:
+    """float32 [columns / 32]: the mean square error of the high plane's weights in each group of columns.
+
+    Low nibbles are taken as evenly spread.
+    """
+    total = torch.zeros(weight.scales.shape[1], dtype=torch.float64, device=weight.device)
+    for scales in weight.scales.split(2**16):
+        total += scales.double().square_().sum(0)
+    return (total * (LOW_VARIANCE / max(1, len(weight)))).float()
+
+
+def screened_linear(x: Tensor, weight: QuantizedTensor, errors: Tensor, needed: Needed) -> tuple[Tensor, Tensor]:
+    """See transformers_patches.kernels.screened_linear."""
+    exact = x.float() @ dequantize(weight).T
+    rough = x.float() @ coarse(weight).T
+    error = (x.float().unflatten(-1, (-1, GROUP)).square().sum(-1) * errors).sum(-1)
+    rows = rough.flatten(0, -2)
+    depth = torch.tensor([_depth(row, float(e), needed) for row, e in zip(rows, error.flatten(), strict=True)])
+    chosen = rows >= rows.amax(-1, keepdim=True) - depth[:, None]
+    out = torch.where(chosen.view(rough.shape), exact, rough)
+    return out.to(x.dtype), chosen.sum(-1)
+
+
+def _depth(logits: Tensor, error: float, needed: Needed) -> float:
+    """How far below the largest rough logit the exact ones begin."""
+    below = logits.max() - logits
+    counts = [int((below <= level).sum()) for level in LEVELS]
+    if needed.largest:
+        level = next((level for level, n in zip(LEVELS, counts, strict=True) if n >= needed.largest), LEVELS[-1])
+        return (level if needed.largest > 1 else 0.0) + DEVIATIONS * math.sqrt(error)
+    step = LEVELS[1] - LEVELS[0]
+    middles = [LEVELS[0] / 2, *(level - step / 2 for level in LEVELS[1:]), LEVELS[-1] + step / 2]
+    mass = [
+        (after - before) * math.exp(-middle / needed.temperature)
+        for before, after, middle in zip([0, *counts], [*counts, len(logits)], middles, strict=True)
+    ]
+    rough, k = mass[-1], len(LEVELS) - 1
+    while k > 0:
+        rough += mass[k]
+        if rough * error > 2 * needed.tolerance * needed.temperature**2 * sum(mass):
+            break
+        k -= 1
+    return LEVELS[k]

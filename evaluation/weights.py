@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transformers_patches.loading import LoadedModel
-from transformers_patches.quantized import ScreenedHead
+from transformers_patches.screened_head import ScreenedHead
 from transformers_patches.sparse_ffn import SparseFFN
 
 

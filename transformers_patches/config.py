@@ -13,6 +13,7 @@ FLOAT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPES = (*FLOAT_DTYPES, "int8", "int4")
 QUANTIZED_DTYPES = DTYPES[len(FLOAT_DTYPES) :]
 KERNELS = ("auto", "native", "torch")
+SCREENING = ("auto", "on", "off")
 PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass")  # once per prompt; formulas in prompt_evidence.py
 TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selection.py
 SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
@@ -126,6 +127,12 @@ class PartInferConfig:
         "more quality than elsewhere (int8)",
         choices=("auto", *QUANTIZED_DTYPES),
     )
+    screen_head: str = _option(
+        "auto",
+        "compute exactly only the logits that matter, after a coarse look at all of them (CPUs, native kernels); auto: "
+        "where it costs no memory, heads of 8 bits; on: float heads too, with 0.56 bytes more for each of their weights",
+        choices=SCREENING,
+    )
     kernels: str = _option(
         "auto", "what decodes on CPUs; auto: the native kernels, but PyTorch in float32", choices=KERNELS
     )
@@ -140,6 +147,7 @@ class PartInferConfig:
             raise PartInferError(
                 f"head_dtype int4 belongs to dtype int4, got dtype {self.dtype}: leave one of them out"
             )
+        self._check_choice("screen_head", SCREENING)
         self._check_choice("kernels", KERNELS)
         self._check_choice("selection", SELECTIONS)
         self._check_choice("budget", BUDGETS)

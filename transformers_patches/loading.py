@@ -34,12 +34,12 @@ from transformers_patches.quantized import (
     HEAD_BITS,
     QuantizedEmbedding,
     QuantizedWeight,
-    ScreenedHead,
     quantize_modules,
     weight_bytes,
     weight_places,
 )
 from transformers_patches.resolve import find_fit, resolve_settings
+from transformers_patches.screened_head import ScreenedHead, can_be_in_planes, screen_head
 from transformers_patches.sparse_ffn import SparseFFN
 from transformers_patches.weight_memory import WeightMemory, give_back_freed
 from transformers_patches.weight_source import Source, WeightSource
@@ -190,7 +190,10 @@ def load_from(
     sources = swap_ffns(model, spec, plan, settings, state, dtype, bits, native=native, neurons=base, fit=fit)
     if bits is not None:
         head_bits = HEAD_BITS if settings.head_dtype == "auto" else int(settings.head_dtype.removeprefix("int"))
-        quantize_modules(model, bits, head_bits, dtype, native=native)
+        in_planes = native and settings.screen_head != "off" and head_bits == 8
+        in_planes &= can_be_in_planes(model.get_output_embeddings())
+        quantize_modules(model, bits, head_bits, dtype, native=native, head_in_planes=in_planes)
+    memory = WeightMemory(huge_pages=native)
     _stream_weights(
         model,
         weights,
@@ -200,13 +203,14 @@ def load_from(
         known_inputs=None if bits is None else base,
         intermediate_size=plan.intermediate_size,
         keep_on_cpu=settings.memory_limit,
-        memory=WeightMemory(huge_pages=native),
+        memory=memory,
     )
     give_back_freed()
     attach_compensation(state.layers, plan, settings, sources, fit, device, dtype)
     state.attach(model)
     if native:
         replace_linears(model)
+        screen_head(model, float_too=settings.screen_head == "on", memory=memory)
         speed_up_one_token(model)
     report = LoadReport(
         seconds=time.perf_counter() - started,

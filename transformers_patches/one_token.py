@@ -17,7 +17,8 @@ from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import FastLinear
 from transformers_patches.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.phase import DECODE
-from transformers_patches.quantized import QuantizedEmbedding, QuantizedLinear, ScreenedHead
+from transformers_patches.quantized import QuantizedEmbedding, QuantizedLinear
+from transformers_patches.screened_head import ScreenedHead
 from transformers_patches.sparse_ffn import KERNEL_ACTIVATIONS, SparseFFN
 
 # Decoder layers of these families are: norm, attention with rotary embeddings, residual, norm, gated FFN, residual.
@@ -197,7 +198,7 @@ class OneTokenPass:
         )
         self.has_ends = embedding is not None and head is not None
         if self.has_ends:
-            native.set_ends(embedding, head, self.head.errors if isinstance(self.head, ScreenedHead) else None)
+            native.set_ends(embedding, head, self.head.screen if isinstance(self.head, ScreenedHead) else None)
         return native
 
 
@@ -289,6 +290,8 @@ def _attention_of(layer: nn.Module, config) -> kernels.AttentionLayer | None:
 
 def _weight(linear: nn.Module):
     """(weight, bias) of a linear layer that the kernels take, or None."""
+    if isinstance(linear, ScreenedHead):
+        return linear.packed, None
     if isinstance(linear, QuantizedLinear):
         return linear.weight.packed, linear.bias
     return (linear.weight, linear.bias) if isinstance(linear, FastLinear) else None

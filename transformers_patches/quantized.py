@@ -73,49 +73,6 @@ class QuantizedLinear(nn.Module):
         return kernels.project(x, weight, self.bias)
 
 
-class ScreenedHead(QuantizedLinear):
-    """The output projection with a weight in planes, for native kernels: decoding reads the second one in part.
-
-    That goes for passes over one token of each sequence; where more positions are scored, all logits are exact. tokens,
-    exact: what such passes counted since the last reset.
-    """
-
-    def __init__(self, weight: QuantizedWeight) -> None:
-        super().__init__(weight, None, native=True)
-        self._errors: tuple[QuantizedTensor, torch.Tensor] | None = None
-        self.reset_counters()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.packed
-        if x.ndim != 3 or x.shape[1] != 1 or len(x) > FEW_TOKENS:
-            return kernels.project(x, weight)
-        logits, exact = kernels.screened_linear(x, weight, self.errors)
-        self.count(len(x), int(exact.sum()))
-        return logits
-
-    @property
-    def errors(self) -> torch.Tensor:
-        """What `screened_linear` wants to know of the weight."""
-        packed = self.weight.packed
-        if self._errors is None or self._errors[0] is not packed:
-            self._errors = packed, kernels.coarse_errors(packed)
-        return self._errors[1]
-
-    def count(self, tokens: int, exact: int) -> None:
-        self.tokens += tokens
-        self.exact += exact
-
-    def reset_counters(self) -> None:
-        self.tokens = self.exact = 0
-
-    def unread_bytes(self) -> float:
-        """Bytes of the second plane that a token did not read on average; 0 if nothing was counted."""
-        if not self.tokens:
-            return 0.0
-        packed = self.weight.packed
-        return packed.data.nbytes / 2 * (1 - self.exact / (self.tokens * len(packed)))
-
-
 class QuantizedEmbedding(nn.Module):
     """Token ids [...] -> [..., H], like the nn.Embedding that it stands for; scale is what Gemma multiplies with."""
 
@@ -132,10 +89,13 @@ class QuantizedEmbedding(nn.Module):
         return rows.view(*ids.shape, self.embedding_dim)
 
 
-def quantize_modules(model: nn.Module, bits: int, head_bits: int, dtype: torch.dtype, *, native: bool) -> None:
+def quantize_modules(
+    model: nn.Module, bits: int, head_bits: int, dtype: torch.dtype, *, native: bool, head_in_planes: bool = False
+) -> None:
     """Put quantised modules, still without memory, in place of a meta model's nn.Linears, embeddings and head.
 
-    bits: of the linears; head_bits: of embeddings and head. Tied ones stay tied. Weights whose columns are no
+    bits: of the linears; head_bits: of embeddings and head. Tied ones stay tied. head_in_planes: as screening wants a
+    head of 8 bits. Weights whose columns are no
     multiple of 32 stay floats; PartInferError if that is so for the hidden size.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -148,13 +108,12 @@ def quantize_modules(model: nn.Module, bits: int, head_bits: int, dtype: torch.d
         if type(module) is nn.Linear and module.in_features % GROUP == 0 and module is not head:
             weight = QuantizedWeight(*module.weight.shape, bits)
             model.set_submodule(name, QuantizedLinear(weight, module.bias, native=native))
-    screened = native and head_bits == 8 and head.bias is None
     tied = model.config.tie_word_embeddings
-    packed = QuantizedWeight(*embedding.weight.shape, head_bits, in_planes=screened and tied)
+    packed = QuantizedWeight(*embedding.weight.shape, head_bits, in_planes=head_in_planes and tied)
     scale = getattr(embedding, "scalar_embed_scale", None)
     model.set_input_embeddings(QuantizedEmbedding(packed, dtype, scale))
-    weight = packed if tied else QuantizedWeight(*head.weight.shape, head_bits, in_planes=screened)
-    model.set_output_embeddings(ScreenedHead(weight) if screened else QuantizedLinear(weight, head.bias, native=native))
+    weight = packed if tied else QuantizedWeight(*head.weight.shape, head_bits, in_planes=head_in_planes)
+    model.set_output_embeddings(QuantizedLinear(weight, head.bias, native=native))
 
 
 def weight_places(model: nn.Module) -> list[tuple[str, nn.Parameter | QuantizedWeight]]:

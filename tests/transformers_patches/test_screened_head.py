@@ -12,11 +12,13 @@ from tests.conftest import FAMILY_CONFIGS, HIDDEN, random_neuron_file
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.decoding_loop import NUCLEUS_TOLERANCE, _needed
+from transformers_patches.fast_linear import FastLinear
 from transformers_patches.generation import generate_ids
 from transformers_patches.kernels import SOFTMAX, Needed
 from transformers_patches.loading import load_model
 from transformers_patches.pack_writer import write_pack
-from transformers_patches.quantized import QuantizedLinear, QuantizedWeight, ScreenedHead
+from transformers_patches.quantized import QuantizedLinear, QuantizedWeight
+from transformers_patches.screened_head import ScreenedHead
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.why_not()}")
 NEURONS = random_neuron_file(1)
@@ -47,7 +49,7 @@ def head_of(rows: int = 3000) -> tuple[ScreenedHead, torch.Tensor, torch.Tensor]
     weight = QuantizedWeight(rows, HIDDEN, 8, in_planes=True)
     weight.fill(kernels.split_planes(packed))
     hidden = torch.randn(4, 1, HIDDEN, generator=generator) * (3 / HIDDEN**0.5)
-    return ScreenedHead(weight), hidden, kernels.linear(hidden, packed)
+    return ScreenedHead(QuantizedLinear(weight, None, native=True), None), hidden, kernels.linear(hidden, packed)
 
 
 def test_a_token_of_each_sequence_is_screened_and_counted():
@@ -68,23 +70,23 @@ def test_a_token_of_each_sequence_is_screened_and_counted():
 def test_more_positions_of_a_sequence_are_exact(shape):
     head, hidden, _ = head_of()
     x = hidden.view(shape)
-    assert torch.equal(head(x), kernels.project(x, head.weight.packed))
+    assert torch.equal(head(x), kernels.project(x, head.packed))
     assert head.tokens == 0
 
 
 def test_many_sequences_are_exact():
     head, hidden, _ = head_of()
     x = hidden.repeat(9, 1, 1)
-    assert torch.equal(head(x), kernels.project(x, head.weight.packed))
+    assert torch.equal(head(x), kernels.project(x, head.packed))
 
 
-def test_errors_follow_the_weight():
+def test_the_screen_follows_the_weight():
     head, _, _ = head_of()
-    before = head.errors
-    assert head.errors is before
+    before = head.screen
+    assert head.screen is before
     other = kernels.quantize(torch.randn(3000, HIDDEN) * 5, 8)
     head.weight.fill(kernels.split_planes(other))
-    assert (head.errors > 10 * before).all()
+    assert (head.screen.errors > 10 * before.errors).all()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -102,24 +104,53 @@ def test_models_have_such_a_head_with_native_kernels(tiny_checkpoints, family, d
     assert ours.report.bytes_resident == plain.report.bytes_resident
 
 
-def test_a_head_of_4_bits_is_read_whole(tiny_checkpoints):
-    loaded = load(tiny_checkpoints["llama"], dtype="int4", head_dtype="int4")
-    assert type(loaded.model.get_output_embeddings()) is QuantizedLinear
+@pytest.mark.parametrize(
+    "options, kind",
+    [
+        ({"dtype": "int4", "head_dtype": "int4", "screen_head": "on"}, QuantizedLinear),
+        ({"dtype": "int8", "screen_head": "off"}, QuantizedLinear),
+        ({"dtype": "bfloat16"}, FastLinear),
+    ],
+)
+def test_other_heads_are_read_whole(tiny_checkpoints, options, kind):
+    loaded = load(tiny_checkpoints["llama"], **options)
+    assert type(loaded.model.get_output_embeddings()) is kind
+    ids = loaded.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, pad_token_id=0)
+    assert ids.shape == (1, 6)
 
 
-def test_bytes_of_a_token_are_those_that_were_read(tmp_path):
-    folder = many_tokens(tmp_path / "model")
-    loaded = load(folder)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("family", ["llama", "smollm2", "gemma3"])
+def test_float_heads_are_screened_if_told(tiny_checkpoints, family, dtype):
+    options = {"dtype": dtype, "kernels": "native"}
+    ours, plain = (load(tiny_checkpoints[family], screen_head=name, **options) for name in ("on", "auto"))
+    head, other = ours.model.get_output_embeddings(), plain.model.get_output_embeddings()
+    assert isinstance(head, ScreenedHead)
+    assert torch.equal(head.weight, other.weight)
+    tied = ours.model.config.tie_word_embeddings
+    assert (head.weight is ours.model.get_input_embeddings().weight) == tied
+    rows, columns = head.weight.shape
+    assert head.high.nbytes == rows * columns // 2 + rows * columns // 32 * 2
+    assert ours.report.bytes_resident == plain.report.bytes_resident + head.high.nbytes
+    prompt = torch.tensor([[3, 7, 100]])
+    assert torch.equal(ours.model(prompt).logits, plain.model(prompt).logits)
+    hidden = torch.randn(1, 1, columns).to(head.weight.dtype)
+    assert head(hidden).argmax() == kernels.linear(hidden, other.weight).argmax()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_bytes_of_a_token_are_those_that_were_read(tmp_path, dtype):
+    loaded = load(many_tokens(tmp_path / "model"), dtype=dtype, screen_head="on")
     everything = weight_counts(loaded)["bytes_per_token"]
     config = GenerationConfig(max_new_tokens=6, pad_token_id=0, eos_token_id=None)
     loaded.reset_counters()
     generate_ids(loaded, torch.tensor([[5, 6, 7]]), config, None)
     head = loaded.model.get_output_embeddings()
     assert head.tokens == 6
-    plane = 3000 * HIDDEN / 2
+    refining = 3000 * HIDDEN * (0.5 if dtype == "int8" else 2)
     neurons = sum(layer.row_bytes for layer in loaded.state.layers) * (1 - loaded.bytes_fraction() / 0.7)
     read = weight_counts(loaded)["bytes_per_token"]
-    assert read == pytest.approx(everything - neurons - plane * (1 - head.exact / (6 * 3000)), abs=2)
+    assert read == pytest.approx(everything - neurons - refining * (1 - head.exact / (6 * 3000)), abs=2)
     loaded.reset_counters()
     assert head.tokens == head.exact == 0
 
@@ -169,14 +200,12 @@ def test_what_a_choice_of_tokens_needs(options, expected):
     assert needed(**options) == expected
 
 
-def test_greedy_tokens_are_those_of_a_head_that_is_read_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_greedy_tokens_are_those_of_a_head_that_is_read_whole(tmp_path, dtype):
     folder = many_tokens(tmp_path / "model")
-    loaded = load(folder)
+    loaded, plain = (load(folder, dtype=dtype, screen_head=name) for name in ("on", "off"))
     head = loaded.model.get_output_embeddings()
     config = GenerationConfig(max_new_tokens=20, pad_token_id=0, eos_token_id=None)
     ours = generate_ids(loaded, torch.tensor([[5, 6, 7]]), config, None)
     assert head.exact < 20 * 3000
-    whole = kernels.QuantizedTensor(kernels.join_planes(head.weight.packed).data, head.weight.packed.scales, 8)
-    monkeypatch.setattr(ScreenedHead, "forward", lambda self, x: kernels.linear(x, whole))
-    monkeypatch.setattr("transformers_patches.generation.one_sequence_loop", lambda *_: None)
-    assert torch.equal(ours, generate_ids(loaded, torch.tensor([[5, 6, 7]]), config, None))
+    assert torch.equal(ours, generate_ids(plain, torch.tensor([[5, 6, 7]]), config, None))

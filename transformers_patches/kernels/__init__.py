@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transformers_patches.kernels import blockwise, planes, quantization, reference
+from transformers_patches.kernels import blockwise, quantization, reference, screening
 from transformers_patches.kernels import layer as _layer
 from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
 from transformers_patches.kernels.decoder import ActiveNeurons, Decoder
 from transformers_patches.kernels.layer import AttentionLayer, Projections
-from transformers_patches.kernels.planes import SOFTMAX, Needed, coarse_errors
 from transformers_patches.kernels.quantization import GROUP, QuantizedTensor
+from transformers_patches.kernels.screening import SOFTMAX, Needed, Screen
 
 __all__ = [
     "GROUP",
@@ -27,13 +27,13 @@ __all__ = [
     "Needed",
     "Projections",
     "QuantizedTensor",
+    "Screen",
     "Weight",
     "add_norm",
     "advise_huge_pages",
     "attention_step",
     "available",
     "bandwidth_probe",
-    "coarse_errors",
     "combine",
     "core_counts",
     "dense_ffn",
@@ -219,19 +219,18 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return ops.linear(x, weight, bias)
 
 
-def screened_linear(
-    x: Tensor, weight: QuantizedTensor, errors: Tensor, needed: Needed = SOFTMAX
-) -> tuple[Tensor, Tensor]:
-    """x [..., in] times a weight [out, in] in planes, of whose outputs only those that matter are computed with both.
+def screened_linear(x: Tensor, weight: Weight, screen: Screen, needed: Needed = SOFTMAX) -> tuple[Tensor, Tensor]:
+    """x [..., in] times weight [out, in], of whose outputs only those that matter are computed with it.
 
-    errors: `coarse_errors(weight)`; needed: which outputs those are; the others have the errors of a 4-bit weight.
-    Returns [..., out], and for each token how many outputs are exact, int64. Products with planes that are not screened
-    (`linear`, `project`) unpack them.
+    weight: of 8 bits in planes, or floats; screen: `Screen.of` its planes, or of the high plane of its 8-bit values; needed:
+    which outputs matter; the others have the errors of a 4-bit weight. Returns [..., out], and for each token how many outputs
+    are exact, int64.
     """
     ops = _LIBRARY.get()
     if ops is None or not x.is_cpu:
-        return planes.screened_linear(x, weight, errors, needed)
-    return ops.screened_linear(x, weight.data, weight.scales, errors, *needed.arguments)
+        return screening.screened_linear(x, weight, screen, needed)
+    whole = None if isinstance(weight, QuantizedTensor) else weight
+    return ops.screened_linear(x, screen.data, screen.scales, screen.errors, whole, *needed.arguments)
 
 
 def split_planes(weight: QuantizedTensor) -> QuantizedTensor:

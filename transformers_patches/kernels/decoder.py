@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transformers_patches.kernels.layer import AttentionLayer, Projections
-from transformers_patches.kernels.planes import SOFTMAX, Needed
+from transformers_patches.kernels.screening import SOFTMAX, Needed, Screen
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Decoder:
         """The RMSNorm after the last layer, weight [H]; all layers have been added."""
         self._native.set_norm(norm, eps)
 
-    def set_ends(self, embedding: Projections, head: Projections, head_errors: Tensor | None = None) -> None:
+    def set_ends(self, embedding: Projections, head: Projections, screen: Screen | None = None) -> None:
         """The embeddings [V, H], as of a linear layer, and the head [V, H]: for `logits`. The norm has been set.
 
-        head_errors: of a head in planes, as `screened_linear` takes them.
+        screen: what the head is screened with, if it is.
         """
         self._native.set_ends(
             embedding.weights,
@@ -86,7 +86,7 @@ class Decoder:
             head.scales,
             head.biases,
             head.bits,
-            head_errors,
+            *((None, None, None) if screen is None else (screen.data, screen.scales, screen.errors)),
         )
 
     def logits(
@@ -101,7 +101,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor, int]:
         """One token through embeddings, all layers, norm and head; the rest as in `run`.
 
-        needed: of a head in planes, as in `screened_linear`. Returns the logits [1, 1, V], the neurons that each FFN
+        needed: of a head that is screened, as in `screened_linear`. Returns the logits [1, 1, V], the neurons that each FFN
         computed, int64 [layers], and how many logits are exact.
         """
         return self._native.logits(token, cosine, sine, keys, values, length, *needed.arguments)

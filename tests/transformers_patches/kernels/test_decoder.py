@@ -128,19 +128,27 @@ def test_logits_of_ends_in_planes_are_screened(model):
     generator = torch.Generator().manual_seed(5)
     values = kernels.quantize(torch.randn(900, HIDDEN, generator=generator), 8)
     packed = kernels.split_planes(values)
-    errors, ends = kernels.coarse_errors(packed), Projections.of([(packed, None)])
+    screen, ends = kernels.Screen.of(packed), Projections.of([(packed, None)])
     decoder, cache, expected_cache = model.native(), model.caches.clone(), model.caches.clone()
-    decoder.set_ends(ends, ends, errors)
+    decoder.set_ends(ends, ends, screen)
     x = kernels.dequantize(values, model.dtype)[7].view(1, 1, HIDDEN)
     _, hidden, expected = model.run(decoder, range(3), x, None, expected_cache)
     for needed in (kernels.SOFTMAX, kernels.Needed(largest=1)):
         logits, computed, exact = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH, needed)
-        screened, count = kernels.screened_linear(hidden, packed, errors, needed)
+        screened, count = kernels.screened_linear(hidden, packed, screen, needed)
         assert torch.equal(logits, screened)
         assert exact == int(count)
         assert torch.equal(computed, expected)
-    with pytest.raises(ValueError, match="a head in planes needs the errors of its high plane"):
+    with pytest.raises(ValueError, match="head must have two dimensions"):
         decoder.set_ends(ends, ends)
+    if model.bits is None:
+        floats = kernels.dequantize(values, model.dtype)
+        high = kernels.Screen(screen.data[0], screen.scales, screen.errors)
+        decoder.set_ends(Projections.of([(floats, None)]), Projections.of([(floats, None)]), high)
+        logits, _, exact = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH)
+        screened, count = kernels.screened_linear(hidden, floats, high)
+        assert torch.equal(logits, screened)
+        assert exact == int(count)
 
 
 def _weight(part: Projections, bits: int | None):

@@ -70,24 +70,33 @@ inline Matrix quant_matrix(const Tensor& data, const Tensor& scales, const char*
   return {pointer(data), reinterpret_cast<const uint16_t*>(pointer(scales)), stride_of(data), stride_of(scales)};
 }
 
-// data: uint8 [2, rows, hidden / 2], the high plane first.
+// data: uint8 [2, rows, hidden / 2], the high plane first; or that one alone, [rows, hidden / 2].
 inline Planes planes_of(const Tensor& data, const Tensor& scales, const char* name) {
-  TORCH_CHECK_VALUE(data.dim() == 3 && data.size(0) == 2, name, " must be two planes, [2, rows, columns / 2], got ",
+  const bool both = data.dim() == 3 && data.size(0) == 2;
+  TORCH_CHECK_VALUE(both || data.dim() == 2, name, " must be two planes, [2, rows, columns / 2], or the high one, got ",
                     data.sizes());
-  const int64_t hidden = 2 * data.size(2);
-  const Matrix high = quant_matrix(data.select(0, 0), scales, name, data.size(1), hidden, Type::Q4);
-  return {high.data, high.data + data.stride(0), high.scales, high.row_bytes, high.row_scales};
+  const Tensor plane = both ? data.select(0, 0) : data;
+  const Matrix high = quant_matrix(plane, scales, name, plane.size(0), 2 * plane.size(1), Type::Q4);
+  return {high.data, both ? high.data + data.stride(0) : nullptr, high.scales, high.row_bytes, high.row_scales};
 }
 
-// Without x, out and exact, and what has to be right.
-inline ScreenedCall screened_call(const Tensor& data, const Tensor& scales, const Tensor& errors) {
+// Without x, out and exact, and what has to be right. whole: the exact weight, if there is only the high plane.
+inline ScreenedCall screened_call(const Tensor& data, const Tensor& scales, const Tensor& errors,
+                                  const optional<Tensor>& whole, int64_t hidden) {
   ScreenedCall call;
-  call.planes = planes_of(data, scales, "weight");
-  call.rows = data.size(1);
-  call.hidden = 2 * data.size(2);
+  call.planes = planes_of(data, scales, "the screening weight");
+  call.rows = data.size(-2);
+  call.hidden = 2 * data.size(-1);
+  TORCH_CHECK_VALUE(call.hidden == hidden, "the screening weight has ", call.hidden, " columns, x ", hidden);
+  TORCH_CHECK_VALUE(whole.has_value() == (data.dim() == 2), "the high plane alone needs the whole weight, two planes none");
+  if (whole.has_value()) {
+    check_matrix(*whole, "weight", call.rows, hidden);
+    call.whole = float_matrix(*whole);
+    call.whole_type = float_type(*whole, "weight");
+  }
   TORCH_CHECK_VALUE(errors.scalar_type() == at::kFloat && errors.dim() == 1 && errors.is_contiguous() &&
-                        errors.numel() == call.hidden / GROUP,
-                    "errors must be contiguous float32 [", call.hidden / GROUP, "], got ", errors.scalar_type(), " ",
+                        errors.numel() == hidden / GROUP,
+                    "errors must be contiguous float32 [", hidden / GROUP, "], got ", errors.scalar_type(), " ",
                     errors.sizes());
   call.errors = errors.const_data_ptr<float>();
   return call;

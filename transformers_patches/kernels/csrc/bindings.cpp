@@ -101,14 +101,13 @@ Tensor quant_linear(const Tensor& x, const Tensor& weight, const Tensor& scales,
 }
 
 std::tuple<Tensor, Tensor> screened_linear(const Tensor& x, const Tensor& data, const Tensor& scales,
-                                           const Tensor& errors, int64_t wanted, double tolerance,
-                                           double temperature) {
+                                           const Tensor& errors, const optional<Tensor>& whole, int64_t wanted,
+                                           double tolerance, double temperature) {
   const Input2d input = input_of(x);
-  ScreenedCall call = screened_call(data, scales, errors);
+  ScreenedCall call = screened_call(data, scales, errors, whole, input.hidden);
   call.wanted = wanted;
   call.tolerance = float(tolerance);
   call.temperature = float(temperature);
-  TORCH_CHECK_VALUE(call.hidden == input.hidden, "the weight has ", call.hidden, " columns, x ", input.hidden);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = call.rows;
   Tensor out = at::empty(shape, x.options()), exact = at::empty({input.tokens}, errors.options().dtype(at::kLong));
@@ -377,8 +376,8 @@ TORCH_LIBRARY(partinfer, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("quant_linear(Tensor x, Tensor weight, Tensor scales, int bits, Tensor? bias) -> Tensor");
   m.def(
-      "screened_linear(Tensor x, Tensor data, Tensor scales, Tensor errors, int wanted, float tolerance, "
-      "float temperature) -> (Tensor, Tensor)");
+      "screened_linear(Tensor x, Tensor data, Tensor scales, Tensor errors, Tensor? whole, int wanted, "
+      "float tolerance, float temperature) -> (Tensor, Tensor)");
   m.def("join_planes(Tensor data, Tensor(a!) out) -> ()");
   m.def("split_planes(Tensor values, Tensor(a!) out) -> ()");
   m.def(

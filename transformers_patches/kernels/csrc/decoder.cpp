@@ -98,22 +98,24 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   // What comes before the first layer, the embeddings, and after the last norm, the head: two linear layers with `hidden`
-  // columns and a row for each token. They are needed for `logits` only, and the norm has to be set before.
+  // columns and a row for each token. They are needed for `logits` only, and the norm has to be set before. screen: what
+  // the head is screened with, as in the op screened_linear (both planes then are the head itself).
   void set_ends(std::vector<Tensor> embedding, std::vector<Tensor> embedding_scales, int64_t embedding_bits,
                 std::vector<Tensor> head, std::vector<Tensor> head_scales, Biases head_bias, int64_t head_bits,
-                const optional<Tensor>& head_errors) {
+                const optional<Tensor>& screen, const optional<Tensor>& screen_scales,
+                const optional<Tensor>& screen_errors) {
     TORCH_CHECK_VALUE(norm_.defined(), "set_norm first");
     Biases none;
     none.push_back(optional<Tensor>());
     // nothing changes if one of them doesn't fit
     const Embedding before = embedding_of({embedding, embedding_scales, none, embedding_bits});
-    const Head after = head_of({head, head_scales, head_bias, head_bits}, head_errors);
+    const Head after = head_of({head, head_scales, head_bias, head_bits}, screen, screen_scales, screen_errors);
     embedding_ = before;
     head_ = after;
     end_weights_.clear();
     keep(end_weights_, embedding, embedding_scales, none);
     keep(end_weights_, head, head_scales, head_bias);
-    keep(end_weights_, head_errors);
+    for (const optional<Tensor>& part : {screen, screen_scales, screen_errors}) keep(end_weights_, part);
   }
 
   // Token `id` through all layers: the logits of what comes next, [1, 1, vocabulary], the neurons that each FFN computed,
@@ -228,21 +230,22 @@ class Decoder : public torch::CustomClassHolder {
     return embedding;
   }
 
-  Head head_of(const LayerWeights& given, const optional<Tensor>& errors) const {
+  Head head_of(const LayerWeights& given, const optional<Tensor>& screen, const optional<Tensor>& scales,
+               const optional<Tensor>& errors) const {
     given.check(1);
     Head head;
-    const Tensor& data = given.weights[0];
-    head.screened = data.dim() == 3;
-    if (head.screened) {
-      TORCH_CHECK_VALUE(errors.has_value() && !given.biases.get(0).has_value(),
-                        "a head in planes needs the errors of its high plane, and can't have a bias");
-      head.planes = screened_call(data, given.scales[0], *errors);
-      check_matrix(data.select(0, 0), "head", data.size(1), norm_.numel() / 2);
-      head.rows = data.size(1);
-    } else {
+    head.screened = screen.has_value();
+    if (!head.screened) {
       head.whole = given.weight(0, norm_.numel(), "head");
       head.rows = head.whole.rows;
+      return head;
     }
+    TORCH_CHECK_VALUE(scales.has_value() && errors.has_value() && !given.biases.get(0).has_value(),
+                      "screening needs scales and errors, and a head without a bias");
+    optional<Tensor> whole;
+    if (screen->dim() == 2) whole = given.weights[0];
+    head.planes = screened_call(*screen, *scales, *errors, whole, norm_.numel());
+    head.rows = head.planes.rows;
     return head;
   }
 

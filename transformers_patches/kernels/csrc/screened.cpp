@@ -75,7 +75,8 @@ float depth_of_softmax(const ScreenedCall& call, float error, const int64_t* cou
 // What all threads of a region share; the vectors are the caller's.
 struct Screening {
   const ScreenedCall& call;
-  LinearTask high, low;  // of the planes; high's go to `values`
+  LinearTask high;   // of the high plane, to `values`
+  LinearTask finer;  // of the low plane, or of the whole weight
   const FinePair* fine = nullptr;
   float error = 0.0f;
   float* values = nullptr;  // [rows]
@@ -95,6 +96,7 @@ void prefetch_bytes(const void* data, int64_t bytes) {
 void prefetch_rows(const Screening& screening, const int32_t* rows, int64_t count) {
   const ScreenedCall& call = screening.call;
   const Planes& planes = call.planes;
+  if (planes.low == nullptr) return;  // long rows
   for (int64_t i = 0; i < count; ++i) {
     prefetch_bytes(planes.low + rows[i] * planes.row_bytes, call.hidden / 2);
     prefetch_bytes(planes.scales + rows[i] * planes.row_scales, call.hidden / GROUP * 2);
@@ -106,21 +108,22 @@ void prefetch_rows(const Screening& screening, const int32_t* rows, int64_t coun
 // The outputs of a range: those of at least `least` exactly, all as they go out. Returns how many were.
 int64_t finish_range(const Kernels& kernels, const Screening& screening, Range range, float least) {
   int32_t rows[PIECE];
-  float added[PIECE];
+  float exact[PIECE];
   int64_t count = 0;
   for (int64_t i = range.begin; i < range.end; ++i) {
     rows[count] = int32_t(i);
     count += screening.values[i] >= least;
   }
-  prefetch_rows(screening, rows, count);
   if (count > 0) {
-    LinearTask low = screening.low;
-    low.rows = {0, rows, 0, count};
-    low.out = reinterpret_cast<char*>(added);
-    low.out_stride = PIECE;
-    kernels.linear_quant(low);
-    if (screening.fine != nullptr) kernels.add_fine(screening.call.planes, rows, count, screening.fine, added);
-    for (int64_t i = 0; i < count; ++i) screening.values[rows[i]] += added[i];
+    const bool planes = screening.call.planes.low != nullptr;
+    prefetch_rows(screening, rows, count);
+    LinearTask task = screening.finer;
+    task.rows = {0, rows, 0, count};
+    task.out = reinterpret_cast<char*>(exact);
+    task.out_stride = PIECE;
+    (planes ? kernels.linear_quant : kernels.linear_float)(task);
+    if (screening.fine != nullptr) kernels.add_fine(screening.call.planes, rows, count, screening.fine, exact);
+    for (int64_t i = 0; i < count; ++i) screening.values[rows[i]] = exact[i] + (planes ? screening.values[rows[i]] : 0.0f);
   }
   FinishTask task;
   task.y = screening.values;
@@ -183,21 +186,30 @@ void run_screened(const Kernels& kernels, const ScreenedCall& call, int threads)
                     Scratch::padded(size_t(call.rows) * sizeof(float)));
     const Input x = prepare(kernels, Type::Q4, call.x, call.x_type, token, 1, call.hidden, scratch);
     Screening screening{call};
-    screening.fine = prepare(kernels, Type::Q8, call.x, call.x_type, token, 1, call.hidden, scratch).fine;
     screening.error = error_of(call, x);
     screening.values = scratch.take<float>(call.rows);
-    const auto plane = [&](const char* data, const Input& input) {
+    const auto task_of = [&](Type type, const Matrix& weight, const Input& input) {
       LinearTask task;
-      task.type = Type::Q4;
-      task.weight = {data, call.planes.scales, call.planes.row_bytes, call.planes.row_scales};
+      task.type = type;
+      task.weight = weight;
       task.rows = {call.rows, nullptr, 0, call.rows};
       task.x = input;
       task.out = reinterpret_cast<char*>(screening.values);
       task.out_stride = call.rows;
       return task;
     };
-    screening.high = plane(call.planes.high, with_offset(x, HIGH_UNIT, 8.0f - LOW_MIDDLE / HIGH_UNIT, scratch));
-    screening.low = plane(call.planes.low, with_offset(x, 1.0f, LOW_MIDDLE, scratch));
+    const auto plane = [&](const char* data) {
+      return Matrix{data, call.planes.scales, call.planes.row_bytes, call.planes.row_scales};
+    };
+    const float high_offset = 8.0f - LOW_MIDDLE / HIGH_UNIT;
+    screening.high = task_of(Type::Q4, plane(call.planes.high), with_offset(x, HIGH_UNIT, high_offset, scratch));
+    if (call.planes.low != nullptr) {
+      screening.finer = task_of(Type::Q4, plane(call.planes.low), with_offset(x, 1.0f, LOW_MIDDLE, scratch));
+      screening.fine = prepare(kernels, Type::Q8, call.x, call.x_type, token, 1, call.hidden, scratch).fine;
+    } else {
+      screening.finer = task_of(call.whole_type, call.whole,
+                                prepare(kernels, call.whole_type, call.x, call.x_type, token, 1, call.hidden, scratch));
+    }
     screening.out = call.out + token * call.rows * element_size(call.x_type);
     screening.tops.assign(size_t(useful), -INFINITY);
     screening.counts.assign(size_t(useful) * BANDS, 0);

@@ -8,7 +8,9 @@ namespace partinfer {
 
 // x [tokens, hidden] -> out [tokens, rows] of x's type.
 struct ScreenedCall {
-  Planes planes;                   // the exact weight; its high plane is the coarse one
+  Planes planes;                   // the high plane is the coarse weight; both are the exact one,
+  Matrix whole;                    // unless this is it, in one of the float types
+  Type whole_type = Type::F32;
   const float* errors = nullptr;   // [hidden / 32]: mean square error of the coarse weights in a group of columns
   // Above 0: only so many of the largest outputs have to be right. Else the softmax of all of them divided by the
   // temperature, up to `tolerance`: the KL divergence from the exact one, in nats, that is expected from `errors`.

@@ -1,7 +1,7 @@
-"""Products with 8-bit weights in two planes of 4 bits that read the second plane only where it matters.
+"""Products with large weights that read most of them roughly: the high 4 of 8 bits, and all of it only where it matters.
 
-A model's output projection gives as many logits as there are tokens, of which few matter. The high plane alone is a weight of
-4 bits: it says which logits may be large, and those are computed with both planes. The idea is that of SVD-softmax
+A model's output projection gives as many logits as there are tokens, of which few matter. The high plane of an 8-bit weight
+is a weight of 4 bits: it says which logits may be large, and those are computed with the weight itself. The idea is that of SVD-softmax
 (Shim et al., NeurIPS 2017), with bits in the place of singular values.
 """
 
@@ -41,28 +41,39 @@ class Needed:
 SOFTMAX = Needed()
 
 
-def coarse(weight: QuantizedTensor) -> Tensor:
-    """What the high plane alone stands for: float32 [rows, columns]."""
-    high = QuantizedTensor(weight.data[0], weight.scales, 4)
-    return 16 * dequantize(high) + LOW_MIDDLE * weight.scales.float().repeat_interleave(GROUP, dim=1)
+@dataclass(frozen=True)
+class Screen:
+    """What a weight [V, H] is screened with: the high plane of its 8-bit values.
 
-
-def coarse_errors(weight: QuantizedTensor) -> Tensor:
-    """float32 [columns / 32]: the mean square error of the high plane's weights in each group of columns.
-
-    Low nibbles are taken as evenly spread.
+    data: uint8 [V, H / 2], or both planes [2, V, H / 2]; scales: float16 [V, H / 32], of 8 bits; errors: float32 [H / 32],
+    the mean square error of the high plane's weights in each group of columns.
     """
-    total = torch.zeros(weight.scales.shape[1], dtype=torch.float64, device=weight.device)
-    for scales in weight.scales.split(2**16):
-        total += scales.double().square_().sum(0)
-    return (total * (LOW_VARIANCE / max(1, len(weight)))).float()
+
+    data: Tensor
+    scales: Tensor
+    errors: Tensor
+
+    @classmethod
+    def of(cls, weight: QuantizedTensor) -> Screen:
+        """weight: in planes, or its high plane alone as if it were a weight of 4 bits. Low nibbles are taken as evenly spread."""
+        total = torch.zeros(weight.scales.shape[1], dtype=torch.float64, device=weight.device)
+        for scales in weight.scales.split(2**16):
+            total += scales.double().square_().sum(0)
+        return cls(weight.data, weight.scales, (total * (LOW_VARIANCE / max(1, len(weight)))).float())
+
+    def coarse(self) -> Tensor:
+        """What the high plane alone stands for: float32 [V, H]."""
+        high = QuantizedTensor(self.data if self.data.ndim == 2 else self.data[0], self.scales, 4)
+        return 16 * dequantize(high) + LOW_MIDDLE * self.scales.float().repeat_interleave(GROUP, dim=1)
 
 
-def screened_linear(x: Tensor, weight: QuantizedTensor, errors: Tensor, needed: Needed) -> tuple[Tensor, Tensor]:
+def screened_linear(
+    x: Tensor, weight: Tensor | QuantizedTensor, screen: Screen, needed: Needed
+) -> tuple[Tensor, Tensor]:
     """See transformers_patches.kernels.screened_linear."""
-    exact = x.float() @ dequantize(weight).T
-    rough = x.float() @ coarse(weight).T
-    error = (x.float().unflatten(-1, (-1, GROUP)).square().sum(-1) * errors).sum(-1)
+    exact = x.float() @ (dequantize(weight) if isinstance(weight, QuantizedTensor) else weight.float()).T
+    rough = x.float() @ screen.coarse().T
+    error = (x.float().unflatten(-1, (-1, GROUP)).square().sum(-1) * screen.errors).sum(-1)
     rows = rough.flatten(0, -2)
     depth = torch.tensor([_depth(row, float(e), needed) for row, e in zip(rows, error.flatten(), strict=True)])
     chosen = rows >= rows.amax(-1, keepdim=True) - depth[:, None]

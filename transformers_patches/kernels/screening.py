@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers_patches.kernels.quantization import GROUP, QuantizedTensor, dequantize
 
 LOW_MIDDLE, LOW_VARIANCE = 7.5, 255 / 12  # of low nibbles, which are 0 … 15: what the high plane alone takes them for
-DEVIATIONS = 8.0
+DEVIATIONS, DEVIATIONS_OF_SEVERAL = 8.0, 4.0
 LEVELS = [2.0 + 0.75 * k for k in range(24)]  # below the largest logit
 
 
@@ -87,7 +87,8 @@ def _depth(logits: Tensor, error: float, needed: Needed) -> float:
     counts = [int((below <= level).sum()) for level in LEVELS]
     if needed.largest:
         level = next((level for level, n in zip(LEVELS, counts, strict=True) if n >= needed.largest), LEVELS[-1])
-        return (level if needed.largest > 1 else 0.0) + DEVIATIONS * math.sqrt(error)
+        below = DEVIATIONS if needed.largest == 1 else DEVIATIONS_OF_SEVERAL
+        return (0.0 if needed.largest == 1 else level) + below * math.sqrt(error)
     step = LEVELS[1] - LEVELS[0]
     middles = [LEVELS[0] / 2, *(level - step / 2 for level in LEVELS[1:]), LEVELS[-1] + step / 2]
     mass = [

@@ -20,6 +20,24 @@ inline void dot_group(bool run, const RowRef* rows, const RowRef* next, const In
   Products::template dot<DOT_ROWS, T>(rows, next, x, first, products);
 }
 
+// Neighbouring outputs of one token.
+template <class Out>
+inline void store_values(char* out, int64_t first, const float* values, int64_t count) {
+  Out* place = reinterpret_cast<Out*>(out) + first;
+  for (int64_t i = 0; i < count; i += LANES) store_part(place + i, load_part(values + i, count - i), count - i);
+}
+
+inline void store_values(char* out, Type type, int64_t first, const float* values, int64_t count) {
+  switch (type) {
+    case Type::BF16:
+      return store_values<bf16_t>(out, first, values, count);
+    case Type::F16:
+      return store_values<f16_t>(out, first, values, count);
+    default:
+      return store_values<float>(out, first, values, count);
+  }
+}
+
 template <class Products>
 struct LinearGroup {
   const LinearTask& task;
@@ -30,6 +48,10 @@ struct LinearGroup {
     float products[DOT_ROWS][T];
     dot_group<Products, T>(one_run(task.rows), rows, next, task.x, first, products);
     const int64_t count = smaller(DOT_ROWS, task.rows.end - position);
+    if constexpr (T == 1) {
+      if (task.bias.data == nullptr)
+        return store_values(task.out, task.out_type, first * task.out_stride + position, products[0], count);
+    }
     for (int64_t i = 0; i < count; ++i) {
       const float bias = task.bias.data == nullptr ? 0.0f : element(task.bias, row_number(task.rows, position + i));
       for (int64_t t = 0; t < T; ++t)

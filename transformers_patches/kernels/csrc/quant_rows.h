@@ -207,6 +207,31 @@ inline void dot_block4(const RowRef* rows, const RowRef* next, int64_t past, con
   }
 }
 
+// The first 16 groups of R rows of a run of 4-bit weights · a token, whose input stays in registers from row to row.
+template <int R>
+inline void dot_first_block4(const RowRef* rows, const Input& x, int64_t token, F (&acc)[R]) {
+  const char* xq = reinterpret_cast<const char*>(x.q + token * x.q_stride);
+  I8 low[4], high[4];
+  PARTINFER_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    low[k] = load_once(xq + k * BYTES);
+    high[k] = load_once(xq + x.hidden / 2 + k * BYTES);
+  }
+  const F scales = load(x.scales + token * x.scale_stride), corrections = load(x.corrections + token * x.scale_stride);
+  for (int r = 0; r < R; ++r) {
+    I32 sums[4];
+    PARTINFER_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      prefetch(rows[r].data + RUN_AHEAD + k * BYTES);
+      I8 w[2];
+      unpack<4>(load_once(rows[r].data + k * BYTES), w);
+      sums[k] = dot_u4(dot_u4(load_i32(NO_SUM), w[0], low[k]), w[1], high[k]);
+    }
+    const F own = load(reinterpret_cast<const f16_t*>(rows[r].scales));
+    acc[r] = mul(own, fma(to_float(sum_groups(sums)), scales, corrections));
+  }
+}
+
 // out[r][t] += the last two groups of eight rows · x[first + t]: together they are as many as a block.
 template <int T>
 inline void dot_last_pairs4(const RowRef* rows, const Input& x, int64_t first, int64_t g, float (*out)[T]) {
@@ -232,6 +257,19 @@ inline void dot_last_pairs4(const RowRef* rows, const Input& x, int64_t first, i
   }
 }
 
+// out[r] = rows[r] · a token for rows of a run that have 16 groups, or (pairs) 18.
+template <int R>
+inline void dot_short_rows4(const RowRef* rows, const Input& x, int64_t token, bool pairs, float (*out)[1]) {
+  F acc[R];
+  dot_first_block4<R>(rows, x, token, acc);
+  sums(acc, out[0]);
+  if constexpr (R == 8) {
+    if (!pairs) return;
+    for (int r = 0; r < R; ++r) prefetch(rows[r].data + RUN_AHEAD + SCALE_BLOCK * Packing<4>::GROUP_BYTES);
+    dot_last_pairs4<1>(rows, x, token, SCALE_BLOCK, out);
+  }
+}
+
 // Columns up to which 4-bit rows of a run are read one after the other; of longer ones four together were faster.
 constexpr int64_t LONGEST_ROW_ALONE = 4096;
 
@@ -243,6 +281,10 @@ inline void dot_rows4(const RowRef* rows, const RowRef* next, const Input& x, in
   const int64_t groups = x.hidden / GROUP, whole = groups / SCALE_BLOCK * SCALE_BLOCK;
   const bool pairs = R == 8 && groups - whole == 2;
   F all[R][T];
+  if constexpr (RUN && T == 1) {
+    if (whole == SCALE_BLOCK && (pairs || whole == groups))
+      return dot_short_rows4<R>(rows, x, first, pairs, out);
+  }
   for (int r = 0; r < R; r += ROWS) {
     const RowRef* ahead = RUN ? rows + r : next + r;
     F acc[ROWS][T];

@@ -17,9 +17,11 @@ constexpr int64_t PIECE = 4 * COLUMN_BLOCK;  // outputs that a thread takes at o
 // weight = 16 (high - 8) + low = 16 (high - 8 + 7.5 / 16) + (low - 7.5).
 constexpr float LOW_MIDDLE = 7.5f, HIGH_UNIT = 16.0f;
 
-// Where only the largest outputs matter, so many standard deviations of an output's error below them are computed again.
-// For a mistake two errors would have to differ by as much: 5.7 standard deviations of a difference.
+// Where only the largest output matters, what is less than so many standard deviations of an output's error below it is
+// computed again. For a mistake two errors would have to differ by as much: 5.7 standard deviations of a difference.
 constexpr float DEVIATIONS = 8.0f;
+// The same below the k-th of several: there only the least likely of them could be taken for another.
+constexpr float DEVIATIONS_OF_SEVERAL = 4.0f;
 
 // The input of a 4-bit weight of unit * (nibble - offset), from that of one of nibble - 8.
 Input with_offset(const Input& x, float unit, float offset, Scratch& scratch) {
@@ -53,7 +55,7 @@ float end_of(int band) { return FIRST_BAND + BAND * float(band); }
 float depth_of_largest(int64_t wanted, float error, const int64_t* counts) {
   int band = 0;
   for (int64_t found = counts[0]; found < wanted && band < BANDS - 1; found += counts[++band]) {}
-  return (wanted > 1 ? end_of(band) : 0.0f) + DEVIATIONS * std::sqrt(error);
+  return wanted == 1 ? DEVIATIONS * std::sqrt(error) : end_of(band) + DEVIATIONS_OF_SEVERAL * std::sqrt(error);
 }
 
 // The same where it is about the softmax. An output with an error of variance v makes its probability wrong by a factor

@@ -126,16 +126,13 @@ def _needed(config: GenerationConfig, processors: LogitsProcessorList) -> Needed
     """Which logits a token is chosen from: the largest one, the k largest, those with most of the mass, or all of them."""
     if not config.do_sample:
         return Needed(largest=1) if not processors else SOFTMAX
-    temperature = 1.0
-    for processor in processors:
-        if isinstance(processor, TemperatureLogitsWarper):
-            temperature *= processor.temperature
-        elif isinstance(processor, TopKLogitsWarper):
-            return Needed(largest=processor.top_k)
-        elif isinstance(processor, TopPLogitsWarper):
-            return Needed(tolerance=NUCLEUS_TOLERANCE, temperature=temperature)
-        else:  # others may move logits past each other
-            return SOFTMAX
+    temperature = math.prod(p.temperature for p in processors if isinstance(p, TemperatureLogitsWarper))
+    others = (p for p in processors if not isinstance(p, TemperatureLogitsWarper))
+    first = next(others, None)  # any but these two may move logits past each other
+    if isinstance(first, TopKLogitsWarper):
+        return Needed(largest=first.top_k)
+    if isinstance(first, TopPLogitsWarper):
+        return Needed(tolerance=NUCLEUS_TOLERANCE, temperature=temperature)
     return Needed(temperature=temperature)
 
 

@@ -192,6 +192,7 @@ def needed(**options) -> Needed:
             Needed(tolerance=NUCLEUS_TOLERANCE, temperature=2.0),
         ),
         ({"do_sample": True, "top_k": 40, "repetition_penalty": 1.2}, SOFTMAX),
+        ({"do_sample": True, "repetition_penalty": 1.2, "temperature": 1.5}, Needed(temperature=1.5)),
         ({"do_sample": True, "top_k": 0}, SOFTMAX),
     ],
     ids=str,

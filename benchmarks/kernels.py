@@ -44,7 +44,8 @@ class Measured:
     layers: int
     seconds: list[float]
 
-    def report(self, probe: float, default: float | None) -> dict[str, object]:
+    def report(self, probes: list[float], default: float | None) -> dict[str, object]:
+        """probes: bytes per second that memory gave in each round, which may change between rounds."""
         median = statistics.median(self.seconds)
         return {
             "shape": self.shape,
@@ -52,7 +53,9 @@ class Measured:
             "median_ms": median * 1e3,
             "best_ms": min(self.seconds) * 1e3,
             "gigabytes_per_second": self.nbytes / median / 1e9,
-            "share_of_probe": self.nbytes / median / probe,
+            "share_of_probe": statistics.median(
+                self.nbytes / seconds / probe for seconds, probe in zip(self.seconds, probes, strict=True)
+            ),
             "times_torch_default": default / median if default else None,
         }
 
@@ -248,10 +251,14 @@ def main() -> int:
             chosen = [path for path in paths if not options.only or options.only in path.path]
             if not chosen:
                 continue
-            probe = statistics.median(measure(chosen, options.rounds, options.calls))
+            probes = measure(chosen, options.rounds, options.calls)
+            probe = statistics.median(probes)
             default = next((statistics.median(p.seconds) for p in chosen if p.path.endswith("default")), None)
-            new = [path.report(probe, default) for path in chosen]
-            print(f"\nprobe {probe / 1e9:.1f} GB/s\n{table(new)}", flush=True)
+            new = [path.report(probes, default) for path in chosen]
+            print(
+                f"\nprobe {probe / 1e9:.1f} GB/s ({min(probes) / 1e9:.1f} to {max(probes) / 1e9:.1f})\n{table(new)}",
+                flush=True,
+            )
             rows += [{**row, "probe_gigabytes_per_second": probe / 1e9} for row in new]
     if options.json:
         options.json.write_text(json.dumps({"rows": rows}, indent=1))

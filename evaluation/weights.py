@@ -14,7 +14,7 @@ def weight_counts(loaded: LoadedModel) -> dict:
     read since the counters were reset; loaded_fraction: share of those layers' neurons that is in memory;
     weight_bytes_read, weight_bytes_dense: read from disk, and what the whole checkpoint holds; bytes_per_token: weight
     bytes read for one token, in the resident type (an input embedding that is not also the output is one row, so
-    not counted).
+    not counted; of a screened head what decoded tokens read on average).
     """
     layers = loaded.state.layers
     return {

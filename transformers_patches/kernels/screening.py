@@ -87,8 +87,9 @@ def _depth(logits: Tensor, error: float, needed: Needed) -> float:
     counts = [int((below <= level).sum()) for level in LEVELS]
     if needed.largest:
         level = next((level for level, n in zip(LEVELS, counts, strict=True) if n >= needed.largest), LEVELS[-1])
-        below = DEVIATIONS if needed.largest == 1 else DEVIATIONS_OF_SEVERAL
-        return (0.0 if needed.largest == 1 else level) + below * math.sqrt(error)
+        if needed.largest == 1:
+            return DEVIATIONS * math.sqrt(error)
+        return level + DEVIATIONS_OF_SEVERAL * math.sqrt(error)
     step = LEVELS[1] - LEVELS[0]
     middles = [LEVELS[0] / 2, *(level - step / 2 for level in LEVELS[1:]), LEVELS[-1] + step / 2]
     mass = [

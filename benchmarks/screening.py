@@ -21,7 +21,8 @@ from evaluation.models import find_model  # noqa: E402
 from evaluation.tables import markdown_table  # noqa: E402
 from transformers_patches import kernels  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
-from transformers_patches.kernels import Needed  # noqa: E402
+from transformers_patches.decoding_loop import NUCLEUS_TOLERANCE  # noqa: E402
+from transformers_patches.kernels import SOFTMAX, Needed  # noqa: E402
 from transformers_patches.loading import load_model  # noqa: E402
 from transformers_patches.model_files import load_tokenizer  # noqa: E402
 from transformers_patches.screened_head import ScreenedHead  # noqa: E402
@@ -31,8 +32,8 @@ WINDOW, CONTEXT = 512, 128  # tokens that are read together, and those of them t
 NEEDED = {
     "the largest (greedy)": Needed(largest=1),
     "the 50 largest (top-k)": Needed(largest=50),
-    "softmax, 0.005 nats (top-p)": Needed(tolerance=5e-3),
-    "softmax, 0.001 nats": Needed(),
+    "softmax, 0.005 nats (top-p)": Needed(tolerance=NUCLEUS_TOLERANCE),
+    "softmax, 0.001 nats": SOFTMAX,
 }
 
 
@@ -51,18 +52,17 @@ class Row:
 def hidden_states(model, ids: Tensor, positions: int) -> Tensor:
     """What the head gets at `positions` places that are spread over the text: [positions, H]."""
     found = []
-    starts = range(0, len(ids) - WINDOW, WINDOW)
-    needed = -(-positions // (WINDOW - CONTEXT)) * 4
-    for start in tqdm(starts[: min(len(starts), needed)], desc="hidden states", leave=False):
+    windows = 4 * -(-positions // (WINDOW - CONTEXT))
+    for start in tqdm(range(0, len(ids) - WINDOW, WINDOW)[:windows], desc="hidden states", leave=False):
         with torch.inference_mode():
             found.append(model.model(ids[None, start : start + WINDOW]).last_hidden_state[0, CONTEXT:])
     states = torch.cat(found)
     return states[torch.linspace(0, len(states) - 1, positions).long()]
 
 
-def measure(head: ScreenedHead, states: Tensor, name: str) -> Row:
+def measure(head: ScreenedHead, whole: kernels.Weight, states: Tensor, name: str) -> Row:
     """Both products of every position, in turn, from memory: what they read is pushed out of the caches in between."""
-    other, whole = torch.empty(2**26, dtype=torch.uint8), _whole(head)
+    other = torch.empty(2**26, dtype=torch.uint8)
     seconds, whole_seconds, exact, divergence, wrong = [], [], [], [], 0
     for x in tqdm(states.split(1), desc=name, leave=False):
         other.add_(1)
@@ -81,7 +81,7 @@ def measure(head: ScreenedHead, states: Tensor, name: str) -> Row:
     return Row(name, statistics.mean(exact), statistics.mean(divergence), wrong, *micro)
 
 
-def _whole(head: ScreenedHead) -> kernels.Weight:
+def whole_weight(head: ScreenedHead) -> kernels.Weight:
     """The head's weight as other layers have it, in huge pages."""
     if head.high is not None:
         return head.packed
@@ -111,8 +111,10 @@ def main() -> int:
         loaded = load_model(folder, PartInferConfig(method="dense", dtype=dtype, device="cpu", screen_head="on"))
         states = hidden_states(loaded.model, ids, options.positions)
         head = loaded.model.get_output_embeddings()
+        whole = whole_weight(head)
         rows += [
-            {"dtype": dtype, "vocabulary": head.out_features} | asdict(measure(head, states, name)) for name in NEEDED
+            {"dtype": dtype, "vocabulary": head.out_features} | asdict(measure(head, whole, states, name))
+            for name in NEEDED
         ]
     shown = [
         {

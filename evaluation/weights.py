@@ -32,13 +32,12 @@ def weight_counts(loaded: LoadedModel) -> dict:
 def _bytes_per_token(loaded: LoadedModel) -> int:
     model = loaded.model
     total = loaded.report.bytes_resident
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if embedding is not head:
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if embedding is not head.weight:
         total -= embedding.nbytes
     skipped = sum(layer.row_bytes * (1 - _read_share(layer)) for layer in loaded.state.layers)
-    output = model.get_output_embeddings()
-    if isinstance(output, ScreenedHead):
-        skipped += output.unread_bytes()
+    if isinstance(head, ScreenedHead):
+        skipped += head.unread_bytes()
     return round(total - skipped)
 
 

@@ -39,7 +39,7 @@ from transformers_patches.quantized import (
     weight_places,
 )
 from transformers_patches.resolve import find_fit, resolve_settings
-from transformers_patches.screened_head import ScreenedHead, can_be_in_planes, screen_head
+from transformers_patches.screened_head import ScreenedHead, can_be_screened, screen_head
 from transformers_patches.sparse_ffn import SparseFFN
 from transformers_patches.weight_memory import WeightMemory, give_back_freed
 from transformers_patches.weight_source import Source, WeightSource
@@ -191,7 +191,7 @@ def load_from(
     if bits is not None:
         head_bits = HEAD_BITS if settings.head_dtype == "auto" else int(settings.head_dtype.removeprefix("int"))
         in_planes = native and settings.screen_head != "off" and head_bits == 8
-        in_planes &= can_be_in_planes(model.get_output_embeddings())
+        in_planes &= can_be_screened(model.get_output_embeddings())
         quantize_modules(model, bits, head_bits, dtype, native=native, head_in_planes=in_planes)
     memory = WeightMemory(huge_pages=native)
     _stream_weights(

@@ -17,7 +17,7 @@ from transformers_patches.families import ffn_spec
 from transformers_patches.fast_linear import FastLinear
 from transformers_patches.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.phase import DECODE
-from transformers_patches.quantized import QuantizedEmbedding, QuantizedLinear
+from transformers_patches.quantized import QuantizedEmbedding, QuantizedLinear, weight_of
 from transformers_patches.screened_head import ScreenedHead
 from transformers_patches.sparse_ffn import KERNEL_ACTIVATIONS, SparseFFN
 
@@ -290,11 +290,8 @@ def _attention_of(layer: nn.Module, config) -> kernels.AttentionLayer | None:
 
 def _weight(linear: nn.Module):
     """(weight, bias) of a linear layer that the kernels take, or None."""
-    if isinstance(linear, ScreenedHead):
-        return linear.packed, None
-    if isinstance(linear, QuantizedLinear):
-        return linear.weight.packed, linear.bias
-    return (linear.weight, linear.bias) if isinstance(linear, FastLinear) else None
+    known = isinstance(linear, (FastLinear, QuantizedLinear, ScreenedHead))
+    return (weight_of(linear.weight), linear.bias) if known else None
 
 
 def _rows(embedding: nn.Module):

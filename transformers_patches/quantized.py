@@ -94,9 +94,9 @@ def quantize_modules(
 ) -> None:
     """Put quantised modules, still without memory, in place of a meta model's nn.Linears, embeddings and head.
 
-    bits: of the linears; head_bits: of embeddings and head. Tied ones stay tied. head_in_planes: as screening wants a
-    head of 8 bits. Weights whose columns are no
-    multiple of 32 stay floats; PartInferError if that is so for the hidden size.
+    bits: of the linears; head_bits: of embeddings and head, which stay tied if they are; head_in_planes: as screening
+    wants a head of 8 bits. Weights whose columns are no multiple of 32 stay floats; PartInferError if that is so for the
+    hidden size.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config.hidden_size % GROUP:

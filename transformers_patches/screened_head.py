@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers_patches import kernels
 from transformers_patches.fast_linear import FastLinear
 from transformers_patches.kernels import GROUP, QuantizedTensor
-from transformers_patches.quantized import FEW_TOKENS, QuantizedLinear, QuantizedWeight
+from transformers_patches.quantized import FEW_TOKENS, QuantizedLinear, QuantizedWeight, weight_of
 from transformers_patches.weight_memory import WeightMemory
 from transformers_patches.weight_source import pieces
 
@@ -30,21 +30,27 @@ class ScreenedHead(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.high = linear.weight, None, high
         self._whole = linear.forward
-        self._screen: tuple[QuantizedTensor, kernels.Screen] | None = None
+        first = self._first_plane
+        self._screen = first, kernels.Screen.of(first)  # a pass over all scales: here, not with the first token
         self.reset_counters()
 
     @property
     def packed(self) -> torch.Tensor | QuantizedTensor:
         """The weight as the kernels take it."""
-        return self.weight.packed if isinstance(self.weight, QuantizedWeight) else self.weight
+        return weight_of(self.weight)
 
     @property
     def screen(self) -> kernels.Screen:
         """What the weight is screened with."""
-        first = (self.high or self.weight).packed
-        if self._screen is None or self._screen[0] is not first:
+        first = self._first_plane
+        if self._screen[0] is not first:  # another weight by now
             self._screen = first, kernels.Screen.of(first)
         return self._screen[1]
+
+    @property
+    def _first_plane(self) -> QuantizedTensor:
+        """What holds the high plane."""
+        return (self.high or self.weight).packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 3 or x.shape[1] != 1 or len(x) > FEW_TOKENS:
@@ -68,9 +74,9 @@ class ScreenedHead(nn.Module):
         return refining * (1 - self.exact / (self.tokens * self.out_features))
 
 
-def can_be_in_planes(head: nn.Linear) -> bool:
-    """Whether the model's head, quantised to 8 bits, can be screened."""
-    return head.bias is None
+def can_be_screened(head: nn.Linear) -> bool:
+    """Whether a model's head is one that screening is made for; with 8 bits it is then to be in planes."""
+    return head.bias is None and head.in_features % GROUP == 0
 
 
 def screen_head(model: PreTrainedModel, *, float_too: bool, memory: WeightMemory) -> None:
@@ -81,7 +87,7 @@ def screen_head(model: PreTrainedModel, *, float_too: bool, memory: WeightMemory
     head = model.get_output_embeddings()
     if isinstance(head, QuantizedLinear) and head.weight.packed.in_planes:
         model.set_output_embeddings(ScreenedHead(head, None))
-    elif float_too and isinstance(head, FastLinear) and head.bias is None and head.in_features % GROUP == 0:
+    elif float_too and isinstance(head, FastLinear) and can_be_screened(head):
         model.set_output_embeddings(ScreenedHead(head, _high_plane(head.weight.detach(), memory)))
 
 

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_patches.kernels import SOFTMAX, Needed
 from transformers_patches.kv_cache import GrowingCache
-from transformers_patches.one_token import OneTokenPass
+from transformers_patches.one_token import OneTokenPass, one_token_pass
 from transformers_patches.phase import RequestState
 
 # Of top-p sampling, in nats: what stays rough are the least likely tokens, which it leaves out
@@ -44,10 +44,10 @@ def one_sequence_loop(
 
     config, streamer, batch, options: of the call to come; options: its other arguments.
     """
-    step = getattr(getattr(model, "model", None), "forward", None)
+    step = one_token_pass(model)
     fits = (
         batch == 1
-        and isinstance(step, OneTokenPass)
+        and step is not None
         and set(options) <= {"stopping_criteria"}
         and _only_samples(_with_defaults(config, model.generation_config))
         and not model._forward_hooks

@@ -7,39 +7,47 @@ everything that somebody watches with a hook, goes through transformers' own for
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformers_patches import kernels
-from transformers_patches.families import ffn_spec
-from transformers_patches.fast_linear import FastLinear
+from transformers_patches.decoder_parts import (
+    DECODERS,
+    DecoderSpec,
+    LayerParts,
+    linear_of,
+    norm_of,
+    rows_of,
+)
 from transformers_patches.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.phase import DECODE
-from transformers_patches.quantized import QuantizedEmbedding, QuantizedLinear, weight_of
+from transformers_patches.positions import LearnedPositions, RotaryTable
 from transformers_patches.screened_head import ScreenedHead
-from transformers_patches.sparse_ffn import KERNEL_ACTIVATIONS, SparseFFN
-
-# Decoder layers of these families are: norm, attention with rotary embeddings, residual, norm, gated FFN, residual.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def speed_up_one_token(model: PreTrainedModel) -> bool:
     """Let a causal language model's decoder take passes over one token natively; False for a family it isn't made for."""
-    if model.config.model_type not in FAMILIES:
+    spec = DECODERS.get(model.config.model_type)
+    if spec is None or not spec.knows(model):
         return False
-    step = OneTokenPass(model.model, model.lm_head)
+    step = OneTokenPass(model, spec)
     if not all(layer.usable for layer in step.layers):
         return False
-    model.model.forward = step
+    step.decoder.forward = step
     return True
+
+
+def one_token_pass(model: PreTrainedModel) -> OneTokenPass | None:
+    """What `speed_up_one_token` gave the model, if it did."""
+    spec = DECODERS.get(model.config.model_type)
+    step = None if spec is None else model.get_submodule(spec.decoder).forward
+    return step if isinstance(step, OneTokenPass) else None
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache, of the kind that the model's decoder is fastest with."""
-    step = getattr(getattr(model, "model", None), "forward", None)
-    return GrowingCache() if isinstance(step, OneTokenPass) else DynamicCache()
+    return DynamicCache() if one_token_pass(model) is None else GrowingCache()
 
 
 class OneTokenPass:
@@ -49,18 +57,16 @@ class OneTokenPass:
     operation for attention and their own FFN module.
     """
 
-    def __init__(self, decoder: nn.Module, head: nn.Module) -> None:
-        self.decoder, self.head, self.original = decoder, head, decoder.forward
-        self.layers = [_Layer(layer, decoder.config) for layer in decoder.layers]
-        modules = [
-            decoder,
-            decoder.embed_tokens,
-            head,
-            *(module for layer in decoder.layers for module in layer.modules()),
-        ]
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    def __init__(self, model: PreTrainedModel, spec: DecoderSpec) -> None:
+        decoder = model.get_submodule(spec.decoder)
+        self.decoder, self.head, self.original = decoder, model.lm_head, decoder.forward
+        self.layers = [LayerParts(layer, spec, decoder.config) for layer in decoder.layers]
+        self.norm = norm_of(getattr(decoder, spec.last_norm))
+        hooked = [*decoder.modules(), self.head]
+        self.hooks = [hooks for m in hooked for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.unwatched_until = -1  # the number of the next hook in PyTorch when there was none here
-        self.rotary = RotaryTable(decoder.rotary_emb)
+        learned = spec.learned_positions and getattr(decoder, spec.learned_positions)
+        self.positions = RotaryTable(decoder.rotary_emb) if learned is None else LearnedPositions(learned)
         self.native: kernels.Decoder | None = None
         self.has_ends = False  # whether `native` knows embeddings and head
         self.runs: list[range] = []  # of layers in one call; in between, layers of one
@@ -115,10 +121,11 @@ class OneTokenPass:
 
     def advance(self, ids: torch.Tensor, cache: GrowingCache, positions: torch.Tensor | None = None) -> torch.Tensor:
         """One token, ids [1, 1], after those of the cache, which it joins; the decoder's output [1, 1, H]."""
-        decoder = self.decoder
         position = cache.layers[0].length if positions is None else int(positions)
-        x = decoder.embed_tokens(ids)  # [1, 1, H]
-        turns = self.rotary.at(x, position)
+        x = self.decoder.embed_tokens(ids)  # [1, 1, H]
+        place = self.positions.embedding(position)
+        x = x if place is None else x + place
+        turns = self.positions.turns(x, position)
         self._follow_choices(x)
         delta = None
         for run in self.runs:
@@ -129,7 +136,7 @@ class OneTokenPass:
                 x, normed = layer.attend(x, delta, *turns, cache.layers[run.start])
                 delta = layer.ffn(normed)
         if not self.layers[-1].native:
-            delta = kernels.add_norm(x, delta, decoder.norm.weight, decoder.norm.variance_epsilon)
+            delta = kernels.add_norm(x, delta, *self.norm)
         return delta
 
     def _run(self, run: range, x, delta, turns, cache: GrowingCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,14 +151,14 @@ class OneTokenPass:
 
         needed: which logits have to be right, where the head can tell them apart.
         """
-        like = self.decoder.norm.weight[None, None]
+        like = self.norm[0][None, None]
         self._follow_choices(like)
         if not self.has_ends or len(self.runs) > 1 or not self.layers[0].native:
             return self.head(self.advance(ids, cache))
         run, length = self.runs[0], cache.layers[0].length
         room = cache.room_for_one(run)
-        turns = self.rotary.at(like, length)
-        logits, computed, exact = self.native.logits(int(ids), *turns, room.keys, room.values, length, needed)
+        place, turns = self.positions.embedding(length), self.positions.turns(like, length)
+        logits, computed, exact = self.native.logits(int(ids), place, *turns, room.keys, room.values, length, needed)
         self._count(run, cache.layers, computed)
         if isinstance(self.head, ScreenedHead):
             self.head.count(1, exact)
@@ -189,13 +196,12 @@ class OneTokenPass:
         native = kernels.Decoder()
         for number, layer in enumerate(self.layers):
             native.add_layer(layer.attention, layer.head_size)
-            if layer.dense is not None and layer.activation is not None:
+            if layer.dense is not None:
                 native.set_whole(number, layer.dense, layer.activation)
                 layer.native = True
-        native.set_norm(self.decoder.norm.weight.detach(), self.decoder.norm.variance_epsilon)
-        embedding, head = (
-            kernels.Projections.of([weight]) for weight in (_rows(self.decoder.embed_tokens), _weight(self.head))
-        )
+        native.set_norm(*self.norm)
+        ends = (rows_of(self.decoder.embed_tokens), linear_of(self.head))
+        embedding, head = (kernels.Projections.of([weight]) for weight in ends)
         self.has_ends = embedding is not None and head is not None
         if self.has_ends:
             native.set_ends(embedding, head, self.head.screen if isinstance(self.head, ScreenedHead) else None)
@@ -211,91 +217,3 @@ def _runs(native: list[bool]) -> list[range]:
         else:
             runs.append(range(number, number + 1))
     return runs
-
-
-class RotaryTable:
-    """The rotary embedding's cosines and sines, kept for blocks of positions where they don't depend on the length."""
-
-    STATIC = ("default", "linear", "llama3", "yarn")
-    BLOCK = 256
-
-    def __init__(self, rotary: nn.Module) -> None:
-        self.rotary = rotary
-        self.static = getattr(rotary, "rope_type", None) in self.STATIC
-        self.blocks: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def at(self, x: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[1, 1, D] each, of x's type."""
-        if not self.static:
-            return self.rotary(x, torch.tensor([[position]]))
-        number, place = divmod(position, self.BLOCK)
-        if (number, x.dtype) not in self.blocks:
-            start = number * self.BLOCK
-            self.blocks[number, x.dtype] = self.rotary(x, torch.arange(start, start + self.BLOCK)[None])
-        return tuple(part[:, place : place + 1] for part in self.blocks[number, x.dtype])
-
-
-class _Layer:
-    """What a decoder layer's operations take, looked up once."""
-
-    def __init__(self, layer: nn.Module, config) -> None:
-        self.attention = _attention_of(layer, config)
-        self.head_size = layer.self_attn.head_dim
-        self.mlp, self.dense = layer.mlp, None
-        self.sparse = layer.mlp if isinstance(layer.mlp, SparseFFN) else None
-        self.native = False  # whether the native decoder knows the layer's FFN
-        if hasattr(layer.mlp, "gate_proj"):
-            self.dense = kernels.Projections.of(
-                [_weight(getattr(layer.mlp, name)) for name in ("gate_proj", "up_proj", "down_proj")]
-            )
-            self.activation = KERNEL_ACTIVATIONS.get(ffn_spec(config).activation(config))
-
-    @property
-    def usable(self) -> bool:
-        return self.attention is not None
-
-    def attend(self, x, delta, cosine, sine, store: GrowingLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + delta + attention, and its norm, both [1, 1, H]; the token's keys and values are stored."""
-        keys, values = store.room_for_one()
-        result = kernels.attention_step(x, delta, self.attention, cosine, sine, keys, values, store.length)
-        store.length += 1
-        return result
-
-    def ffn(self, x: torch.Tensor) -> torch.Tensor:
-        if self.dense is None or self.activation is None:
-            return self.mlp(x)
-        return kernels.dense_ffn(x, self.dense, self.activation)
-
-
-def _attention_of(layer: nn.Module, config) -> kernels.AttentionLayer | None:
-    """None if the kernels don't take one of the projections."""
-    attention, norm = layer.self_attn, layer.input_layernorm
-    projections = kernels.Projections.of(
-        [_weight(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    )
-    if projections is None:
-        return None
-    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    own = getattr(attention, "sliding_window", None)
-    return kernels.AttentionLayer(
-        norm.weight,
-        layer.post_attention_layernorm.weight,
-        projections,
-        norm.variance_epsilon,
-        attention.scaling,
-        *(None if head_norm is None else head_norm.weight for head_norm in head_norms),
-        (config.sliding_window if config.model_type == "mistral" else own) or 0,
-    )
-
-
-def _weight(linear: nn.Module):
-    """(weight, bias) of a linear layer that the kernels take, or None."""
-    known = isinstance(linear, (FastLinear, QuantizedLinear, ScreenedHead))
-    return (weight_of(linear.weight), linear.bias) if known else None
-
-
-def _rows(embedding: nn.Module):
-    """(weight, no bias) of embeddings that are looked up as they are, or None."""
-    if isinstance(embedding, QuantizedEmbedding):
-        return (embedding.weight.packed, None) if embedding.scale is None else None
-    return (embedding.weight, None) if type(embedding) is nn.Embedding and embedding.max_norm is None else None

@@ -180,20 +180,18 @@ class SparseFFN(nn.Module):
         x: any hidden states [..., H], for their type.
         """
         lowrank = self.compensation is not None and self.compensation.lowrank_in is not None
-        more = lowrank or self.refresh is not None or self.output_bias is not None
-        if self.kernel_activation is None or not self.gated or more:
+        if self.kernel_activation is None or lowrank or self.refresh is not None:
             return None
         active = self.selection.active_neurons(x)
         if active is None:
             return None
         decoding = () if self.compensation is None else (self.compensation.bias_decode,)
-        return replace(active, added=(*active.added, *decoding))
+        output = () if self.output_bias is None else (self.output_bias,)
+        return replace(active, added=(*active.added, *decoding, *output))
 
     def projections(self) -> kernels.Projections:
-        """The stored rows of gate, up and down, with their biases."""
-        biases = (self.gate_bias, self.up_bias) if self.input_bias else (None, None)
-        names = ("gate", "up", "down")
-        return kernels.Projections.of([(self.weight(n), b) for n, b in zip(names, (*biases, None), strict=True)])
+        """The stored rows of gate, up and down, or of up and down of a plain FFN, with their biases."""
+        return kernels.Projections.of([(self.weight(n), getattr(self, f"{n}_bias", None)) for n in self.weight_names])
 
     def native_fits(self, x: torch.Tensor) -> bool:
         """Whether the native kernels are there for x [B, T, H], and faster."""

@@ -176,7 +176,7 @@ class TokenSelection:
         """Of a single sequence, for the native decoder; None if it can't choose so, or nothing was chosen yet. x: any
         hidden states."""
         ffn = self.ffn
-        if self.by != "up" or ffn.input_bias or len(self.scales) != 1:
+        if not self._made_for_kernels or len(self.scales) != 1:
             return None
         choice, rest = self._choice(0)
         return kernels.ActiveNeurons(ffn.projections(), ffn.kernel_activation, *choice, **rest)
@@ -195,9 +195,12 @@ class TokenSelection:
         rest = {"keep_count": plan.computed_count} if threshold is None else {"threshold": threshold}
         return (prefix, index, self.scales[sequence]), rest
 
+    @property
+    def _made_for_kernels(self) -> bool:
+        return self.by == "plain" or (self.by == "up" and not self.ffn.input_bias)
+
     def _kernel_fits(self, x: torch.Tensor) -> bool:
-        made_for = self.by == "plain" or (self.by == "up" and not self.ffn.input_bias)
-        return made_for and self.ffn.native_fits(x)
+        return self._made_for_kernels and self.ffn.native_fits(x)
 
     def _native(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Output [T, H] and neurons computed for one sequence's x [T, H]; nothing is gathered."""

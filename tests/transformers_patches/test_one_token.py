@@ -14,10 +14,11 @@ from tests.transformers_patches.model_passes import DATASET, MODEL
 from transformers_patches import kernels
 from transformers_patches.compensation import Compensation
 from transformers_patches.config import PartInferConfig
+from transformers_patches.decoder_parts import DECODERS
 from transformers_patches.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.loading import load_model
-from transformers_patches.one_token import FAMILIES as NATIVE
-from transformers_patches.one_token import OneTokenPass, RotaryTable, new_cache
+from transformers_patches.one_token import OneTokenPass, new_cache, one_token_pass
+from transformers_patches.positions import RotaryTable
 from transformers_patches.sparse_ffn import SparseFFN
 
 PROMPT = torch.arange(3, 23)[None]
@@ -47,12 +48,12 @@ def test_logits_are_those_of_transformers(tiny_checkpoints, family):
     cache = new_cache(loaded.model)
     ours = decode(loaded.model, cache)
     torch.testing.assert_close(ours, decode(plain, DynamicCache()), rtol=1e-4, atol=1e-4)
-    native = plain.config.model_type in NATIVE
+    native = plain.config.model_type in DECODERS
     assert native == (type(cache.layers[0]) is GrowingLayer)
-    assert native == isinstance(getattr(loaded.model.model, "forward", None), OneTokenPass)
+    assert native == (one_token_pass(loaded.model) is not None)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize("dtype, close", [("float32", 1e-4), ("bfloat16", 0.1), ("int8", 0.1)])
 def test_sparse_layers_stay_what_they_are(tiny_checkpoints, family, dtype, close):
     loaded = load(tiny_checkpoints[family], "partinfer", dtype=dtype)
@@ -77,12 +78,13 @@ def test_sparse_layers_stay_what_they_are(tiny_checkpoints, family, dtype, close
     ],
     ids=lambda options: " ".join(str(value) for value in options.values()),
 )
+@pytest.mark.parametrize("family", ["qwen2", "opt"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
-def test_layers_in_one_call_are_layers_one_by_one(tiny_checkpoints, monkeypatch, options, dtype):
+def test_layers_in_one_call_are_layers_one_by_one(tiny_checkpoints, monkeypatch, options, dtype, family):
     ranking = with_statistics(3)
     config = PartInferConfig(**options, dtype=dtype, start_num=1, end_num=4, device="cpu", kernels="native")
-    loaded = load_model(tiny_checkpoints["qwen2"], config, ranking, MODEL)
-    forward = loaded.model.model.forward
+    loaded = load_model(tiny_checkpoints[family], config, ranking, MODEL)
+    forward = one_token_pass(loaded.model)
     results = {}
     for together in (True, False):
         with monkeypatch.context() as patch:
@@ -152,7 +154,8 @@ def test_kept_rotary_embeddings_are_those_of_the_module(rope):
         x = torch.zeros(1, 1, 32, dtype=dtype)
         for position in (0, 7, 255, 256, 290, 1000):
             expected = rotary(x, torch.tensor([[position]]))
-            assert all(torch.equal(a, b) for a, b in zip(table.at(x, position), expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(table.turns(x, position), expected, strict=True))
+            assert table.embedding(position) is None
     assert bool(table.blocks) == (rope is None or rope["rope_type"] != "dynamic")
 
 

@@ -300,15 +300,15 @@ def attention_step(
     x: Tensor,
     delta: Tensor | None,
     layer: AttentionLayer,
-    cosine: Tensor,
-    sine: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
     keys: Tensor,
     values: Tensor,
     length: int,
 ) -> tuple[Tensor, Tensor]:
     """A decoder layer up to its FFN, for one token: (y, its norm) with y = x + delta + attention(norm(x + delta)).
 
-    x, delta [1, 1, H], delta may be None; cosine, sine [1, 1, D]: the position's rotary embedding; keys, values [1, heads,
+    x, delta [1, 1, H], delta may be None; cosine, sine [1, 1, D]: the position's rotary embedding, if any; keys, values [1, heads,
     capacity, D], contiguous, filled up to `length`: the token's are written there. Everything has x's type, quantised
     projections excepted. Raises ValueError for what doesn't fit.
     """
@@ -316,28 +316,25 @@ def attention_step(
     position = (cosine, sine, keys, values, length)
     if ops is None or not x.is_cpu:
         return _layer.attention_step(x, delta, layer, *position)
-    projections = layer.projections
-    weights = (projections.weights, projections.scales, projections.biases, projections.bits)
-    norms = (layer.q_norm, layer.k_norm, layer.eps)
-    return ops.attention_step(
-        x, delta, layer.norm, layer.next_norm, *weights, *norms, *position, layer.window, layer.scale
-    )
+    p = layer.projections
+    weights = (p.weights, p.scales, p.biases, p.bits)
+    return ops.attention_step(x, delta, *layer.norm_arguments, *weights, *position, layer.window, layer.scale)
 
 
 def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
-    """The gated FFN of a layer that is computed whole, for one token x [1, 1, H]; projections: gate, up and down."""
+    """The FFN of a layer that is computed whole, for one token x [1, 1, H]; projections: gate, up and down, or fc1 and fc2."""
     ops = _LIBRARY.get()
     if ops is None or not x.is_cpu:
         return _layer.dense_ffn(x, projections, activation)
     return ops.dense_ffn(x, projections.weights, projections.scales, projections.biases, projections.bits, activation)
 
 
-def add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x + delta, both [1, 1, H], with weight [H]."""
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of x + delta, both [1, 1, H], with weight [H]; with a bias [H] LayerNorm."""
     ops = _LIBRARY.get()
     if ops is None or not x.is_cpu:
-        return _layer.rms_norm(x + delta, weight, eps)
-    return ops.add_norm(x, delta, weight, eps)
+        return _layer.norm(x + delta, weight, bias, eps)
+    return ops.add_norm(x, delta, weight, bias, eps)
 
 
 def core_counts(h: Tensor, token_sparsity: float) -> Tensor:

@@ -14,9 +14,9 @@ from transformers_patches.kernels.screening import SOFTMAX, Needed, Screen
 
 @dataclass(frozen=True)
 class ActiveNeurons:
-    """A gated FFN as one token computes it: what `sparse_ffn` takes, and with `size` what `sparse_ffn_by_up` takes.
+    """An FFN as one token computes it: what `sparse_ffn` takes, and with `size` what `sparse_ffn_by_up` takes.
 
-    projections: gate, up and down [L, H], neuron-major; prefix, index: the active neurons, or the candidates; size
+    projections: gate, up and down [L, H], neuron-major, or of a plain FFN fc1 and fc2; prefix, index: the active neurons, or the candidates; size
     float32 [L], keep_count, threshold: how a token chooses among candidates; added: [H] each, onto the output.
     """
 
@@ -42,22 +42,12 @@ class Decoder:
     def add_layer(self, layer: AttentionLayer, head_size: int) -> None:
         """The attention of the next layer; its FFN has still to be set."""
         p = layer.projections
-        norms = (layer.q_norm, layer.k_norm, layer.eps)
-        self._native.add_layer(
-            layer.norm,
-            layer.next_norm,
-            p.weights,
-            p.scales,
-            p.biases,
-            p.bits,
-            *norms,
-            layer.window,
-            layer.scale,
-            head_size,
-        )
+        weights = (p.weights, p.scales, p.biases, p.bits)
+        self._native.add_layer(*layer.norm_arguments, *weights, layer.window, layer.scale, head_size)
 
     def set_whole(self, number: int, projections: Projections, activation: str) -> None:
-        """The FFN of layer `number` is computed whole; projections: gate, up and down, as nn.Linear has them."""
+        """The FFN of layer `number` is computed whole; projections: gate, up and down, or fc1 and fc2, as nn.Linear has
+        them."""
         p = projections
         self._native.set_whole(number, p.weights, p.scales, p.biases, p.bits, activation)
 
@@ -69,9 +59,9 @@ class Decoder:
             ffn.threshold, list(ffn.added),
         )  # fmt: skip
 
-    def set_norm(self, norm: Tensor, eps: float) -> None:
-        """The RMSNorm after the last layer, weight [H]; all layers have been added."""
-        self._native.set_norm(norm, eps)
+    def set_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        """The RMSNorm, or with a bias LayerNorm, after the last layer, [H]; all layers have been added."""
+        self._native.set_norm(weight, bias, eps)
 
     def set_ends(self, embedding: Projections, head: Projections, screen: Screen | None = None) -> None:
         """The embeddings [V, H], as of a linear layer, and the head [V, H]: for `logits`. The norm has been set.
@@ -92,8 +82,9 @@ class Decoder:
     def logits(
         self,
         token: int,
-        cosine: Tensor,
-        sine: Tensor,
+        position: Tensor | None,
+        cosine: Tensor | None,
+        sine: Tensor | None,
         keys: list[Tensor],
         values: list[Tensor],
         length: int,
@@ -101,25 +92,26 @@ class Decoder:
     ) -> tuple[Tensor, Tensor, int]:
         """One token through embeddings, all layers, norm and head; the rest as in `run`.
 
-        needed: of a head that is screened, as in `screened_linear`. Returns the logits [1, 1, V], the neurons that each FFN
+        position: [H], a learned embedding of the token's place, if the model has such; needed: of a head that is screened,
+        as in `screened_linear`. Returns the logits [1, 1, V], the neurons that each FFN
         computed, int64 [layers], and how many logits are exact.
         """
-        return self._native.logits(token, cosine, sine, keys, values, length, *needed.arguments)
+        return self._native.logits(token, position, cosine, sine, keys, values, length, *needed.arguments)
 
     def run(
         self,
         layers: range,
         x: Tensor,
         delta: Tensor | None,
-        cosine: Tensor,
-        sine: Tensor,
+        cosine: Tensor | None,
+        sine: Tensor | None,
         keys: list[Tensor],
         values: list[Tensor],
         length: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One token, x [1, 1, H] and the output `delta` of the FFN before, through `layers`, which follow each other.
 
-        cosine, sine [1, 1, D]; keys, values: of each layer [1, heads, capacity, D], filled up to `length`: the token's are
+        cosine, sine [1, 1, D], or None in models without rotary embeddings; keys, values: of each layer [1, heads, capacity, D], filled up to `length`: the token's are
         written there. Returns x, delta and the neurons that each FFN computed (0 where it is whole), int64 [layers]; after
         the last layer x + delta, and the norm of it in place of delta.
         """

@@ -49,8 +49,8 @@ class Projections:
 class AttentionLayer:
     """The attention of a decoder layer, with the norms around it: what is the same for every token.
 
-    norm, next_norm [H], q_norm, k_norm [D] or None: weights of RMSNorms with eps; projections: q, k, v and o; scale: of the
-    scores; window: how many positions are seen, 0 for all.
+    norm, next_norm [H], q_norm, k_norm [D] or None: weights of RMSNorms with eps; norm_bias, next_norm_bias [H]: with these the
+    first two are LayerNorms; projections: q, k, v and o; scale: of the scores; window: how many positions are seen, 0 for all.
     """
 
     norm: Tensor
@@ -61,46 +61,63 @@ class AttentionLayer:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     window: int = 0
+    norm_bias: Tensor | None = None
+    next_norm_bias: Tensor | None = None
+
+    @property
+    def norm_arguments(self) -> tuple[list[Tensor], list[Tensor], float]:
+        """Norms, their biases and eps, as the operations take them; ValueError for kinds that are mixed."""
+        norms = [norm for norm in (self.norm, self.next_norm, self.q_norm, self.k_norm) if norm is not None]
+        biases = [bias for bias in (self.norm_bias, self.next_norm_bias) if bias is not None]
+        if len(biases) not in (0, len(norms)):
+            raise ValueError("a layer's norms must all be RMSNorms or all be LayerNorms")
+        return norms, biases, self.eps
 
 
 def attention_step(
     x: Tensor,
     delta: Tensor | None,
     layer: AttentionLayer,
-    cosine: Tensor,
-    sine: Tensor,
+    cosine: Tensor | None,
+    sine: Tensor | None,
     keys: Tensor,
     values: Tensor,
     length: int,
 ) -> tuple[Tensor, Tensor]:
     """See transformers_patches.kernels.attention_step."""
     x = x if delta is None else x + delta
-    inputs, projections, eps = rms_norm(x, layer.norm, layer.eps), layer.projections, layer.eps
+    inputs, projections, eps = norm(x, layer.norm, layer.norm_bias, layer.eps), layer.projections, layer.eps
     q, k, v = (projections.linear(number, inputs).view(-1, keys.shape[-1]) for number in range(3))  # [heads, D]
     if layer.q_norm is not None:
-        q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
-    keys[0, :, length] = _rotated(k, cosine, sine)
+        q, k = norm(q, layer.q_norm, None, eps), norm(k, layer.k_norm, None, eps)
+    if cosine is not None:
+        q, k = _rotated(q, cosine, sine), _rotated(k, cosine, sine)
+    keys[0, :, length] = k
     values[0, :, length] = v
     first = max(0, length + 1 - layer.window) if layer.window else 0
     attended = F.scaled_dot_product_attention(
-        _rotated(q, cosine, sine)[None, :, None],
+        q[None, :, None],
         keys[:, :, first : length + 1],
         values[:, :, first : length + 1],
         scale=layer.scale,
         enable_gqa=True,
     )
     x = x + projections.linear(3, attended.reshape(*x.shape[:-1], -1))
-    return x, rms_norm(x, layer.next_norm, eps)
+    return x, norm(x, layer.next_norm, layer.next_norm_bias, eps)
 
 
 def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
     """See transformers_patches.kernels.dense_ffn."""
-    h = reference.ACTIVATIONS[activation](projections.linear(0, x)) * projections.linear(1, x)
-    return projections.linear(2, h)
+    h = reference.ACTIVATIONS[activation](projections.linear(0, x))
+    if len(projections.weights) == 2:
+        return projections.linear(1, h)
+    return projections.linear(2, h * projections.linear(1, x))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, in float32 (Zhang and Sennrich 2019)."""
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in float32 (Zhang and Sennrich 2019); with a bias LayerNorm."""
+    if bias is not None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 

@@ -20,6 +20,70 @@ def model(request, variant):
     return Model(request.param)
 
 
+class PlainModel:
+    """As OPT: LayerNorms, learned positions, biases, FFNs without a gate; three layers: whole, some neurons, neurons chosen by size."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        shapes = [(HIDDEN, HIDDEN)] * 4
+        self.layers = [
+            AttentionLayer(
+                *torch.randn(2, HIDDEN),
+                self.projections(*shapes),
+                1e-5,
+                HEAD_SIZE**-0.5,
+                norm_bias=torch.randn(HIDDEN),
+                next_norm_bias=torch.randn(HIDDEN),
+            )
+            for _ in range(3)
+        ]
+        self.whole = self.projections((NEURONS, HIDDEN), (HIDDEN, NEURONS))
+        self.rows = self.projections((NEURONS, HIDDEN), (NEURONS, HIDDEN))
+        self.rows.biases[1] = None  # what is added to the output is a vector like any other
+        self.size, self.added = torch.rand(NEURONS), torch.randn(HIDDEN)
+        self.last_norm = torch.randn(2, HIDDEN)
+        self.ends = self.projections((11, HIDDEN)), self.projections((13, HIDDEN))
+        self.ends[0].biases[0] = None
+        self.position = torch.randn(HIDDEN)
+        self.index = torch.tensor([60, 44], dtype=torch.int32)
+        self.caches = torch.randn(2, 3, 1, HIDDEN // HEAD_SIZE, LENGTH + 2, HEAD_SIZE)
+
+    @staticmethod
+    def projections(*shapes: tuple[int, int]) -> Projections:
+        return Projections.of([(torch.randn(shape) * shape[1] ** -0.5, torch.randn(shape[0])) for shape in shapes])
+
+
+@native
+def test_a_plain_model_equals_its_operations():
+    model = PlainModel()
+    decoder, caches, expected_caches = Decoder(), model.caches.clone(), model.caches.clone()
+    for layer in model.layers:
+        decoder.add_layer(layer, HEAD_SIZE)
+    decoder.set_whole(0, model.whole, "relu")
+    decoder.set_active(1, ActiveNeurons(model.rows, "relu", 40, model.index, added=[model.added]))
+    decoder.set_active(2, ActiveNeurons(model.rows, "relu", 80, None, model.size, 25, added=[model.added]))
+    decoder.set_norm(*model.last_norm, 1e-5)
+    decoder.set_ends(*model.ends)
+    logits, computed, _ = decoder.logits(7, model.position, None, None, *(list(part) for part in caches), LENGTH)
+
+    (fc1, fc2), bias = model.rows.weights, model.rows.biases[0]
+    ffns = [
+        lambda x: kernels.dense_ffn(x, model.whole, "relu"),
+        lambda x: kernels.sparse_ffn_plain(x, fc1, bias, fc2, 40, model.index) + model.added,
+        lambda x: kernels.sparse_ffn_plain_by_size(x, fc1, bias, fc2, 80, None, model.size, 25)[0] + model.added,
+    ]
+    x, delta = (model.ends[0].weights[0][7] + model.position).view(1, 1, HIDDEN), None
+    for number, (layer, ffn) in enumerate(zip(model.layers, ffns, strict=True)):
+        cache = expected_caches[0][number], expected_caches[1][number]
+        x, normed = kernels.attention_step(x, delta, layer, None, None, *cache, LENGTH)
+        delta = ffn(normed)
+    hidden = kernels.add_norm(x, delta, *model.last_norm, 1e-5)
+    assert torch.equal(logits, kernels.linear(hidden, model.ends[1].weights[0], model.ends[1].biases[0]))
+    assert torch.equal(caches, expected_caches)
+    assert computed.tolist()[:2] == [0, 42]
+    assert 0 < computed[2] <= 25  # ReLU may leave fewer
+
+
 class Model:
     """Three layers: whole, some neurons, neurons chosen by the token."""
 
@@ -63,7 +127,7 @@ class Model:
         decoder.set_whole(0, self.whole, "silu")
         decoder.set_active(1, ActiveNeurons(self.rows, "silu", 30, self.index, added=list(self.added)))
         decoder.set_active(2, ActiveNeurons(self.rows, "silu", 80, None, self.size, 25))
-        decoder.set_norm(self.last_norm, 1e-6)
+        decoder.set_norm(self.last_norm, None, 1e-6)
         return decoder
 
     def run(self, decoder: Decoder, layers: range, x, delta, caches):
@@ -87,7 +151,7 @@ class Model:
                 x, delta, layer, *self.turns, caches[0][number], caches[1][number], LENGTH
             )
             delta = ffn(normed)
-        return x + delta, kernels.add_norm(x, delta, self.last_norm, 1e-6)
+        return x + delta, kernels.add_norm(x, delta, self.last_norm, None, 1e-6)
 
 
 def test_equals_the_operations_bit_for_bit(model):
@@ -114,7 +178,7 @@ def test_logits_are_those_of_embeddings_layers_and_head(model):
     embedding, head = model.projections((11, HIDDEN)), model.projections((13, HIDDEN))
     decoder, cache, expected_cache = model.native(), model.caches.clone(), model.caches.clone()
     decoder.set_ends(embedding, head)
-    logits, computed, exact = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH)
+    logits, computed, exact = decoder.logits(7, None, *model.turns, *(list(part) for part in cache), LENGTH)
     assert exact == 13
     rows, columns = (_weight(part, model.bits) for part in (embedding, head))
     x = (kernels.dequantize(rows, model.dtype) if model.bits else rows)[7].view(1, 1, HIDDEN)
@@ -134,7 +198,7 @@ def test_logits_of_ends_in_planes_are_screened(model):
     x = kernels.dequantize(values, model.dtype)[7].view(1, 1, HIDDEN)
     _, hidden, expected = model.run(decoder, range(3), x, None, expected_cache)
     for needed in (kernels.SOFTMAX, kernels.Needed(largest=1)):
-        logits, computed, exact = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH, needed)
+        logits, computed, exact = decoder.logits(7, None, *model.turns, *(list(part) for part in cache), LENGTH, needed)
         screened, count = kernels.screened_linear(hidden, packed, screen, needed)
         assert torch.equal(logits, screened)
         assert exact == int(count)
@@ -145,7 +209,7 @@ def test_logits_of_ends_in_planes_are_screened(model):
         floats = kernels.dequantize(values, model.dtype)
         high = kernels.Screen(screen.data[0], screen.scales, screen.errors)
         decoder.set_ends(Projections.of([(floats, None)]), Projections.of([(floats, None)]), high)
-        logits, _, exact = decoder.logits(7, *model.turns, *(list(part) for part in cache), LENGTH)
+        logits, _, exact = decoder.logits(7, None, *model.turns, *(list(part) for part in cache), LENGTH)
         screened, count = kernels.screened_linear(hidden, floats, high)
         assert torch.equal(logits, screened)
         assert exact == int(count)
@@ -197,7 +261,7 @@ def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="needs a norm behind it"):
         model.run(unfinished, range(1), model.x, None, cache)
     with pytest.raises(ValueError, match="set_ends first"):
-        decoder.logits(0, *model.turns, list(cache[0]), list(cache[1]), LENGTH)
+        decoder.logits(0, None, *model.turns, list(cache[0]), list(cache[1]), LENGTH)
     rows = model.projections((11, HIDDEN))
     with pytest.raises(ValueError, match="set_norm first"):
         unfinished.set_ends(rows, rows)
@@ -205,4 +269,4 @@ def test_what_does_not_fit_is_an_error():
         decoder.set_ends(rows, model.projections((11, 32)))
     decoder.set_ends(rows, rows)
     with pytest.raises(ValueError, match="token ids are 0 to 10, got 11"):
-        decoder.logits(11, *model.turns, list(cache[0]), list(cache[1]), LENGTH)
+        decoder.logits(11, None, *model.turns, list(cache[0]), list(cache[1]), LENGTH)

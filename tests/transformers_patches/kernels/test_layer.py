@@ -38,7 +38,16 @@ def doubled(linears: list) -> Projections:
 class Step:
     """The arguments of an attention_step."""
 
-    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, *, bias: bool = False, head_norms: bool = False):
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        bias: bool = False,
+        head_norms: bool = False,
+        like_opt: bool = False,
+    ):
+        """like_opt: LayerNorms, and nothing is rotated."""
         heads, kv_heads, head_dim, hidden, self.length, self.window = size
         queries, keys = heads * head_dim, kv_heads * head_dim
         shapes = ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries))
@@ -46,23 +55,28 @@ class Step:
         self.x, self.delta = torch.randn(2, 1, 1, hidden).to(dtype)
         self.norm, self.next_norm = (1 + torch.randn(2, hidden) / 10).to(dtype)
         self.head_norms = (1 + torch.randn(2, head_dim) / 10).to(dtype) if head_norms else (None, None)
+        self.norm_biases = torch.randn(2, hidden).to(dtype) if like_opt else (None, None)
         angles = torch.rand(head_dim // 2).repeat(2) * 6
-        self.cosine, self.sine = angles.cos().to(dtype), angles.sin().to(dtype)
+        self.turns = (None, None) if like_opt else (angles.cos().to(dtype), angles.sin().to(dtype))
         self.cache = torch.randn(2, 1, kv_heads, self.length + 3, head_dim).to(dtype)
 
     def run(self, step, projections, cast) -> tuple[torch.Tensor, ...]:
         keys, values = (cast(part).clone() for part in self.cache)
-        norms = [None if norm is None else cast(norm) for norm in self.head_norms]
+        vectors = (*self.head_norms, *self.norm_biases, *self.turns)
+        *norms, bias, next_bias, cosine, sine = (None if vector is None else cast(vector) for vector in vectors)
         x, delta, norm, next_norm = (cast(v) for v in (self.x, self.delta, self.norm, self.next_norm))
-        settings = AttentionLayer(norm, next_norm, projections, 1e-5, keys.shape[-1] ** -0.5, *norms, self.window)
-        sums = step(x, delta, settings, cast(self.cosine), cast(self.sine), keys, values, self.length)
+        scale = keys.shape[-1] ** -0.5
+        settings = AttentionLayer(
+            norm, next_norm, projections, 1e-5, scale, *norms, self.window, norm_bias=bias, next_norm_bias=next_bias
+        )
+        sums = step(x, delta, settings, cosine, sine, keys, values, self.length)
         return *sums, keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_attention_step(variant, dtype, size):
-    for options in ({}, {"bias": True}, {"head_norms": True}):
+    for options in ({}, {"bias": True}, {"head_norms": True}, {"bias": True, "like_opt": True}):
         step = Step(size, dtype, **options)
         result = step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
         expected = step.run(layer.attention_step, doubled(step.linears), torch.Tensor.double)
@@ -100,19 +114,24 @@ def test_any_number_of_threads(variant, threads, several, size):
 def test_dense_ffn(variant, dtype, hidden, neurons):
     x = torch.randn(1, 1, hidden).to(dtype)
     for bias in (False, True):
-        ours = linears((neurons, hidden), (neurons, hidden), (hidden, neurons), dtype=dtype, bias=bias)
-        for activation in ("silu", "gelu", "gelu_tanh"):
-            result = kernels.dense_ffn(x, Projections.of(ours), activation)
-            expected = layer.dense_ffn(x.double(), doubled(ours), activation)
-            assert error(result, expected) < TOLERANCE[dtype]
+        gated = linears((neurons, hidden), (neurons, hidden), (hidden, neurons), dtype=dtype, bias=bias)
+        for ours in (gated, [gated[0], gated[2]]):  # without a gate fc1 and fc2
+            for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+                result = kernels.dense_ffn(x, Projections.of(ours), activation)
+                expected = layer.dense_ffn(x.double(), doubled(ours), activation)
+                assert error(result, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [1, 31, 576])
 def test_add_norm(variant, dtype, hidden):
-    x, delta, weight = torch.randn(3, 1, 1, hidden).to(dtype)
-    expected = layer.rms_norm(x.double() + delta.double(), weight.flatten().double(), 1e-6)
-    assert error(kernels.add_norm(x, delta, weight.flatten(), 1e-6), expected) < TOLERANCE[dtype]
+    x, delta = torch.randn(2, 1, 1, hidden).to(dtype)
+    weight, bias = torch.randn(2, hidden).to(dtype)
+    expected = layer.norm(x.double() + delta.double(), weight.double(), None, 1e-6)
+    assert error(kernels.add_norm(x, delta, weight, None, 1e-6), expected) < TOLERANCE[dtype]
+    x = x + 3  # a LayerNorm takes the mean away
+    expected = layer.norm((x + delta).double(), weight.double(), bias.double(), 1e-5)
+    assert error(kernels.add_norm(x, delta, weight, bias, 1e-5), expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -201,7 +220,16 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"length must be in \[0, 8\)"):
         step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
     with pytest.raises(ValueError, match="like x"):
-        kernels.add_norm(torch.ones(1, 1, 4), torch.ones(1, 1, 4).half(), torch.ones(4), 1e-5)
+        kernels.add_norm(torch.ones(1, 1, 4), torch.ones(1, 1, 4).half(), torch.ones(4), None, 1e-5)
+    step = Step((4, 2, 8, 32, 5, 0), torch.float32)
+    step.turns = (step.turns[0], None)
+    with pytest.raises(ValueError, match="cosine and sine belong together"):
+        step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
+    step.norm_biases = (step.norm, None)
+    with pytest.raises(ValueError, match="all be RMSNorms or all be LayerNorms"):
+        step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
+    with pytest.raises(ValueError, match=r"matrices don't fit: \[4, 4\], \[5, 4\]$"):
+        kernels.dense_ffn(torch.ones(1, 4), Projections.of([(torch.ones(n, 4), None) for n in (4, 5)]), "relu")
     numbers = torch.arange(4)
     with pytest.raises(ValueError, match="choose 3 of 4 neurons from position 2 on"):
         torch.ops.partinfer.most_marked(numbers, numbers, 2, 3)

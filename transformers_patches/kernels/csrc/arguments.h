@@ -286,13 +286,42 @@ inline void check_one_token(const Tensor& x, const Tensor& like, const char* nam
                     x.scalar_type());
 }
 
+inline Norm norm_of(const Tensor& weight, const optional<Tensor>& bias, double eps, const Tensor& like, int64_t size,
+                    const char* name) {
+  return {vector_like(weight, like, size, name), vector_like(bias, like, size, name), float(eps)};
+}
+
+// The norms of a layer: that before the attention, that after it, and those of q's and k's heads, if there are any.
+// Without biases they are RMSNorms, else LayerNorms.
+struct Norms {
+  at::TensorList weights, biases;
+  double eps;
+
+  void check() const {
+    TORCH_CHECK_VALUE((weights.size() == 2 || weights.size() == 4) && (biases.empty() || biases.size() == weights.size()),
+                      "expected 2 or 4 norms and as many biases or none, got ", weights.size(), " and ", biases.size());
+  }
+
+  Norm norm(size_t i, const Tensor& like, int64_t size, const char* name) const {
+    return norm_of(weights[i], biases.empty() ? optional<Tensor>() : biases[i], eps, like, size, name);
+  }
+};
+
+// Where the rotary embedding of a position is, or nothing: x, cosine and sine [head_dim] are of one type.
+inline void set_turns(AttentionCall& call, const Tensor& x, const optional<Tensor>& cosine, const optional<Tensor>& sine) {
+  TORCH_CHECK_VALUE(cosine.has_value() == sine.has_value(), "cosine and sine belong together, got one of them");
+  call.cosine = vector_like(cosine, x, call.head_dim, "cosine");
+  call.sine = vector_like(sine, x, call.head_dim, "sine");
+}
+
 // A layer's attention without what belongs to a token: x, delta, cosine, sine, sum, next and the cache's place.
-inline AttentionCall attention_call(const Tensor& norm, const Tensor& next_norm, at::TensorList weights,
-                                    at::TensorList scales, const c10::List<optional<Tensor>>& biases, int64_t bits,
-                                    const optional<Tensor>& q_norm, const optional<Tensor>& k_norm, double eps,
-                                    int64_t window, double scale, int64_t head_dim) {
+inline AttentionCall attention_call(const Norms& norms, at::TensorList weights, at::TensorList scales,
+                                    const c10::List<optional<Tensor>>& biases, int64_t bits, int64_t window,
+                                    double scale, int64_t head_dim) {
   const LayerWeights given{weights, scales, biases, bits};
   given.check(4);
+  norms.check();
+  const Tensor& norm = norms.weights[0];
   const int64_t hidden = norm.numel();
   AttentionCall call;
   call.type = float_type(norm, "norm");
@@ -309,11 +338,12 @@ inline AttentionCall attention_call(const Tensor& norm, const Tensor& next_norm,
                         call.v.rows == call.k.rows && call.o.rows == hidden && head_dim % 2 == 0,
                     "the projections don't fit heads of ", head_dim, ": q has ", call.q.rows, " rows, k ", call.k.rows,
                     ", v ", call.v.rows, ", o ", call.o.rows);
-  call.norm = vector_like(norm, norm, hidden, "norm");
-  call.next_norm = vector_like(next_norm, norm, hidden, "next_norm");
-  call.q_norm = vector_like(q_norm, norm, head_dim, "q_norm");
-  call.k_norm = vector_like(k_norm, norm, head_dim, "k_norm");
-  call.eps = float(eps);
+  call.norm = norms.norm(0, norm, hidden, "norm");
+  call.next_norm = norms.norm(1, norm, hidden, "next_norm");
+  if (norms.weights.size() > 2) {
+    call.q_norm = norms.norm(2, norm, head_dim, "q_norm");
+    call.k_norm = norms.norm(3, norm, head_dim, "k_norm");
+  }
   call.window = window;
   call.scale = float(scale);
   return call;
@@ -339,13 +369,14 @@ inline void place_in_cache(AttentionCall& call, const Tensor& keys, const Tensor
 inline DenseFfnCall dense_call(Type type, int64_t hidden, at::TensorList weights, at::TensorList scales,
                                const c10::List<optional<Tensor>>& biases, int64_t bits, c10::string_view activation) {
   const LayerWeights given{weights, scales, biases, bits};
-  given.check(3);
+  const bool gated = weights.size() != 2;
+  given.check(gated ? 3 : 2);
   DenseFfnCall call;
-  call.gate = given.weight(0, hidden, "gate");
-  call.up = given.weight(1, hidden, "up");
-  call.down = given.weight(2, call.gate.rows, "down");
-  TORCH_CHECK_VALUE(call.up.rows == call.gate.rows && call.down.rows == hidden, "gate, up and down don't fit: ",
-                    weights[0].sizes(), ", ", weights[1].sizes(), ", ", weights[2].sizes());
+  call.gate = given.weight(0, hidden, gated ? "gate" : "fc1");
+  if (gated) call.up = given.weight(1, hidden, "up");
+  call.down = given.weight(gated ? 2 : 1, call.gate.rows, gated ? "down" : "fc2");
+  TORCH_CHECK_VALUE(call.down.rows == hidden && (!gated || call.up.rows == call.gate.rows), "the FFN's matrices don't fit: ",
+                    weights[0].sizes(), ", ", weights[1].sizes(), gated ? c10::str(", ", weights[2].sizes()) : "");
   call.activation = activation_of(activation);
   call.type = type;
   return call;

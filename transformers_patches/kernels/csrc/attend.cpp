@@ -8,10 +8,33 @@ namespace partinfer {
 namespace PARTINFER_ISA {
 
 template <class T>
+inline float total(const T* values, int64_t count) {
+  F lanes = zero();
+  for (int64_t i = 0; i < count; i += LANES) lanes = add(lanes, load_part(values + i, smaller(LANES, count - i)));
+  return sum(lanes);
+}
+
+// Of the distances from `mean`.
+template <class T>
+inline float total_of_squares(const T* values, int64_t count, float mean) {
+  const F minus_mean = set1(-mean);
+  F lanes = zero();
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const F distance = add(load(values + i), minus_mean);
+    lanes = fma(distance, distance, lanes);
+  }
+  float rest = 0.0f;
+  for (; i < count; ++i) rest += (to_float(values[i]) - mean) * (to_float(values[i]) - mean);
+  return sum(lanes) + rest;
+}
+
+template <class T>
 inline void norm_of(const NormTask& task) {
   const T* x = reinterpret_cast<const T*>(task.x);
   const T* delta = reinterpret_cast<const T*>(task.delta);
-  const T* weight = reinterpret_cast<const T*>(task.weight);
+  const T* weight = reinterpret_cast<const T*>(task.norm.weight);
+  const T* bias = reinterpret_cast<const T*>(task.norm.bias);
   T* added = reinterpret_cast<T*>(task.sum);
   T* out = reinterpret_cast<T*>(task.out);
   const T* values = x;
@@ -24,15 +47,13 @@ inline void norm_of(const NormTask& task) {
   } else if (added != x && added != nullptr) {
     __builtin_memcpy(added, x, size_t(task.count) * sizeof(T));
   }
-  F squares = zero();
-  for (int64_t i = 0; i < task.count; i += LANES) {
-    const F value = load_part(values + i, smaller(LANES, task.count - i));
-    squares = fma(value, value, squares);
-  }
-  const F factor = set1(1.0f / __builtin_sqrtf(sum(squares) / float(task.count) + task.eps));
+  const float mean = bias == nullptr ? 0.0f : total(values, task.count) / float(task.count);
+  const float variance = total_of_squares(values, task.count, mean) / float(task.count);
+  const F minus_mean = set1(-mean), factor = set1(1.0f / __builtin_sqrtf(variance + task.norm.eps));
   for (int64_t i = 0; i < task.count; i += LANES) {
     const int64_t count = smaller(LANES, task.count - i);
-    store_part(out + i, mul(mul(load_part(values + i, count), factor), load_part(weight + i, count)), count);
+    const F normal = mul(add(load_part(values + i, count), minus_mean), factor), scale = load_part(weight + i, count);
+    store_part(out + i, bias == nullptr ? mul(normal, scale) : fma(normal, scale, load_part(bias + i, count)), count);
   }
 }
 
@@ -156,6 +177,7 @@ void attend(const AttendTask& task) {
 
 void gate_values(Activation activation, float* gate, const float* up, int64_t count) {
   activate(activation, gate, count);
+  if (up == nullptr) return;
   for (int64_t i = 0; i < count; ++i) gate[i] *= up[i];
 }
 

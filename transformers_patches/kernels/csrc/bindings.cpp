@@ -236,22 +236,20 @@ void dequantize(const Tensor& data, const Tensor& scales, int64_t bits, const Te
   run_convert(current().load()->dequantise_rows, task, out.size(0), at::get_num_threads());
 }
 
-std::tuple<Tensor, Tensor> attention_step(const Tensor& x, const optional<Tensor>& delta, const Tensor& norm,
-                                          const Tensor& next_norm, at::TensorList weights, at::TensorList scales,
-                                          const c10::List<optional<Tensor>>& biases, int64_t bits,
-                                          const optional<Tensor>& q_norm, const optional<Tensor>& k_norm, double eps,
-                                          const Tensor& cosine, const Tensor& sine, const Tensor& keys,
-                                          const Tensor& values, int64_t length, int64_t window, double scale) {
-  check_one_token(x, norm, "x");
-  const int64_t head_dim = keys.size(-1);
-  AttentionCall call = attention_call(norm, next_norm, weights, scales, biases, bits, q_norm, k_norm, eps, window,
-                                      scale, head_dim);
+std::tuple<Tensor, Tensor> attention_step(const Tensor& x, const optional<Tensor>& delta, at::TensorList norms,
+                                          at::TensorList norm_biases, double eps, at::TensorList weights,
+                                          at::TensorList scales, const c10::List<optional<Tensor>>& biases, int64_t bits,
+                                          const optional<Tensor>& cosine, const optional<Tensor>& sine,
+                                          const Tensor& keys, const Tensor& values, int64_t length, int64_t window,
+                                          double scale) {
+  AttentionCall call =
+      attention_call({norms, norm_biases, eps}, weights, scales, biases, bits, window, scale, keys.size(-1));
+  check_one_token(x, norms[0], "x");
   place_in_cache(call, keys, values, length);
   Tensor sum = at::empty(x.sizes(), x.options()), next = at::empty(x.sizes(), x.options());
   call.x = pointer(x);
   call.delta = vector_like(delta, x, x.numel(), "delta");
-  call.cosine = vector_like(cosine, x, head_dim, "cosine");
-  call.sine = vector_like(sine, x, head_dim, "sine");
+  set_turns(call, x, cosine, sine);
   call.sum = static_cast<char*>(sum.data_ptr());
   call.next = static_cast<char*>(next.data_ptr());
   run_attention(*current().load(), call, at::get_num_threads());
@@ -270,13 +268,13 @@ Tensor dense_ffn(const Tensor& x, at::TensorList weights, at::TensorList scales,
   return out;
 }
 
-Tensor add_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, double eps) {
+Tensor add_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, const optional<Tensor>& bias, double eps) {
   const int64_t hidden = x.numel();
   TORCH_CHECK_VALUE(x.is_contiguous() && x.size(-1) == hidden, "x must be one token, got ", x.sizes());
   Tensor sum = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
   current().load()->norm({float_type(x, "x"), pointer(x), vector_like(delta, x, hidden, "delta"),
-                          static_cast<char*>(sum.data_ptr()), vector_like(weight, x, hidden, "weight"), float(eps),
-                          hidden, static_cast<char*>(out.data_ptr())});
+                          static_cast<char*>(sum.data_ptr()), norm_of(weight, bias, eps, x, hidden, "weight"), hidden,
+                          static_cast<char*>(out.data_ptr())});
   return out;
 }
 
@@ -397,12 +395,12 @@ TORCH_LIBRARY(partinfer, m) {
   m.def("quantize(Tensor floats, int bits, Tensor? column_weights, Tensor(a!) data, Tensor(b!) scales) -> ()");
   m.def("dequantize(Tensor data, Tensor scales, int bits, Tensor(a!) out) -> ()");
   m.def(
-      "attention_step(Tensor x, Tensor? delta, Tensor norm, Tensor next_norm, Tensor[] weights, Tensor[] scales, "
-      "Tensor?[] biases, int bits, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cosine, Tensor sine, "
-      "Tensor(a!) keys, Tensor(b!) values, int length, int window, float scale) -> (Tensor, Tensor)");
+      "attention_step(Tensor x, Tensor? delta, Tensor[] norms, Tensor[] norm_biases, float eps, Tensor[] weights, "
+      "Tensor[] scales, Tensor?[] biases, int bits, Tensor? cosine, Tensor? sine, Tensor(a!) keys, Tensor(b!) values, "
+      "int length, int window, float scale) -> (Tensor, Tensor)");
   m.def(
       "dense_ffn(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int bits, str activation) -> Tensor");
-  m.def("add_norm(Tensor x, Tensor delta, Tensor weight, float eps) -> Tensor");
+  m.def("add_norm(Tensor x, Tensor delta, Tensor weight, Tensor? bias, float eps) -> Tensor");
   m.def("core_counts(Tensor h, float token_sparsity) -> Tensor");
   m.def("most_marked(Tensor counts, Tensor priority, int first, int wanted) -> Tensor");
   m.def("sum_of_squares(Tensor values) -> Tensor");

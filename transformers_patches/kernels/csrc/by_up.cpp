@@ -10,7 +10,6 @@ namespace {
 
 struct Selection {
   std::vector<float> values, scores;   // [candidates]
-  std::vector<float> ones;             // [candidates], what a plain FFN's activations are multiplied with
   std::vector<int32_t> rows;           // of the kept ones, with room for all
   std::vector<float> kept_values;      // likewise
 };
@@ -29,8 +28,7 @@ void score(const Kernels& kernels, const ByUpCall& call, const Input& x, Range r
   task.out_type = Type::F32;
   (quantised(task.type) ? kernels.linear_quant : kernels.linear_float)(task);
   if (!gated)
-    kernels.gate_values(call.ffn.activation, &selection.values[size_t(range.begin)], selection.ones.data(),
-                        range.end - range.begin);
+    kernels.gate_values(call.ffn.activation, &selection.values[size_t(range.begin)], nullptr, range.end - range.begin);
   kernels.score_candidates(task.rows, selection.values.data(), call.size, selection.scores.data());
 }
 
@@ -54,7 +52,6 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads) {
   const int64_t first_bytes = first_of(call.ffn).row_bytes;
   shared.bytes_each -= first_bytes;
   if (call.ffn.up.data == nullptr) {
-    selection.ones.assign(size_t(candidates), 1.0f);
     shared.task.gate = Matrix{};
     shared.task.gate_bias = Vector{};
   }

@@ -40,16 +40,14 @@ void keep(std::vector<Tensor>& kept, at::TensorList weights, at::TensorList scal
 class Decoder : public torch::CustomClassHolder {
  public:
   // The attention of the next layer, as in the op attention_step.
-  void add_layer(const Tensor& norm, const Tensor& next_norm, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                 Biases biases, int64_t bits, const optional<Tensor>& q_norm, const optional<Tensor>& k_norm, double eps,
-                 int64_t window, double scale, int64_t head_dim) {
+  void add_layer(std::vector<Tensor> norms, std::vector<Tensor> norm_biases, double eps, std::vector<Tensor> weights,
+                 std::vector<Tensor> scales, Biases biases, int64_t bits, int64_t window, double scale,
+                 int64_t head_dim) {
     Layer layer;
-    layer.norm = norm;
-    layer.attention = attention_call(norm, next_norm, weights, scales, biases, bits, q_norm, k_norm, eps, window, scale,
-                                     head_dim);
+    layer.attention = attention_call({norms, norm_biases, eps}, weights, scales, biases, bits, window, scale, head_dim);
+    layer.norm = norms[0];
     keep(layer.attention_weights, weights, scales, biases);
-    for (const optional<Tensor>& other : {optional<Tensor>(next_norm), q_norm, k_norm})
-      keep(layer.attention_weights, other);
+    keep(layer.attention_weights, norms, norm_biases, Biases());
     layers_.push_back(std::move(layer));
   }
 
@@ -63,22 +61,16 @@ class Decoder : public torch::CustomClassHolder {
     keep(layer.ffn_weights, weights, scales, biases);
   }
 
-  // A layer's FFN is that of some rows of gate, up and down, as in the op sparse_ffn; with `size` the token keeps
-  // `keep_count` of them, or those above `threshold`, as in sparse_ffn_by_up. added: [hidden] each, onto the output.
+  // A layer's FFN is that of some rows of gate, up and down, as in the op sparse_ffn, or of fc1 and fc2, as in
+  // sparse_ffn_plain; with `size` the token keeps `keep_count` of them, or those above `threshold`, as in sparse_ffn_by_up
+  // and sparse_ffn_plain_by_size. added: [hidden] each, onto the output.
   void set_rows(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales, Biases biases, int64_t bits,
                 std::string activation, int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size,
                 int64_t keep_count, double threshold, std::vector<Tensor> added) {
     Layer& layer = at(number);
-    LayerWeights{weights, scales, biases, bits}.check(3);
-    const Input2d like = input_of(layer.norm);  // x and out are set for every token
-    FfnCall call =
-        scales.empty()
-            ? gated_call(like, weights[0], weights[1], weights[2], prefix, index, activation, layer.norm)
-            : gated_call(like, {weights[0], scales[0]}, {weights[1], scales[1]}, {weights[2], scales[2]}, bits, prefix,
-                         index, activation, layer.norm);
+    FfnCall call = weights.size() == 2 ? plain_rows(layer, weights, scales, biases, bits, activation, prefix, index)
+                                       : gated_rows(layer, weights, scales, biases, bits, activation, prefix, index);
     const int64_t rows = weights[0].size(0);
-    call.gate_bias = vector_of(biases.get(0), "bias_gate", rows);
-    call.up_bias = vector_of(biases.get(1), "bias_up", rows);
     layer.rows = size.has_value() ? by_up_call(call, *size, rows, keep_count, threshold) : ByUpCall{call};
     layer.added.clear();
     for (const Tensor& one : added)
@@ -91,10 +83,11 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   // The norm after the last layer.
-  void set_norm(const Tensor& norm, double eps) {
-    check_one_token(norm, at(0).norm, "norm");
-    norm_ = norm;
-    norm_eps_ = float(eps);
+  void set_norm(const Tensor& weight, const optional<Tensor>& bias, double eps) {
+    check_one_token(weight, at(0).norm, "norm");
+    last_norm_ = norm_of(weight, bias, eps, weight, weight.numel(), "the last norm's bias");
+    norm_ = weight;
+    norm_bias_ = bias;
   }
 
   // What comes before the first layer, the embeddings, and after the last norm, the head: two linear layers with `hidden`
@@ -119,8 +112,10 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   // Token `id` through all layers: the logits of what comes next, [1, 1, vocabulary], the neurons that each FFN computed,
-  // and the logits that were computed exactly: all, or of a head in planes what is asked for (screened.h). The rest as in `run`.
-  std::tuple<Tensor, Tensor, int64_t> logits(int64_t id, const Tensor& cosine, const Tensor& sine,
+  // and the logits that were computed exactly: all, or of a head in planes what is asked for (screened.h). position: a learned
+  // embedding of the token's place, [hidden], if the model has such. The rest as in `run`.
+  std::tuple<Tensor, Tensor, int64_t> logits(int64_t id, const optional<Tensor>& position,
+                                             const optional<Tensor>& cosine, const optional<Tensor>& sine,
                                              std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
                                              int64_t wanted, double tolerance, double temperature) {
     TORCH_CHECK_VALUE(!end_weights_.empty(), "set_ends first");
@@ -128,6 +123,8 @@ class Decoder : public torch::CustomClassHolder {
     const Kernels& kernels = *current().load();
     const Tensor x = at::empty({1, 1, norm_.numel()}, norm_.options());
     look_up(kernels, id, x);
+    if (const char* place = vector_like(position, x, x.numel(), "position"))
+      add_vector(kernels, float_type(x, "x"), static_cast<char*>(x.data_ptr()), place, x.numel());
     const auto [sum, out, computed] = run(0, int64_t(layers_.size()), x, {}, cosine, sine, keys, values, length);
     Tensor logits = at::empty({1, 1, head_.rows}, x.options());
     char* place = static_cast<char*>(logits.data_ptr());
@@ -154,8 +151,8 @@ class Decoder : public torch::CustomClassHolder {
   // and delta, after the last layer x + delta and the norm of it, and for every layer the neurons that its FFN computed,
   // int64 (0 for one that is whole).
   std::tuple<Tensor, Tensor, Tensor> run(int64_t first, int64_t last, const Tensor& x, const optional<Tensor>& delta,
-                                         const Tensor& cosine, const Tensor& sine, std::vector<Tensor> keys,
-                                         std::vector<Tensor> values, int64_t length) {
+                                         const optional<Tensor>& cosine, const optional<Tensor>& sine,
+                                         std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length) {
     TORCH_CHECK_VALUE(0 <= first && first < last && last <= int64_t(layers_.size()) &&
                           int64_t(keys.size()) == last - first && keys.size() == values.size(),
                       "expected keys and values of some of ", layers_.size(), " layers, got layers ", first, " to ",
@@ -175,8 +172,7 @@ class Decoder : public torch::CustomClassHolder {
       place_in_cache(call, keys[size_t(number - first)], values[size_t(number - first)], length);
       call.x = from;
       call.delta = add;
-      call.cosine = vector_like(cosine, x, call.head_dim, "cosine");
-      call.sine = vector_like(sine, x, call.head_dim, "sine");
+      set_turns(call, x, cosine, sine);
       call.sum = static_cast<char*>(sum.data_ptr());
       call.next = static_cast<char*>(next.data_ptr());
       run_attention(kernels, call, threads);
@@ -187,8 +183,8 @@ class Decoder : public torch::CustomClassHolder {
     }
     if (last == int64_t(layers_.size())) {
       TORCH_CHECK_VALUE(norm_.defined(), "the last layer needs a norm behind it: call set_norm");
-      kernels.norm({float_type(x, "x"), from, add, static_cast<char*>(sum.data_ptr()), pointer(norm_), norm_eps_,
-                    x.numel(), static_cast<char*>(out.data_ptr())});
+      kernels.norm({float_type(x, "x"), from, add, static_cast<char*>(sum.data_ptr()), last_norm_, x.numel(),
+                    static_cast<char*>(out.data_ptr())});
     }
     return {sum, out, computed};
   }
@@ -198,6 +194,30 @@ class Decoder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(number >= 0 && number < int64_t(layers_.size()), "there are ", layers_.size(),
                       " layers, got number ", number);
     return layers_[size_t(number)];
+  }
+
+  // x and out are set for every token; `layer.norm` is like both
+  static FfnCall gated_rows(const Layer& layer, at::TensorList weights, at::TensorList scales, const Biases& biases,
+                            int64_t bits, const std::string& activation, int64_t prefix, const optional<Tensor>& index) {
+    LayerWeights{weights, scales, biases, bits}.check(3);
+    const Input2d like = input_of(layer.norm);
+    FfnCall call =
+        scales.empty()
+            ? gated_call(like, weights[0], weights[1], weights[2], prefix, index, activation, layer.norm)
+            : gated_call(like, {weights[0], scales[0]}, {weights[1], scales[1]}, {weights[2], scales[2]}, bits, prefix,
+                         index, activation, layer.norm);
+    call.gate_bias = vector_of(biases.get(0), "bias_gate", weights[0].size(0));
+    call.up_bias = vector_of(biases.get(1), "bias_up", weights[0].size(0));
+    return call;
+  }
+
+  static FfnCall plain_rows(const Layer& layer, at::TensorList weights, at::TensorList scales, const Biases& biases,
+                            int64_t bits, const std::string& activation, int64_t prefix, const optional<Tensor>& index) {
+    LayerWeights{weights, scales, biases, bits}.check(2);
+    const Input2d like = input_of(layer.norm);
+    return scales.empty() ? plain_call(like, weights[0], biases.get(0), weights[1], prefix, index, activation, layer.norm)
+                          : plain_call(like, {weights[0], scales[0]}, biases.get(0), {weights[1], scales[1]}, bits, prefix,
+                                       index, activation, layer.norm);
   }
 
   struct Embedding {
@@ -304,8 +324,9 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   std::vector<Layer> layers_;
-  Tensor norm_;
-  float norm_eps_ = 0.0f;
+  Norm last_norm_;
+  Tensor norm_;  // its weight
+  optional<Tensor> norm_bias_;
   Embedding embedding_;
   Head head_;
   std::vector<Tensor> end_weights_;  // kept alive

@@ -62,24 +62,24 @@ void run_attention(const Kernels& kernels, const AttentionCall& call, int thread
   float* cosine = scratch.take<float>(call.head_dim);
   float* sine = scratch.take<float>(call.head_dim);
 
-  kernels.norm({call.type, call.x, call.delta, call.sum, call.norm, call.eps, call.hidden, normed});
+  kernels.norm({call.type, call.x, call.delta, call.sum, call.norm, call.hidden, normed});
   const LinearCall qkv[] = {linear_call(call.q, call.type, normed, q), linear_call(call.k, call.type, normed, k),
                             linear_call(call.v, call.type, normed, v)};
   run_linears(kernels, qkv, 3, threads);
 
-  kernels.widen(call.type, call.cosine, call.head_dim, cosine);
-  kernels.widen(call.type, call.sine, call.head_dim, sine);
-  for (int64_t head = 0; head < call.heads; ++head) {
-    char* place = q + head * head_bytes;
-    if (call.q_norm != nullptr)
-      kernels.norm({call.type, place, nullptr, nullptr, call.q_norm, call.eps, call.head_dim, place});
-    kernels.rotate(call.type, place, cosine, sine, call.head_dim);
+  const bool rotates = call.cosine != nullptr;
+  if (rotates) {
+    kernels.widen(call.type, call.cosine, call.head_dim, cosine);
+    kernels.widen(call.type, call.sine, call.head_dim, sine);
   }
+  const auto prepare_head = [&](char* place, const Norm& norm) {
+    if (norm.weight != nullptr) kernels.norm({call.type, place, nullptr, nullptr, norm, call.head_dim, place});
+    if (rotates) kernels.rotate(call.type, place, cosine, sine, call.head_dim);
+  };
+  for (int64_t head = 0; head < call.heads; ++head) prepare_head(q + head * head_bytes, call.q_norm);
   for (int64_t head = 0; head < call.kv_heads; ++head) {
     char* place = k + head * head_bytes;
-    if (call.k_norm != nullptr)
-      kernels.norm({call.type, place, nullptr, nullptr, call.k_norm, call.eps, call.head_dim, place});
-    kernels.rotate(call.type, place, cosine, sine, call.head_dim);
+    prepare_head(place, call.k_norm);
     const int64_t row = (head * call.capacity + call.length) * head_bytes;
     std::memcpy(call.keys + row, place, size_t(head_bytes));
     std::memcpy(call.values + row, v + head * head_bytes, size_t(head_bytes));
@@ -89,7 +89,7 @@ void run_attention(const Kernels& kernels, const AttentionCall& call, int thread
   narrow(kernels, mixed, q_count, call.type, mixed_narrow);
   const LinearCall o = linear_call(call.o, call.type, mixed_narrow, attended);
   run_linears(kernels, &o, 1, threads);
-  kernels.norm({call.type, call.sum, attended, call.sum, call.next_norm, call.eps, call.hidden, call.next});
+  kernels.norm({call.type, call.sum, attended, call.sum, call.next_norm, call.hidden, call.next});
 }
 
 void run_dense_ffn(const Kernels& kernels, const DenseFfnCall& call, int threads) {
@@ -101,12 +101,13 @@ void run_dense_ffn(const Kernels& kernels, const DenseFfnCall& call, int threads
   float* wide_gate = scratch.take<float>(count);
   float* wide_up = scratch.take<float>(count);
   char* h = scratch.take<char>(count * element_size(call.type));
+  const bool gated = call.up.matrix.data != nullptr;
   const LinearCall inputs[] = {linear_call(call.gate, call.type, call.x, gate),
                                linear_call(call.up, call.type, call.x, up)};
-  run_linears(kernels, inputs, 2, threads);
+  run_linears(kernels, inputs, gated ? 2 : 1, threads);
   kernels.widen(call.type, gate, count, wide_gate);
-  kernels.widen(call.type, up, count, wide_up);
-  kernels.gate_values(call.activation, wide_gate, wide_up, count);
+  if (gated) kernels.widen(call.type, up, count, wide_up);
+  kernels.gate_values(call.activation, wide_gate, gated ? wide_up : nullptr, count);
   narrow(kernels, wide_gate, count, call.type, h);
   const LinearCall down = linear_call(call.down, call.type, h, call.out);
   run_linears(kernels, &down, 1, threads);

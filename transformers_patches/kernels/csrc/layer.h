@@ -16,12 +16,11 @@ struct LayerWeight {
 // All of one token. x, delta [hidden]; keys, values [kv_heads, capacity, head_dim], of which `length` are filled.
 struct AttentionCall {
   LayerWeight q, k, v, o;
-  const char *norm = nullptr, *next_norm = nullptr;  // [hidden]
-  const char *q_norm = nullptr, *k_norm = nullptr;   // [head_dim] or null
-  float eps = 0.0f;
+  Norm norm, next_norm;   // [hidden]
+  Norm q_norm, k_norm;    // [head_dim], without a weight: none
   Type type = Type::F32;  // of every vector here
   const char *x = nullptr, *delta = nullptr;
-  const char *cosine = nullptr, *sine = nullptr;  // [head_dim]
+  const char *cosine = nullptr, *sine = nullptr;  // [head_dim]; null: queries and keys are not rotated
   char *keys = nullptr, *values = nullptr;
   int64_t capacity = 0, length = 0, window = 0;  // window 0: none
   int64_t hidden = 0, heads = 0, kv_heads = 0, head_dim = 0;
@@ -30,6 +29,7 @@ struct AttentionCall {
   char* next = nullptr;  // [hidden]: its norm, with next_norm
 };
 
+// Gated, or plain if `up` has no data: then `gate` is fc1 and `down` is fc2.
 struct DenseFfnCall {
   LayerWeight gate, up, down;
   Activation activation = Activation::SILU;

@@ -121,13 +121,18 @@ struct ConvertTask {
   const float* column_weights = nullptr;  // [hidden] or null: what the errors of an int4 column count
 };
 
-// sum = x + delta (rounded to the type; delta may be null, and sum too then), out = sum / rms(sum) * weight
+// An RMSNorm, or with a bias a LayerNorm. Both are of the type of what they are applied to.
+struct Norm {
+  const char *weight = nullptr, *bias = nullptr;
+  float eps = 0.0f;
+};
+
+// sum = x + delta (rounded to the type; delta may be null, and sum too then), out = the norm of sum; all [count].
 struct NormTask {
   Type type;
   const char *x, *delta;
   char* sum;
-  const char* weight;
-  float eps;
+  Norm norm;
   int64_t count;
   char* out;
 };
@@ -169,7 +174,8 @@ struct Kernels {
   void (*norm)(const NormTask&);
   void (*rotate)(Type type, char* head, const float* cosine, const float* sine, int64_t head_dim);
   void (*attend)(const AttendTask&);
-  void (*gate_values)(Activation, float* gate, const float* up, int64_t count);  // gate = activation(gate) * up
+  // gate = activation(gate) * up; up may be null, and counts as 1 then
+  void (*gate_values)(Activation, float* gate, const float* up, int64_t count);
   // scores[p] = |values[p]| * size[row of p], for the positions of `rows`
   void (*score_candidates)(const Rows& rows, const float* values, const float* size, float* scores);
   // The rows and values of the `keep` best of positions 0 … rows.end - 1 (keep below 0: of all above `threshold`), in

@@ -189,7 +189,7 @@ void compare(const std::string& what, const Kernels& kernels, Type type, const F
            std::vector<double>(expected[i].begin(), expected[i].end()), got[i], LIMITS[int(type)]);
 }
 
-void check_attention(const Kernels& kernels, Type type, int64_t head_dim, int64_t window, bool normed) {
+void check_attention(const Kernels& kernels, Type type, int64_t head_dim, int64_t window, bool normed, bool layer_norms) {
   const int64_t hidden = 96, heads = 4, kv_heads = 2, capacity = 40, length = 33;
   const int64_t q_rows = heads * head_dim, kv_rows = kv_heads * head_dim;
   const Type vectors = vectors_with(type);
@@ -207,16 +207,23 @@ void check_attention(const Kernels& kernels, Type type, int64_t head_dim, int64_
     call.k = layer_weight(k, kv_rows, hidden, type);
     call.v = layer_weight(v, kv_rows, hidden, type);
     call.o = layer_weight(o, hidden, q_rows, type);
-    call.norm = norms.data.data();
-    call.next_norm = norms.data.data() + norm_bytes;
-    call.q_norm = normed ? norms.data.data() + 2 * norm_bytes : nullptr;
-    call.k_norm = normed ? norms.data.data() + 3 * norm_bytes : nullptr;
-    call.eps = 1e-6f;
+    const auto norm = [&](int i) {
+      const char* weight = norms.data.data() + i * norm_bytes;
+      return Norm{weight, layer_norms ? weight : nullptr, 1e-6f};
+    };
+    call.norm = norm(0);
+    call.next_norm = norm(1);
+    if (normed) {
+      call.q_norm = norm(2);
+      call.k_norm = norm(3);
+    }
     call.type = vectors;
     call.x = x.data.data();
     call.delta = delta.data.data();
-    call.cosine = turn.data.data();
-    call.sine = turn.data.data() + head_dim * element_size(vectors);
+    if (!layer_norms) {
+      call.cosine = turn.data.data();
+      call.sine = turn.data.data() + head_dim * element_size(vectors);
+    }
     call.keys = cached_keys.data();
     call.values = cached_values.data();
     call.capacity = capacity;
@@ -235,16 +242,16 @@ void check_attention(const Kernels& kernels, Type type, int64_t head_dim, int64_
   });
 }
 
-void check_dense_ffn(const Kernels& kernels, Type type) {
+void check_dense_ffn(const Kernels& kernels, Type type, bool gated) {
   const int64_t hidden = 96, neurons = 160;
   const Type vectors = vectors_with(type);
   const Weight gate = weight_of(neurons, hidden, type), up = weight_of(neurons, hidden, type);
   const Weight down = weight_of(hidden, neurons, type), x = floats(1, hidden, vectors);
-  compare("dense_ffn", kernels, type, [&](const Kernels& variant) {
+  compare(gated ? "dense_ffn" : "plain dense_ffn", kernels, type, [&](const Kernels& variant) {
     std::vector<char> out(static_cast<size_t>(hidden * element_size(vectors)));
     DenseFfnCall call;
     call.gate = layer_weight(gate, neurons, hidden, type);
-    call.up = layer_weight(up, neurons, hidden, type);
+    if (gated) call.up = layer_weight(up, neurons, hidden, type);
     call.down = layer_weight(down, hidden, neurons, type);
     call.type = vectors;
     call.x = x.data.data();
@@ -395,9 +402,10 @@ void check_typical_size(const Kernels& kernels, Type type) {
 
 void check_layer(const Kernels& kernels) {
   for (Type type : {Type::F32, Type::BF16, Type::F16, Type::Q8, Type::Q4}) {
-    check_attention(kernels, type, quantised(type) ? 24 : 22, 0, false);
-    check_attention(kernels, type, quantised(type) ? 24 : 22, 20, true);
-    check_dense_ffn(kernels, type);
+    check_attention(kernels, type, quantised(type) ? 24 : 22, 0, false, false);
+    check_attention(kernels, type, quantised(type) ? 24 : 22, 20, true, false);
+    check_attention(kernels, type, quantised(type) ? 24 : 22, 0, false, true);
+    for (bool gated : {true, false}) check_dense_ffn(kernels, type, gated);
     check_by_up(kernels, type, true);
     check_by_up(kernels, type, false);
   }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,15 @@ from transformers_patches import parallel_reads
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.parallel_reads import BLOCK_BYTES, MAPPED_BLOCK_BYTES, Read, after_all, scratch
-from transformers_patches.weight_source import Source, WeightedSum, WeightSource, put, put_fitted, takes_whole_rows
+from transformers_patches.weight_source import (
+    Source,
+    WeightedSum,
+    WeightSource,
+    largest_in_columns,
+    put,
+    put_fitted,
+    takes_whole_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -129,9 +137,14 @@ class Checkpoint(WeightSource):
         self.fill([(Source(name, "whole" if rows is None else "rows", rows), out)])
 
     def read_columns_into(
-        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
+        self,
+        name: str,
+        out: torch.Tensor,
+        columns: torch.Tensor,
+        rest: WeightedSum | None = None,
+        largest: torch.Tensor | None = None,
     ) -> None:
-        self.fill([(Source(name, "columns", columns, rest), out)])
+        self.fill([(Source(name, "columns", columns, rest, largest=largest), out)])
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
         """As WeightSource.fill, the next tensors being read while one is worked on."""
@@ -191,6 +204,7 @@ class Checkpoint(WeightSource):
         place, held = self._place(source.name), out
         if isinstance(out, QuantizedTensor):
             held = scratch(out.shape, place.dtype)
+            source = replace(source, largest=torch.empty(out.shape[1]))
         step = max(1, BLOCK_BYTES // place.row_bytes)
         for start in range(0, place.rows, step):
             stop = min(start + step, place.rows)
@@ -198,7 +212,7 @@ class Checkpoint(WeightSource):
             yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
         self.bytes_read += place.nbytes
         if held is not out or source.fit is not None:
-            yield after_all(lambda: put_fitted(source.fit, out, held))
+            yield after_all(lambda: put_fitted(source.fit, out, held, source.largest))
 
 
 def _holds_bytes_of(out: torch.Tensor | QuantizedTensor, place: Place) -> bool:
@@ -228,6 +242,8 @@ def _take_columns(place: Place, out: torch.Tensor, rows: slice, source: Source, 
     if source.left_out is not None:
         others = values.index_select(0, source.left_out.columns).float()
         source.left_out.out[rows] = source.left_out.weights @ others
+    if source.largest is not None:
+        source.largest[rows] = largest_in_columns(values)
     out[:, rows] = values.index_select(0, source.neurons).to(out.device, out.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What an error in each column of a 4-bit weight counts: as much as the layer's inputs are large there.
+"""What an error in each column of a quantised weight counts: as much as the layer's inputs are large there.
 
 The idea is that of AWQ (arXiv 2306.00978) and of llama.cpp's importance matrix: what a layer computes suffers from the
 error of a weight in proportion to the input that the weight is multiplied with. docs/quantization.md has the formula.

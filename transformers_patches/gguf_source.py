@@ -171,7 +171,12 @@ class GGUFCheckpoint(WeightSource):
             out[part.to(out.device)] = self._unpack(stored, places[part]).to(out.device, out.dtype)
 
     def read_columns_into(
-        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
+        self,
+        name: str,
+        out: torch.Tensor,
+        columns: torch.Tensor,
+        rest: WeightedSum | None = None,
+        largest: torch.Tensor | None = None,
     ) -> None:
         """Packed rows are whole, so all of the tensor is read."""
         stored = self._tensors[name]
@@ -179,6 +184,8 @@ class GGUFCheckpoint(WeightSource):
             values = self._unpack(stored, part)
             if rest is not None:
                 rest.out[part] = values.index_select(1, rest.columns) @ rest.weights
+            if largest is not None:
+                largest[part] = values.abs().amax(dim=1)
             out[:, part[0] : part[-1] + 1] = values.index_select(1, columns).t().to(out.device, out.dtype)
 
     def _unpack(self, stored: _Stored, rows: torch.Tensor) -> torch.Tensor:

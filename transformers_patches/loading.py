@@ -284,7 +284,7 @@ def _stream_weights(
 ) -> None:
     """Give every parameter memory on its device, and read it. Nothing may be left over on either side.
 
-    known_inputs: a neuron file, whose statistics quantising to 4 bits uses.
+    known_inputs: a neuron file, whose statistics quantising uses.
     """
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     head = "lm_head.weight" if not tied else model.all_tied_weights_keys["lm_head.weight"]
@@ -339,8 +339,8 @@ def _stream_weights(
 
 
 def _has_weighted_errors(place: nn.Parameter | QuantizedWeight, source: Source) -> bool:
-    """Whether columns of a weight are inputs, and its scales are searched for. Columns that become rows are outputs."""
-    return isinstance(place, QuantizedWeight) and place.packed.bits == 4 and source.how != "columns"
+    """Whether columns of a weight are inputs. Columns that become rows are outputs."""
+    return isinstance(place, QuantizedWeight) and source.how != "columns"
 
 
 def _is_paired(model: PreTrainedModel, name: str) -> bool:

@@ -23,10 +23,12 @@ from transformers_patches.mapped_files import forget
 from transformers_patches.model_files import model_name, open_weights
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.packing import (
+    COLUMN_SCALES,
     DESCRIPTION,
     FIXED,
     FORMAT,
     INDEX,
+    LARGEST,
     NEURONS,
     ROPE_FACTORS,
     VERSION,
@@ -73,9 +75,14 @@ class _Recorder(WeightSource):
         self.weights.read_into(name, out, rows)
 
     def read_columns_into(
-        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
+        self,
+        name: str,
+        out: torch.Tensor,
+        columns: torch.Tensor,
+        rest: WeightedSum | None = None,
+        largest: torch.Tensor | None = None,
     ) -> None:
-        self.weights.read_columns_into(name, out, columns, rest)
+        self.weights.read_columns_into(name, out, columns, rest, largest)
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
         for source, out in requests:
@@ -87,11 +94,16 @@ class _Recorder(WeightSource):
                 self.keep(source.name, out)
             elif takes_whole_rows(source):
                 self.weights.fill([(source, out)])  # the fit file, which comes along, has them
-            else:
-                self.weights.fill([(replace(source, fit=None), out)])
+            elif source.how == "columns":
+                largest = torch.empty(out.shape[1])
+                self.weights.fill([(replace(source, fit=None, largest=largest), out)])
+                self.keep(f"{LARGEST}.{source.name}", largest)
                 self._keep_packed(source, out)
                 if source.fit is not None:
                     out.copy_(source.fit.refitted(out))
+            else:
+                self.weights.fill([(source, out)])
+                self._keep_packed(source, out)
 
     def _keep_packed(self, source: Source, out: torch.Tensor | QuantizedTensor) -> None:
         """Write what was loaded for a source; if its rows take turns with another weight's, both together."""
@@ -120,6 +132,8 @@ class _Recorder(WeightSource):
         """Note down a weight that is not simply there under its name."""
         if isinstance(out, QuantizedTensor):
             more |= {"bits": out.bits, "refitted": source.fit is not None}
+            if out.column_scales is not None:
+                self.keep(f"{COLUMN_SCALES}.{source.name}", out.column_scales)
         number = None
         if source.neurons is not None:
             number = self._numbers.setdefault(id(source.neurons), len(self._numbers))  # the plan keeps them alive

@@ -5,7 +5,8 @@ for lies there as one piece. Files: safetensors shards with their index, config,
 pack.json. Tensors: those read whole under their own names; `packed.<name>` [L, …] the planned rows, or columns as rows;
 `left_out.<name>` [H] what was summed up of the columns that are not there; `neurons.<number>` [L] which neurons those are.
 In a pack of quantised weights each of these, and each matrix that is read whole, is `data.<name>` and `scales.<name>`
-instead, as QuantizedTensor has them, down rows as a fit changed them. Two weights whose rows take turns in memory are one
+instead, as QuantizedTensor has them, down rows as a fit changed them, with their `column_scales.<name>`; else
+`largest.<name>` [H] is what column scales are made of, should they be quantised while loading. Two weights whose rows take turns in memory are one
 tensor [L, 2, …] under the name of the first, and both have its `pair`. Names that no weight asks for are passed over, so
 later versions can add more. Tensors are aligned, so weights can be used where their files are mapped.
 """
@@ -33,10 +34,15 @@ from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weight_source import Source, WeightedSum, put, put_fitted
 
-FORMAT, VERSION, READABLE = "partinfer-pack", 4, (1, 2, 3, 4)
+FORMAT, VERSION, READABLE = "partinfer-pack", 5, (1, 2, 3, 4, 5)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
 ROPE_FACTORS = "rope_factors"
-_ADDED = ("packed.", "data.", "scales.", "left_out.", "neurons.", PADDING, ROPE_FACTORS)
+COLUMN_SCALES, LARGEST = "column_scales", "largest"
+_ADDED = (
+    *("packed.", "data.", "scales.", f"{COLUMN_SCALES}.", f"{LARGEST}.", "left_out.", "neurons."),
+    PADDING,
+    ROPE_FACTORS,
+)
 # settings that decide which neurons are there
 FIXED = (
     *("loaded_neurons_percent", "base_neurons_percent", "base_neurons_type", "start_num", "end_num", "compensation"),
@@ -154,12 +160,22 @@ class Pack(Checkpoint):
                 if (place.dtype, place.shape[1:]) != (values.dtype, values.shape[1:]) or place.rows < rows:
                     raise PartInferError(f"{self.source} has no int{out.bits} in {kind}.{name}: make the pack again")
                 yield from self._packed_reads(kind, name, values, part)
+            yield from self._column_scale_reads(name, out)
         else:
             yield from self._float_reads(source, out, part)
         if source.left_out is not None:
             if entry["left_out"] != sum_of(source.left_out):
                 raise self._other_neurons(name)
             yield from self._row_reads(f"left_out.{name}", source.left_out.out)
+
+    def _column_scale_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
+        """Packs before version 5 have none: there all are 1."""
+        if out.column_scales is None:
+            return
+        if f"{COLUMN_SCALES}.{name}" in self._files:
+            yield from self._row_reads(f"{COLUMN_SCALES}.{name}", out.column_scales)
+        else:
+            out.column_scales.fill_(1)
 
     def _other_layout_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
         """A head in planes where they are not used, or the other way round."""
@@ -170,13 +186,17 @@ class Pack(Checkpoint):
         yield after_all(lambda: out.data.copy_(convert(QuantizedTensor(held, out.scales, 8)).data))
 
     def _float_reads(self, source: Source, out: torch.Tensor | QuantizedTensor, part: slice) -> Iterator[Read]:
-        if source.fit is None:
+        quantized = isinstance(out, QuantizedTensor)
+        if source.fit is None and not (quantized and out.column_scales is not None):
             yield from self._packed_reads("packed", source.name, out, part, source.column_weights)
             return
-        stored = self._stored("packed", source.name, self._packed[source.name])
-        held = scratch(out.shape, stored.dtype) if isinstance(out, QuantizedTensor) else out
+        stored, largest = self._stored("packed", source.name, self._packed[source.name]), None
+        held = scratch(out.shape, stored.dtype) if quantized else out
+        if f"{LARGEST}.{source.name}" in self._files:
+            largest = torch.empty(out.shape[1])
+            yield from self._row_reads(f"{LARGEST}.{source.name}", largest)
         yield from self._packed_reads("packed", source.name, held, part)
-        yield after_all(lambda: put_fitted(source.fit, out, held))
+        yield after_all(lambda: put_fitted(source.fit, out, held, largest))
 
     def mapped(
         self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
@@ -188,7 +208,7 @@ class Pack(Checkpoint):
             if entry.get("bits") != like.bits:
                 return None
             data, scales = self._in_file("data", source, like.data), self._in_file("scales", source, like.scales)
-            return None if data is None or scales is None else QuantizedTensor(data, scales, like.bits)
+            return None if data is None or scales is None else like.over(data, scales)
         if entry.get("bits") or source.fit is not None:
             return None
         return self._in_file("packed" if entry else "", source, like)

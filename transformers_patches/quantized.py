@@ -14,20 +14,24 @@ HEAD_BITS = 8  # of output projection and embeddings, unless told: every token p
 
 
 class QuantizedWeight(nn.Module):
-    """A [rows, columns] weight in 8 or 4 bits, where an nn.Parameter would be: buffers `data` and `scales`.
+    """A [rows, columns] weight in 8 or 4 bits, where an nn.Parameter would be: buffers `data`, `scales` and `column_scales`.
 
     `packed` is the same as the kernels take it. Moves with its module, but keeps its types.
     """
 
-    def __init__(self, rows: int, columns: int, bits: int, *, in_planes: bool = False) -> None:
+    def __init__(
+        self, rows: int, columns: int, bits: int, *, in_planes: bool = False, column_scales: bool = False
+    ) -> None:
         super().__init__()
-        self.fill(QuantizedTensor.empty(rows, columns, bits, "meta", in_planes=in_planes))
+        empty = QuantizedTensor.empty(rows, columns, bits, "meta", in_planes=in_planes, column_scales=column_scales)
+        self.fill(empty)
 
     def fill(self, packed: QuantizedTensor) -> None:
         """Hold this weight from now on."""
         self.packed = packed
         self.register_buffer("data", packed.data)
         self.register_buffer("scales", packed.scales)
+        self.register_buffer("column_scales", packed.column_scales)
 
     def _apply(self, fn, recurse: bool = True) -> QuantizedWeight:
         # .to(dtype), .float() and the like are about the floats around: only the device counts here

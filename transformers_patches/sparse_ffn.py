@@ -96,9 +96,10 @@ class SparseFFN(nn.Module):
         self.row_names = self.weight_names + ([f"{name}_bias" for name in inputs] if input_bias else [])
         for name in self.row_names:
             shape = (plan.loaded_count,) if name.endswith("_bias") else (plan.loaded_count, hidden_size)
-            quantized = bits is not None and len(shape) == 2
-            weight = QuantizedWeight(*shape, bits) if quantized else nn.Parameter(torch.empty(shape), False)
-            setattr(self, name, weight)
+            if bits is None or len(shape) == 1:
+                setattr(self, name, nn.Parameter(torch.empty(shape), False))
+            else:  # columns of down are outputs, of which some are much larger than others
+                setattr(self, name, QuantizedWeight(*shape, bits, column_scales=name == "down"))
         self.output_bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if output_bias else None
         self.compensation: Compensation | None = None
         self.prior = prior or Prior()

@@ -11,6 +11,7 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.fit_file import LayerFit
 from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.kernels.quantization import column_scales
 from transformers_patches.parallel_reads import scratch
 
 QUANTIZED_AT_ONCE = 2**21  # values that are floats for a moment, in row chunks
@@ -33,7 +34,8 @@ class Source:
     """Where a weight of the model comes from: a tensor of the source, of which rows, columns, or the whole is read.
 
     neurons: which rows or columns (these become rows); left_out: what to sum up of the other columns; fit: what to do
-    to the columns then; column_weights: float32 [columns], what quantising rows to 4 bits weights errors with.
+    to the columns then; column_weights: float32 [columns], what quantising rows weights errors with; largest: float32 [H],
+    filled with the largest size in each row of the tensor whose columns are read, whichever they are.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Source:
     left_out: WeightedSum | None = None
     fit: LayerFit | None = None
     column_weights: torch.Tensor | None = None
+    largest: torch.Tensor | None = None
 
 
 class WeightSource(ABC):
@@ -73,9 +76,17 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read_columns_into(
-        self, name: str, out: torch.Tensor, columns: torch.Tensor, rest: WeightedSum | None = None
+        self,
+        name: str,
+        out: torch.Tensor,
+        columns: torch.Tensor,
+        rest: WeightedSum | None = None,
+        largest: torch.Tensor | None = None,
     ) -> None:
-        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]; sum up others as `rest` says."""
+        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]; sum up others as `rest` says.
+
+        largest: as in Source.
+        """
 
     def mapped(
         self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
@@ -106,7 +117,7 @@ class WeightSource(ABC):
         if takes_whole_rows(source):
             put_fitted(source.fit, out)
         elif source.how == "columns":
-            self.read_columns_into(source.name, out, source.neurons, source.left_out)
+            self.read_columns_into(source.name, out, source.neurons, source.left_out, source.largest)
             if source.fit is not None:
                 put_fitted(source.fit, out, out)
         else:
@@ -116,9 +127,9 @@ class WeightSource(ABC):
         if takes_whole_rows(source):
             put_fitted(source.fit, out)
         elif source.how == "columns":
-            values = scratch(out.shape, self.dtype(source.name))
-            self.read_columns_into(source.name, values, source.neurons, source.left_out)
-            put_fitted(source.fit, out, values)
+            values, largest = scratch(out.shape, self.dtype(source.name)), torch.empty(out.shape[1])
+            self.read_columns_into(source.name, values, source.neurons, source.left_out, largest)
+            put_fitted(source.fit, out, values, largest)
         else:
             rows = torch.arange(len(out)) if source.neurons is None else source.neurons
             for piece in pieces(out):
@@ -132,11 +143,21 @@ def takes_whole_rows(source: Source) -> bool:
     return source.fit is not None and source.fit.down is not None
 
 
-def put_fitted(fit: LayerFit | None, out: torch.Tensor | QuantizedTensor, down: torch.Tensor | None = None) -> None:
+def put_fitted(
+    fit: LayerFit | None,
+    out: torch.Tensor | QuantizedTensor,
+    down: torch.Tensor | None = None,
+    largest: torch.Tensor | None = None,
+) -> None:
     """Down rows [L, H], as a fit changes them, into `out`, which may be `down` itself. down: None if the fit has its own.
 
-    Those are gone afterwards: layer by layer, memory moves from the fit to the model.
+    Those are gone afterwards: layer by layer, memory moves from the fit to the model. largest: float32 [H], the largest sizes
+    in each column of all neurons' rows, which column scales are made of; None: those of these rows.
     """
+    if isinstance(out, QuantizedTensor) and out.column_scales is not None:
+        rows = down if fit is None or fit.down is None else fit.down
+        largest = largest_in_columns(rows) if largest is None else largest
+        out.column_scales.copy_(column_scales(largest.to(out.device)))
     if fit is None or fit.down is not None:
         down = down if fit is None else fit.down
         for piece in pieces(out):
@@ -147,6 +168,13 @@ def put_fitted(fit: LayerFit | None, out: torch.Tensor | QuantizedTensor, down: 
     quantized = isinstance(out, QuantizedTensor)  # then nothing is rounded in between
     for piece in pieces(out):
         put(out, piece, fit.refitted(down[piece].float() if quantized else down[piece], piece))
+
+
+def largest_in_columns(rows: torch.Tensor) -> torch.Tensor:
+    """The largest sizes in each column: float32 [H] of rows [n, H]."""
+    rows = rows.float() if rows.dtype.itemsize == 1 else rows
+    lowest, highest = rows.aminmax(dim=0)
+    return torch.maximum(-lowest, highest).float()
 
 
 def pieces(out: torch.Tensor | QuantizedTensor) -> list[slice]:
@@ -166,7 +194,7 @@ def put(
         places = places.to(out.device)
     if isinstance(out, QuantizedTensor):
         exact = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.float()
-        packed = kernels.quantize(exact.to(out.device), out.bits, column_weights)
+        packed = kernels.quantize(exact.to(out.device), out.bits, column_weights, out.column_scales)
         out.put(places, kernels.split_planes(packed) if out.in_planes else packed)
     else:
         out[places] = values.to(out.device, out.dtype)

@@ -1,4 +1,4 @@
-"""Weights of columns: by name, and in the scales of every 4-bit weight of a loaded model."""
+"""Weights of columns: by name, and in the scales of every quantised weight of a loaded model."""
 
 import pytest
 import torch
@@ -34,9 +34,10 @@ def test_inputs_that_were_always_zero_weight_all_columns_alike():
     assert torch.equal(weights["model.layers.2.mlp.up_proj.weight"], torch.ones(HIDDEN))
 
 
-def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint, bits):
     """Scales equal those of the checkpoint's weights quantised with the statistics, of neuron-major down rows without."""
-    ours = load(checkpoint, "int4", head_dtype="int4")
+    ours = load(checkpoint, f"int{bits}", head_dtype=f"int{bits}")
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     spec = ffn_spec(plain.config)
     head = "lm_head.weight"
@@ -47,7 +48,7 @@ def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint
     checked = set()
     for name, place in weight_places(ours.model):
         if name in parameters and hasattr(place, "packed"):
-            expected = kernels.quantize(parameters[name], 4, known.get(name))
+            expected = kernels.quantize(parameters[name], bits, known.get(name))
             assert torch.equal(place.packed.scales, expected.scales), name
             checked.add(name)
     for layer, plan in ours.plan.layers.items():
@@ -59,17 +60,13 @@ def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint
                 continue
             name = f"{spec.projection(layer, projection)}.weight"
             weight = parameters[name].t() if held == "down" else parameters[name]
-            rows = weight[plan.neurons].contiguous()
-            expected = kernels.quantize(rows, 4, None if held == "down" else known[name])
-            assert torch.equal(getattr(ffn, held).packed.scales, expected.scales), name
+            rows, packed = weight[plan.neurons].contiguous(), getattr(ffn, held).packed
+            expected = kernels.quantize(rows, bits, None if held == "down" else known[name], packed.column_scales)
+            assert torch.equal(packed.scales, expected.scales), name
+            if held == "down":  # of all neurons, not only of those that are loaded
+                assert torch.equal(packed.column_scales, weight.abs().amax(dim=0) / 64)
     assert head in checked
     assert len(checked) >= 4 * plain.config.num_hidden_layers
-
-
-def test_eight_bits_stay_as_they_are(tiny_checkpoints):
-    with_squares, without = (load(tiny_checkpoints["llama"], "int8", n) for n in (NEURONS, random_neuron_file(5)))
-    theirs = without.model.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in with_squares.model.state_dict().items())
 
 
 def test_statistics_of_another_width_are_refused(tiny_checkpoints):

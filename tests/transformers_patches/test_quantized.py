@@ -43,6 +43,12 @@ def restored(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return kernels.dequantize(kernels.quantize(weight, bits))
 
 
+def restored_down(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """A down projection [H, N] of a sparse layer: neuron by neuron, groups along H, outputs relative to their largest weight."""
+    scales = weight.abs().amax(dim=1) / 64
+    return restored((weight / scales[:, None]).t().contiguous(), bits).t() * scales[:, None]
+
+
 @pytest.fixture(scope="session")
 def dequantized(tiny_checkpoints, tmp_path_factory):
     """dequantized(family, dtype): a reference of plain transformers with the weights that ours stand for, in float32."""
@@ -55,8 +61,8 @@ def dequantized(tiny_checkpoints, tmp_path_factory):
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and module is not head:
                 match, weight = DOWN_PROJECTION.search(name), module.weight.data
-                if match and int(match[1]) in SPARSE:  # neuron by neuron: groups along H
-                    module.weight.data = restored(weight.t(), BITS[dtype]).t().contiguous()
+                if match and int(match[1]) in SPARSE:
+                    module.weight.data = restored_down(weight, BITS[dtype])
                 elif weight.shape[1] % kernels.GROUP == 0:
                     module.weight.data = restored(weight, BITS[dtype])
         for weight in {embedding.weight, head.weight}:
@@ -154,7 +160,7 @@ def test_bytes_in_memory_are_data_and_scales(family, dtype, tiny_checkpoints):
 
     bits, kept = BITS[dtype], naive_count(0.7, INTERMEDIATE)
     attention = 2 * packed(HIDDEN, HIDDEN, bits) + 2 * packed(HIDDEN // 2, HIDDEN, bits)
-    sparse = 3 * packed(kept, HIDDEN, bits)
+    sparse = 3 * packed(kept, HIDDEN, bits) + HIDDEN * 4  # float32 column scales of down
     whole = 2 * packed(INTERMEDIATE, HIDDEN, bits) + INTERMEDIATE * HIDDEN * 2  # 80 columns are no groups: bfloat16
     norms = (2 * LAYERS + 1) * HIDDEN * 2
     vocabulary = packed(VOCABULARY, HIDDEN, 8) * (1 if FAMILY_CONFIGS[family][1].get("tie_word_embeddings") else 2)
@@ -169,7 +175,8 @@ def test_what_is_quantized(checkpoint):
     linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     assert all(module.in_features == INTERMEDIATE for module in linears)
     assert model.dtype == torch.bfloat16
-    assert {buffer.dtype for name, buffer in model.named_buffers() if name.endswith("scales")} == {torch.float16}
+    scales = {name: buffer.dtype for name, buffer in model.named_buffers() if name.endswith(".scales")}
+    assert set(scales.values()) == {torch.float16}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, QuantizedEmbedding)
     assert embedding.weight.packed.bits == head.weight.packed.bits == 8

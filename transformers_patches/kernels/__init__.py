@@ -6,6 +6,8 @@ Native kernels where they can be compiled, plain PyTorch elsewhere: the function
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -112,8 +114,8 @@ def sparse_ffn(
         result = reference.sparse_ffn(x, gate, up, down, prefix, index, activation, bias_gate, bias_up)
     elif isinstance(gate, QuantizedTensor):
         result = ops.quant_sparse_ffn(
-            x, gate.data, gate.scales, up.data, up.scales, down.data, down.scales, gate.bits, prefix, index, activation,
-            bias_gate, bias_up,
+            x, gate.data, gate.scales, up.data, up.scales, down.data, down.scales, down.column_scales, gate.bits, prefix,
+            index, activation, bias_gate, bias_up,
         )  # fmt: skip
     elif out is not None:
         ops.sparse_ffn_out(x, gate, up, down, prefix, index, activation, bias_gate, bias_up, out)
@@ -141,7 +143,7 @@ def sparse_ffn_plain(
         return reference.sparse_ffn(x, fc1, None, fc2, prefix, index, activation, bias1)
     if isinstance(fc1, QuantizedTensor):
         return ops.quant_sparse_ffn_plain(
-            x, fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc1.bits, prefix, index, activation
+            x, fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc2.column_scales, fc1.bits, prefix, index, activation
         )
     return ops.sparse_ffn_plain(x, fc1, bias1, fc2, prefix, index, activation)
 
@@ -173,7 +175,17 @@ def sparse_ffn_by_up(
     choice = (candidates_prefix, candidates_index, scale, -1 if keep_count is None else keep_count, threshold)
     if isinstance(gate, QuantizedTensor):
         return ops.quant_sparse_ffn_by_up(
-            x, gate.data, gate.scales, up.data, up.scales, down.data, down.scales, gate.bits, *choice, activation
+            x,
+            gate.data,
+            gate.scales,
+            up.data,
+            up.scales,
+            down.data,
+            down.scales,
+            down.column_scales,
+            gate.bits,
+            *choice,
+            activation,
         )
     return ops.sparse_ffn_by_up(x, gate, up, down, *choice, activation)
 
@@ -202,7 +214,7 @@ def sparse_ffn_plain_by_size(
         )
     choice = (candidates_prefix, candidates_index, scale, -1 if keep_count is None else keep_count, threshold)
     if isinstance(fc1, QuantizedTensor):
-        weights = (fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc1.bits)
+        weights = (fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc2.column_scales, fc1.bits)
         return ops.quant_sparse_ffn_plain_by_size(x, *weights, *choice, activation)
     return ops.sparse_ffn_plain_by_size(x, fc1, bias1, fc2, *choice, activation)
 
@@ -266,14 +278,19 @@ def combine(h: Tensor, weight: Weight) -> Tensor:
     return blockwise.combine(h, weight, dequantize)
 
 
-def quantize(weight: Tensor, bits: int, column_weights: Tensor | None = None) -> QuantizedTensor:
+def quantize(
+    weight: Tensor, bits: int, column_weights: Tensor | None = None, column_scales: Tensor | None = None
+) -> QuantizedTensor:
     """A float weight [rows, columns] in 8 or 4 bits.
 
-    8 bits: a group's largest value is exact. 4 bits: scales from 0.8 to 1.04 times the one that makes it exact (as -8,
-    so a scale may be negative) are tried, and the one with the least square error, weighted with |value| and with
-    column_weights (float32 [columns], 4 bits only), is taken. Raises PartInferError if columns is no multiple of 32,
+    8 bits: a group's largest value is exact; with column_weights (float32 [columns]) scales from 0.996 to 1.06 times the
+    one that makes it so are tried, and the one with the least square error weighted with them is taken. 4 bits: scales from
+    0.8 to 1.04 times the exact one (as -8, so a scale may be negative), errors weighted with |value| too. column_scales
+    (float32 [columns]): what is quantised is the weight divided by them. Raises PartInferError if columns is no multiple of 32,
     bits is neither 8 nor 4, or the column weights are others.
     """
+    if column_scales is not None:
+        return replace(quantize(weight / column_scales, bits, column_weights), column_scales=column_scales)
     ops = _LIBRARY.get()
     if ops is None or not weight.is_cpu or weight.ndim != 2:
         return quantization.quantize(weight, bits, column_weights)
@@ -293,7 +310,7 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32, out:
     weight = join_planes(weight) if weight.in_planes else weight
     out = torch.empty(weight.shape, dtype=dtype) if out is None else out
     ops.dequantize(weight.data, weight.scales, weight.bits, out)
-    return out
+    return out if weight.column_scales is None else out.mul_(weight.column_scales)
 
 
 def attention_step(

@@ -6,6 +6,7 @@ Quantised weights are turned into floats block by block, so that never more than
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ def combine(h: Tensor, weight: Tensor | QuantizedTensor, dequantize: Dequantize)
     if not isinstance(weight, QuantizedTensor):
         return h @ weight
     out = torch.zeros(*h.shape[:-1], weight.shape[1], dtype=torch.float32, device=h.device)
-    for rows, floats in _blocks(weight, h.dtype, dequantize):
+    for rows, floats in _blocks(replace(weight, column_scales=None), h.dtype, dequantize):
         out += h[..., rows] @ floats
+    if weight.column_scales is not None:  # once, and before anything is rounded
+        out *= weight.column_scales
     return out.to(h.dtype)

@@ -55,8 +55,8 @@ class Decoder:
         """The FFN of layer `number` is computed for some neurons."""
         p, keep = ffn.projections, -1 if ffn.keep_count is None else ffn.keep_count
         self._native.set_rows(
-            number, p.weights, p.scales, p.biases, p.bits, ffn.activation, ffn.prefix, ffn.index, ffn.size, keep,
-            ffn.threshold, list(ffn.added),
+            number, p.weights, p.scales, p.column_scales, p.biases, p.bits, ffn.activation, ffn.prefix, ffn.index, ffn.size,
+            keep, ffn.threshold, list(ffn.added),
         )  # fmt: skip
 
     def set_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:

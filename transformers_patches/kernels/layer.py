@@ -17,12 +17,16 @@ Linear = tuple[Tensor | QuantizedTensor, Tensor | None]  # weight [out, in] and 
 
 @dataclass(frozen=True)
 class Projections:
-    """Linear layers of one kind of weights, as the operations take them; bits is 0 and scales empty for floats."""
+    """Linear layers of one kind of weights, as the operations take them; bits is 0 and scales empty for floats.
+
+    column_scales: those of the last one, down rows that are summed up.
+    """
 
     weights: list[Tensor]
     scales: list[Tensor]
     biases: list[Tensor | None]
     bits: int
+    column_scales: Tensor | None = None
 
     @classmethod
     def of(cls, linears: Sequence[Linear | None]) -> Projections | None:
@@ -34,7 +38,8 @@ class Projections:
         if len(kinds) != 1:
             return None
         if isinstance(weights[0], QuantizedTensor):
-            return cls([w.data for w in weights], [w.scales for w in weights], biases, weights[0].bits)
+            columns = weights[-1].column_scales
+            return cls([w.data for w in weights], [w.scales for w in weights], biases, weights[0].bits, columns)
         return cls([weight.detach() for weight in weights], [], biases, 0)
 
     def linear(self, number: int, x: Tensor) -> Tensor:

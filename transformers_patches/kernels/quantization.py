@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,13 @@ from transformers_patches.errors import PartInferError
 
 GROUP = 32
 _VALUES_AT_ONCE = 2**20  # bounds the float32 copies that quantising makes
-_CANDIDATES = [0.8 + 0.02 * step for step in range(13)]  # times the scale that makes the largest value exact
+_CANDIDATES = {  # by bits: times the scale that makes the largest value exact
+    8: [0.996 + 0.008 * step for step in range(9)],
+    4: [0.8 + 0.02 * step for step in range(13)],
+}
+COLUMN_RANGE = (
+    64.0  # how large a column's largest value is beside its scale, so that scales of groups are normal float16s
+)
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,14 @@ class QuantizedTensor:
     data: int8 [rows, columns], or uint8 [rows, columns / 2]: value + 8 in four bits, byte k of a group's 16 holding
     column k (low bits) and column k + 16 (high bits). scales: float16 [rows, columns / 32]. Weight = scale * value.
     8 bits may also be in two planes of such nibbles, data uint8 [2, rows, columns / 2]: value + 128 = 16 high + low.
+    column_scales: float32 [columns] or None, what each column is multiplied with besides: where columns are the outputs of
+    what is summed up row by row, one large column would take the range of its whole group.
     """
 
     data: Tensor
     scales: Tensor
     bits: int
+    column_scales: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -40,7 +49,12 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of data and scales."""
-        return self.data.nbytes + self.scales.nbytes
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """All tensors that it consists of."""
+        return [self.data, self.scales, *([] if self.column_scales is None else [self.column_scales])]
 
     @property
     def device(self) -> torch.device:
@@ -51,37 +65,53 @@ class QuantizedTensor:
 
     def __getitem__(self, rows: Tensor | slice) -> QuantizedTensor:
         """Some of the rows: a view for a slice, a copy for indices."""
-        return QuantizedTensor(self.data[..., rows, :], self.scales[rows], self.bits)
+        return replace(self, data=self.data[..., rows, :], scales=self.scales[rows])
 
     def index_select(self, dim: int, index: Tensor) -> QuantizedTensor:
         """A copy of some rows; dim must be 0."""
-        return QuantizedTensor(self.data.index_select(dim - 2, index), self.scales.index_select(dim, index), self.bits)
+        return replace(self, data=self.data.index_select(dim - 2, index), scales=self.scales.index_select(dim, index))
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> QuantizedTensor:
         """The same on another device."""
-        data, scales = (part.to(device, non_blocking=non_blocking) for part in (self.data, self.scales))
-        return self if data is self.data else QuantizedTensor(data, scales, self.bits)
+        moved = self._each(lambda part: part.to(device, non_blocking=non_blocking))
+        return self if moved.data is self.data else moved
 
     def like(self, empty: Callable[[Tensor], Tensor]) -> QuantizedTensor:
         """One of the same shape and bits in memory that `empty` gives for its data and its scales."""
-        return QuantizedTensor(empty(self.data), empty(self.scales), self.bits)
+        return self.over(empty(self.data), empty(self.scales))
+
+    def over(self, data: Tensor, scales: Tensor) -> QuantizedTensor:
+        """One like this whose data and scales are these, and whose column scales are still to be filled."""
+        columns = None if self.column_scales is None else torch.empty_like(self.column_scales, device=data.device)
+        return replace(self, data=data, scales=scales, column_scales=columns)
 
     def pin_memory(self) -> QuantizedTensor:
         """A copy in page-locked memory."""
-        return QuantizedTensor(self.data.pin_memory(), self.scales.pin_memory(), self.bits)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        columns = None if self.column_scales is None else change(self.column_scales)
+        return replace(self, data=change(self.data), scales=change(self.scales), column_scales=columns)
 
     def put(self, rows: Tensor | slice, values: QuantizedTensor) -> None:
-        """Take over some rows from another one of the same layout."""
+        """Take over some rows from another one of the same layout and column scales."""
         self.data[..., rows, :], self.scales[rows] = values.data, values.scales
 
     def copy_(self, other: QuantizedTensor) -> None:
         """Take over the values of another one of the same shape and bits."""
-        self.data.copy_(other.data)
-        self.scales.copy_(other.scales)
+        for own, others in zip(self.parts, other.parts, strict=True):
+            own.copy_(others)
 
     @classmethod
     def empty(
-        cls, rows: int, columns: int, bits: int, device: torch.device | str = "cpu", *, in_planes: bool = False
+        cls,
+        rows: int,
+        columns: int,
+        bits: int,
+        device: torch.device | str = "cpu",
+        *,
+        in_planes: bool = False,
+        column_scales: bool = False,
     ) -> QuantizedTensor:
         """Memory for a [rows, columns] weight. Raises PartInferError if columns is no multiple of 32 or bits not 4 or 8."""
         if bits not in (4, 8):
@@ -96,7 +126,8 @@ class QuantizedTensor:
         else:
             planes = (2,) if in_planes else ()
             data = torch.empty(*planes, rows, columns // 2, dtype=torch.uint8, device=device)
-        return cls(data, torch.empty(rows, columns // GROUP, dtype=torch.float16, device=device), bits)
+        scales = torch.empty(rows, columns // GROUP, dtype=torch.float16, device=device)
+        return cls(data, scales, bits, torch.empty(columns, device=device) if column_scales else None)
 
 
 def quantize(weight: Tensor, bits: int, column_weights: Tensor | None = None) -> QuantizedTensor:
@@ -112,8 +143,8 @@ def quantize(weight: Tensor, bits: int, column_weights: Tensor | None = None) ->
         piece = slice(start, start + step)
         groups = weight[piece].float().view(-1, columns // GROUP, GROUP)
         scale = _exact_scale(groups, bits)
-        if bits == 4:
-            scale = _best_scale(groups, scale, important)
+        if bits == 4 or important is not None:
+            scale = _best_scale(groups, scale, bits, important)
         result.scales[piece] = scale
         result.data[piece] = _pack(_round(groups, scale, bits), bits)
     return result
@@ -154,7 +185,13 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> T
     else:
         packed = weight.data.view(rows, -1, GROUP // 2)
         values = torch.cat((packed & 15, packed >> 4), dim=-1).to(torch.int8) - 8
-    return (values * weight.scales.float().unsqueeze(-1)).view(rows, columns).to(dtype)
+    floats = (values * weight.scales.float().unsqueeze(-1)).view(rows, columns)
+    return (floats if weight.column_scales is None else floats * weight.column_scales).to(dtype)
+
+
+def column_scales(largest: Tensor) -> Tensor:
+    """The column scales of a weight whose columns have these largest sizes: float32 [columns] each."""
+    return torch.where(largest > 0, largest / COLUMN_RANGE, 1.0)
 
 
 def _exact_scale(groups: Tensor, bits: int) -> Tensor:
@@ -171,16 +208,17 @@ def _round(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (values.clamp_(-127, 127) if bits == 8 else values.clamp_(-8, 7)).round_()
 
 
-def _best_scale(groups: Tensor, scale: Tensor, column_weights: Tensor | None) -> Tensor:
-    """For 4 bits: large values, of which there are few, count most, in the error and in what a layer computes.
+def _best_scale(groups: Tensor, scale: Tensor, bits: int, column_weights: Tensor | None) -> Tensor:
+    """With 4 bits large values, of which there are few, count most, in the error and in what a layer computes.
 
     column_weights: [groups, 32], what the errors of a column count besides.
     """
-    importance = groups.abs() if column_weights is None else groups.abs() * column_weights
+    importance = groups.abs() if bits == 4 else torch.ones_like(groups)
+    importance = importance if column_weights is None else importance * column_weights
     best, least = scale, torch.full_like(scale, torch.inf, dtype=torch.float32)
-    for factor in _CANDIDATES:
+    for factor in _CANDIDATES[bits]:
         candidate = (scale.float() * factor).half()
-        restored = _round(groups, candidate, 4) * candidate.float().unsqueeze(-1)
+        restored = _round(groups, candidate, bits) * candidate.float().unsqueeze(-1)
         error = ((groups - restored).square_() * importance).sum(-1)
         better = error < least
         best, least = torch.where(better, candidate, best), torch.where(better, error, least)

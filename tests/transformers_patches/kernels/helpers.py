@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,15 @@ def paired(first: kernels.Weight, second: kernels.Weight) -> tuple[kernels.Weigh
     """The same two matrices with rows that take turns in memory."""
     if isinstance(first, Tensor):
         return torch.stack([first, second], dim=1).unbind(1)
-    parts = zip(paired(first.data, second.data), paired(first.scales, second.scales), strict=True)
-    return tuple(kernels.QuantizedTensor(data, scales, first.bits) for data, scales in parts)
+    parts = zip((first, second), paired(first.data, second.data), paired(first.scales, second.scales), strict=True)
+    return tuple(replace(weight, data=data, scales=scales) for weight, data, scales in parts)
+
+
+def quantized_ffn(floats: list[Tensor], bits: int) -> list[kernels.QuantizedTensor]:
+    """The last one, whose rows are summed up, with column scales of very different sizes."""
+    *inputs, down = floats
+    scales = torch.logspace(-2, 2, down.shape[1])[torch.randperm(down.shape[1])]
+    return [*(kernels.quantize(weight, bits) for weight in inputs), kernels.quantize(down * scales, bits, None, scales)]
 
 
 def double(*tensors: Tensor) -> list[Tensor]:

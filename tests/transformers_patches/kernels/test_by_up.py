@@ -8,7 +8,7 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.kernels import reference
 
-from .helpers import TOLERANCE, error, paired, unsorted_index, weights
+from .helpers import TOLERANCE, error, paired, quantized_ffn, unsorted_index, weights
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_ties_are_cut_to_the_count(variant):
 def in_kind(floats, kind):
     """Weights in a float type or in so many bits, the floats that they stand for, and how exact products are."""
     if isinstance(kind, int):
-        packed = [kernels.quantize(weight, kind) for weight in floats]
+        packed = quantized_ffn(floats, kind)
         return packed, [kernels.dequantize(weight) for weight in packed], 0.06
     packed = [weight.to(kind) for weight in floats]
     return packed, [weight.float() for weight in packed], TOLERANCE[kind]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -103,7 +105,7 @@ class Model:
             for _ in range(3)
         ]
         self.whole = self.projections((NEURONS, HIDDEN), (NEURONS, HIDDEN), (HIDDEN, NEURONS))
-        self.rows = self.projections(*[(NEURONS, HIDDEN)] * 3)
+        self.rows = self.projections(*[(NEURONS, HIDDEN)] * 3, summed=True)
         self.index = torch.tensor([40, 90, 33], dtype=torch.int32)
         self.size, self.added = torch.rand(NEURONS), torch.randn(2, HIDDEN).to(self.dtype)
         self.last_norm = self.norm()
@@ -115,9 +117,12 @@ class Model:
     def norm(self) -> torch.Tensor:
         return (1 + torch.randn(HIDDEN) / 10).to(self.dtype)
 
-    def projections(self, *shapes: tuple[int, int]) -> Projections:
+    def projections(self, *shapes: tuple[int, int], summed: bool = False) -> Projections:
+        """summed: the last one's rows are, so it has column scales if it is quantised."""
         weights = [torch.randn(shape) * shape[1] ** -0.5 for shape in shapes]
         kept = [kernels.quantize(w, self.bits) if self.bits else w.to(self.dtype) for w in weights]
+        if summed and self.bits:
+            kept[-1] = kernels.quantize(weights[-1], self.bits, None, torch.rand(HIDDEN) + 0.5)
         return Projections.of([(weight, None) for weight in kept])
 
     def native(self) -> Decoder:
@@ -140,6 +145,7 @@ class Model:
             kernels.QuantizedTensor(w, s, self.bits)
             for w, s in zip(self.rows.weights, self.rows.scales or [None] * 3, strict=True)
         ]
+        weights[2] = replace(weights[2], column_scales=self.rows.column_scales)
         rows = weights if self.bits else self.rows.weights
         ffns = [
             lambda x: kernels.dense_ffn(x, self.whole, "silu"),

@@ -196,7 +196,16 @@ inline FfnCall gated_call(const Input2d& input, const Tensor& gate, const Tensor
 
 struct Packed {
   const Tensor &data, &scales;
+  optional<Tensor> column_scales = {};  // of what is summed up row by row: what its columns are multiplied with
 };
+
+inline const float* column_scales_of(const Packed& down, int64_t hidden) {
+  if (!down.column_scales.has_value()) return nullptr;
+  const Tensor& scales = *down.column_scales;
+  TORCH_CHECK_VALUE(scales.scalar_type() == at::kFloat && scales.dim() == 1 && scales.size(0) == hidden && scales.is_contiguous(),
+                    "column scales must be contiguous float32 [", hidden, "], got ", scales.scalar_type(), " ", scales.sizes());
+  return scales.const_data_ptr<float>();
+}
 
 inline FfnCall gated_call(const Input2d& input, const Packed& gate, const Packed& up, const Packed& down, int64_t bits,
                    int64_t prefix, const optional<Tensor>& index, c10::string_view activation, const Tensor& out) {
@@ -206,6 +215,7 @@ inline FfnCall gated_call(const Input2d& input, const Packed& gate, const Packed
   call.gate = quant_matrix(gate.data, gate.scales, "gate", rows, input.hidden, type);
   call.up = quant_matrix(up.data, up.scales, "up", rows, input.hidden, type);
   call.down = quant_matrix(down.data, down.scales, "down", rows, input.hidden, type);
+  call.column_scales = column_scales_of(down, input.hidden);
   return call;
 }
 
@@ -230,6 +240,7 @@ inline FfnCall plain_call(const Input2d& input, const Packed& fc1, const optiona
   FfnCall call = ffn_call(type, input, rows, prefix, index, activation, out);
   call.gate = quant_matrix(fc1.data, fc1.scales, "fc1", rows, input.hidden, type);
   call.down = quant_matrix(fc2.data, fc2.scales, "fc2", rows, input.hidden, type);
+  call.column_scales = column_scales_of(fc2, input.hidden);
   call.gate_bias = vector_of(bias1, "bias1", rows);
   return call;
 }

@@ -64,12 +64,13 @@ class Decoder : public torch::CustomClassHolder {
   // A layer's FFN is that of some rows of gate, up and down, as in the op sparse_ffn, or of fc1 and fc2, as in
   // sparse_ffn_plain; with `size` the token keeps `keep_count` of them, or those above `threshold`, as in sparse_ffn_by_up
   // and sparse_ffn_plain_by_size. added: [hidden] each, onto the output.
-  void set_rows(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales, Biases biases, int64_t bits,
-                std::string activation, int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size,
+  void set_rows(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                const optional<Tensor>& column_scales, Biases biases, int64_t bits, std::string activation, int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size,
                 int64_t keep_count, double threshold, std::vector<Tensor> added) {
     Layer& layer = at(number);
-    FfnCall call = weights.size() == 2 ? plain_rows(layer, weights, scales, biases, bits, activation, prefix, index)
-                                       : gated_rows(layer, weights, scales, biases, bits, activation, prefix, index);
+    const auto rows_like = weights.size() == 2 ? plain_rows : gated_rows;
+    const FfnCall call =
+        rows_like(layer, {weights, scales, biases, bits}, column_scales, activation, prefix, index);
     const int64_t rows = weights[0].size(0);
     layer.rows = size.has_value() ? by_up_call(call, *size, rows, keep_count, threshold) : ByUpCall{call};
     layer.added.clear();
@@ -78,6 +79,7 @@ class Decoder : public torch::CustomClassHolder {
     layer.kind = size.has_value() ? Ffn::BY_UP : Ffn::ROWS;
     layer.ffn_weights = std::move(added);
     keep(layer.ffn_weights, weights, scales, biases);
+    keep(layer.ffn_weights, column_scales);
     keep(layer.ffn_weights, index);
     keep(layer.ffn_weights, size);
   }
@@ -197,26 +199,28 @@ class Decoder : public torch::CustomClassHolder {
   }
 
   // x and out are set for every token; `layer.norm` is like both
-  static FfnCall gated_rows(const Layer& layer, at::TensorList weights, at::TensorList scales, const Biases& biases,
-                            int64_t bits, const std::string& activation, int64_t prefix, const optional<Tensor>& index) {
-    LayerWeights{weights, scales, biases, bits}.check(3);
+  static FfnCall gated_rows(const Layer& layer, const LayerWeights& given, const optional<Tensor>& column_scales,
+                            const std::string& activation, int64_t prefix, const optional<Tensor>& index) {
+    const auto& [weights, scales, biases, bits] = given;
+    given.check(3);
     const Input2d like = input_of(layer.norm);
     FfnCall call =
         scales.empty()
             ? gated_call(like, weights[0], weights[1], weights[2], prefix, index, activation, layer.norm)
-            : gated_call(like, {weights[0], scales[0]}, {weights[1], scales[1]}, {weights[2], scales[2]}, bits, prefix,
+            : gated_call(like, {weights[0], scales[0]}, {weights[1], scales[1]}, {weights[2], scales[2], column_scales}, bits, prefix,
                          index, activation, layer.norm);
     call.gate_bias = vector_of(biases.get(0), "bias_gate", weights[0].size(0));
     call.up_bias = vector_of(biases.get(1), "bias_up", weights[0].size(0));
     return call;
   }
 
-  static FfnCall plain_rows(const Layer& layer, at::TensorList weights, at::TensorList scales, const Biases& biases,
-                            int64_t bits, const std::string& activation, int64_t prefix, const optional<Tensor>& index) {
-    LayerWeights{weights, scales, biases, bits}.check(2);
+  static FfnCall plain_rows(const Layer& layer, const LayerWeights& given, const optional<Tensor>& column_scales,
+                            const std::string& activation, int64_t prefix, const optional<Tensor>& index) {
+    const auto& [weights, scales, biases, bits] = given;
+    given.check(2);
     const Input2d like = input_of(layer.norm);
     return scales.empty() ? plain_call(like, weights[0], biases.get(0), weights[1], prefix, index, activation, layer.norm)
-                          : plain_call(like, {weights[0], scales[0]}, biases.get(0), {weights[1], scales[1]}, bits, prefix,
+                          : plain_call(like, {weights[0], scales[0]}, biases.get(0), {weights[1], scales[1], column_scales}, bits, prefix,
                                        index, activation, layer.norm);
   }
 

@@ -7,7 +7,18 @@ namespace PARTINFER_ISA {
 namespace {
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to an integer, half to even
-constexpr int CANDIDATES = 13;        // scales that are tried for int4: 0.80, 0.82, … 1.04 times the exact one
+
+// Scales that are tried: FIRST, FIRST + STEP, … times the exact one. Large values, of which int4 has few, count most there.
+template <int BITS>
+struct Search {
+  static constexpr int CANDIDATES = 9;
+  static constexpr float FIRST = 0.996f, STEP = 0.008f;
+};
+template <>
+struct Search<4> {
+  static constexpr int CANDIDATES = 13;
+  static constexpr float FIRST = 0.8f, STEP = 0.02f;
+};
 
 inline float round_to_half(float value) { return to_float(to_f16(value)); }
 
@@ -36,10 +47,11 @@ inline void round_group(const float* x, float scale, float* out) {
   }
 }
 
-// Square errors of an int4 group, weighted.
+// Square errors of a group, weighted.
+template <int BITS>
 inline float weighted_error(const float* x, const float* importance, float scale) {
   float rounded[GROUP], parts[16] = {};
-  round_group<4>(x, scale, rounded);
+  round_group<BITS>(x, scale, rounded);
   for (int i = 0; i < GROUP; i += 16)
     for (int j = 0; j < 16; ++j) {
       const float error = x[i + j] - rounded[i + j] * scale;
@@ -50,16 +62,17 @@ inline float weighted_error(const float* x, const float* importance, float scale
   return total;
 }
 
-// The scale with the least square error, weighted with the size of what is rounded and with the columns' weights, if any.
+// The scale with the least square error, weighted with the columns' weights, if any, and of int4 with the size of what is rounded.
+template <int BITS>
 inline float best_scale(const float* x, float exact, const float* column_weights) {
   alignas(64) float importance[GROUP];
-  for (int i = 0; i < GROUP; ++i) importance[i] = x[i] < 0 ? -x[i] : x[i];
+  for (int i = 0; i < GROUP; ++i) importance[i] = BITS == 8 ? 1.0f : x[i] < 0 ? -x[i] : x[i];
   if (column_weights)
     for (int i = 0; i < GROUP; ++i) importance[i] *= column_weights[i];
   float best = exact, least = 3.4e38f;
-  for (int c = 0; c < CANDIDATES; ++c) {
-    const float candidate = round_to_half(exact * (0.8f + 0.02f * float(c)));
-    const float error = weighted_error(x, importance, candidate);
+  for (int c = 0; c < Search<BITS>::CANDIDATES; ++c) {
+    const float candidate = round_to_half(exact * (Search<BITS>::FIRST + Search<BITS>::STEP * float(c)));
+    const float error = weighted_error<BITS>(x, importance, candidate);
     best = error < least ? candidate : best;
     least = error < least ? error : least;
   }
@@ -104,7 +117,7 @@ void quantise(const ConvertTask& task) {
     alignas(64) float x[GROUP], rounded[GROUP];
     load_group(task.floats, task.float_type, row * task.hidden + group * GROUP, x);
     float scale = exact_scale<BITS>(x);
-    if constexpr (BITS == 4) scale = best_scale(x, scale, weights ? weights + group * GROUP : nullptr);
+    if (BITS == 4 || weights) scale = best_scale<BITS>(x, scale, weights ? weights + group * GROUP : nullptr);
     task.scales[row * task.row_scales + group] = to_f16(scale).bits;
     round_group<BITS>(x, scale, rounded);
     pack_group<BITS>(rounded, task.data + row * task.row_bytes + group * GROUP_BYTES<BITS>);

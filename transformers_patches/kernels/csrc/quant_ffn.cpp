@@ -39,8 +39,10 @@ inline void finish_bits(const FinishTask& task) {
         for (int64_t other = 1; other < task.sums; ++other) sum = add(sum, load(y + other * task.sum_stride + j));
         store(total + j, sum);
       }
-      for (int64_t j = start; j < smaller(start + COLUMN_BLOCK, task.end); ++j)
-        store_element(task.out, task.out_type, t * task.hidden + j, total[place_of<BITS>(j - start)]);
+      for (int64_t j = start; j < smaller(start + COLUMN_BLOCK, task.end); ++j) {
+        const float scale = task.column_scales == nullptr ? 1.0f : task.column_scales[j];
+        store_element(task.out, task.out_type, t * task.hidden + j, total[place_of<BITS>(j - start)] * scale);
+      }
     }
 }
 

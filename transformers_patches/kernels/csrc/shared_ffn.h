@@ -94,6 +94,7 @@ inline void share_ffn(const FfnCall& call, const Input& x, int64_t first_token, 
   shared.finish.y_stride = stride;
   shared.finish.tokens = x.tokens;
   shared.finish.hidden = call.hidden;
+  shared.finish.column_scales = call.column_scales;
   shared.finish.out = call.out + first_token * call.hidden * element_size(call.x_type);
   shared.finish.out_type = call.x_type;
 }

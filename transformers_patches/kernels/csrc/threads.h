@@ -15,6 +15,7 @@ struct ActiveRows {
 struct FfnCall {
   Type type = Type::F32;
   Matrix gate, up, down;
+  const float* column_scales = nullptr;  // [hidden] or null, of quantised weights: what the columns of `down` are multiplied with
   Vector gate_bias, up_bias;
   Activation activation = Activation::SILU;
   ActiveRows rows;

@@ -105,6 +105,7 @@ struct FinishTask {
   const float* y = nullptr;
   int64_t sums = 1, sum_stride = 0, y_stride = 0;
   int64_t tokens = 0, hidden = 0, begin = 0, end = 0;
+  const float* column_scales = nullptr;  // [hidden] or null, of quantised weights: what the columns are multiplied with
   char* out = nullptr;  // [tokens, hidden]
   Type out_type = Type::F32;
 };
@@ -118,7 +119,7 @@ struct ConvertTask {
   uint16_t* scales = nullptr;
   int64_t row_bytes = 0, row_scales = 0;  // from a row to the next, of data and scales
   int64_t hidden = 0, begin = 0, end = 0;
-  const float* column_weights = nullptr;  // [hidden] or null: what the errors of an int4 column count
+  const float* column_weights = nullptr;  // [hidden] or null: what the errors of a column count
 };
 
 // An RMSNorm, or with a bias a LayerNorm. Both are of the type of what they are applied to.

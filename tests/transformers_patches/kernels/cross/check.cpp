@@ -109,6 +109,8 @@ void check(const Kernels& kernels, Type type, const char* type_name, int64_t tok
   const Weight gate = make(rows, hidden, type), up = make(rows, hidden, type), down = make(rows, hidden, type);
   const Weight x = floats(tokens, hidden, Type::F32);
   const std::vector<int32_t> index = {172, 150, 147, 142, 165};
+  std::vector<float> columns(size_t(hidden), 1.0f);  // column scales
+  for (int64_t j = 0; quantised && j < hidden; ++j) columns[size_t(j)] = float(1 + j % 7);
   std::vector<double> expected(size_t(tokens * hidden)), products(size_t(tokens * rows));
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t r = 0; r < rows; ++r) {
@@ -122,7 +124,8 @@ void check(const Kernels& kernels, Type type, const char* type_name, int64_t tok
       for (int32_t i : index) active = active || i == r;
       if (!active) continue;
       const double h = g / (1 + std::exp(-g)) * u;
-      for (int64_t j = 0; j < hidden; ++j) expected[size_t(t * hidden + j)] += h * down.values[size_t(r * hidden + j)];
+      for (int64_t j = 0; j < hidden; ++j)
+        expected[size_t(t * hidden + j)] += h * down.values[size_t(r * hidden + j)] * columns[size_t(j)];
     }
   const std::string what = std::string(kernels.name) + " " + type_name + " " + std::to_string(tokens) + " x " +
                            std::to_string(hidden);
@@ -133,6 +136,7 @@ void check(const Kernels& kernels, Type type, const char* type_name, int64_t tok
   call.gate = gate.matrix;
   call.up = up.matrix;
   call.down = down.matrix;
+  if (quantised) call.column_scales = columns.data();
   call.rows = {prefix, index.data(), int64_t(index.size())};
   call.x = x.data.data();
   call.tokens = tokens;

@@ -36,9 +36,10 @@ inline void store(f16_t* p, F a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v)));
 }
 inline void store(bf16_t* p, F a) {
-  float lanes[4];
-  vst1q_f32(lanes, a.v);
-  for (int i = 0; i < 4; ++i) p[i] = to_bf16(lanes[i]);
+  const uint32x4_t bits = vreinterpretq_u32_f32(a.v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint16x4_t halves = vshrn_n_u32(vaddq_u32(vaddq_u32(bits, odd), vdupq_n_u32(0x7fff)), 16);  // half to even
+  const uint16x4_t number = vmovn_u32(vceqq_f32(a.v, a.v));
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vbsl_u16(number, halves, vdup_n_u16(0x7fc0)));
 }
 inline F add(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
 inline F mul(F a, F b) { return {vmulq_f32(a.v, b.v)}; }

@@ -79,7 +79,7 @@ def both(monkeypatch, taken, loaded, **arguments):
     return answers
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
 @pytest.mark.parametrize("choices", CHOICES)
 def test_tokens_are_those_of_transformers_loop(tiny_checkpoints, monkeypatch, taken, family, choices):
     loaded, options = load(tiny_checkpoints[family]), dict(CHOICES[choices])

@@ -68,6 +68,21 @@ def test_a_pack_is_the_model_quantized_while_loading(packs, tiny_checkpoints, fa
     assert_same(fewer_packed, load_model(tiny_checkpoints[family], settings(**fewer), DATASET, MODEL))
 
 
+def test_packs_from_before_column_scales_have_none(packs, tmp_path):
+    folder = shutil.copytree(packs("llama", "int8"), tmp_path / "old")
+    index, description = folder / "model.safetensors.index.json", folder / "pack.json"
+    content = json.loads(index.read_text())
+    kept = {name: file for name, file in content["weight_map"].items() if not name.startswith("column_scales.")}
+    assert len(kept) == len(content["weight_map"]) - 4
+    index.write_text(json.dumps(content | {"weight_map": kept}))
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"version": 4}))
+    old, new = (load_model(path, settings()) for path in (folder, packs("llama", "int8")))
+    for before, after in zip(old.state.layers, new.state.layers, strict=True):
+        assert torch.equal(before.down.packed.data, after.down.packed.data)
+        assert torch.equal(before.down.packed.column_scales, torch.ones(HIDDEN))
+        assert not torch.equal(after.down.packed.column_scales, torch.ones(HIDDEN))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["llama", "smollm2"])
 def test_the_size_on_disk_is_the_arithmetic(packs, tiny_checkpoints, family, dtype):

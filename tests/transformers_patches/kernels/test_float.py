@@ -204,3 +204,20 @@ def test_ops_are_well_registered(native, name):
     }[name]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.partinfer, name).default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_are_rounded_to_the_nearest(variant, dtype):
+    """Half to even, infinities and NaNs too."""
+    if variant == "reference":
+        pytest.skip("PyTorch multiplies in the weights' type and rounds itself")
+    values = torch.cat(
+        [
+            torch.randn(1001) * torch.logspace(-6, 4, 1001),
+            1 + torch.arange(64) / 2**12,  # halfway between two bfloat16 or float16 values, and beside
+            torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")]),
+        ]
+    )
+    result = kernels.linear(torch.ones(1, 1, dtype=dtype), values[:, None])[0]
+    assert torch.equal(result.nan_to_num(7), values.to(dtype).nan_to_num(7))
+    assert torch.equal(result.isnan(), values.isnan())

@@ -283,7 +283,7 @@ def quantize(
 ) -> QuantizedTensor:
     """A float weight [rows, columns] in 8 or 4 bits.
 
-    8 bits: a group's largest value is exact; with column_weights (float32 [columns]) scales from 0.996 to 1.06 times the
+    8 bits: a group's largest value is exact; with column_weights (float32 [columns]) scales from 0.992 to 1.056 times the
     one that makes it so are tried, and the one with the least square error weighted with them is taken. 4 bits: scales from
     0.8 to 1.04 times the exact one (as -8, so a scale may be negative), errors weighted with |value| too. column_scales
     (float32 [columns]): what is quantised is the weight divided by them. Raises PartInferError if columns is no multiple of 32,

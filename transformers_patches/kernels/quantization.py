@@ -13,7 +13,7 @@ from transformers_patches.errors import PartInferError
 GROUP = 32
 _VALUES_AT_ONCE = 2**20  # bounds the float32 copies that quantising makes
 _CANDIDATES = {  # by bits: times the scale that makes the largest value exact
-    8: [0.996 + 0.008 * step for step in range(9)],
+    8: [0.992 + 0.008 * step for step in range(9)],
     4: [0.8 + 0.02 * step for step in range(13)],
 }
 COLUMN_RANGE = (

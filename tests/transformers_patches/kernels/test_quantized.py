@@ -152,6 +152,14 @@ def test_column_weights_lower_the_error_where_it_counts(bits, lower):
         assert errors["even"] == errors["plain"]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_quantised_already_stays_as_it_is(variant, bits):
+    """With weights of columns, too: GGUF files of the same format lose nothing."""
+    first = kernels.quantize(weights(1, 64, 256)[0], bits)
+    again = kernels.quantize(kernels.dequantize(first), bits, torch.randn(256).exp())
+    assert torch.equal(kernels.dequantize(again), kernels.dequantize(first))
+
+
 def test_other_column_weights_are_refused():
     for wrong in (torch.ones(32), torch.ones(64, dtype=torch.float64), torch.ones(1, 64)):
         with pytest.raises(PartInferError, match="column weights must be float32"):

@@ -8,11 +8,12 @@ namespace {
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to an integer, half to even
 
-// Scales that are tried: FIRST, FIRST + STEP, … times the exact one. Large values, of which int4 has few, count most there.
+// Scales that are tried: FIRST, FIRST + STEP, … times the exact one, which is among them, so that what is quantised already
+// stays as it is. Large values, of which int4 has few, count most there.
 template <int BITS>
 struct Search {
   static constexpr int CANDIDATES = 9;
-  static constexpr float FIRST = 0.996f, STEP = 0.008f;
+  static constexpr float FIRST = 0.992f, STEP = 0.008f;
 };
 template <>
 struct Search<4> {

@@ -16,9 +16,8 @@ _CANDIDATES = {  # by bits: times the scale that makes the largest value exact
     8: [0.992 + 0.008 * step for step in range(9)],
     4: [0.8 + 0.02 * step for step in range(13)],
 }
-COLUMN_RANGE = (
-    64.0  # how large a column's largest value is beside its scale, so that scales of groups are normal float16s
-)
+# How large a column's largest value is beside its scale: so that the scales of groups are normal float16s.
+COLUMN_RANGE = 64.0
 
 
 @dataclass(frozen=True)

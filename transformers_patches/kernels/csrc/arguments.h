@@ -202,8 +202,10 @@ struct Packed {
 inline const float* column_scales_of(const Packed& down, int64_t hidden) {
   if (!down.column_scales.has_value()) return nullptr;
   const Tensor& scales = *down.column_scales;
-  TORCH_CHECK_VALUE(scales.scalar_type() == at::kFloat && scales.dim() == 1 && scales.size(0) == hidden && scales.is_contiguous(),
-                    "column scales must be contiguous float32 [", hidden, "], got ", scales.scalar_type(), " ", scales.sizes());
+  TORCH_CHECK_VALUE(scales.scalar_type() == at::kFloat && scales.dim() == 1 && scales.size(0) == hidden &&
+                        scales.is_contiguous(),
+                    "column scales must be contiguous float32 [", hidden, "], got ", scales.scalar_type(), " ",
+                    scales.sizes());
   return scales.const_data_ptr<float>();
 }
 

@@ -42,13 +42,13 @@ Tensor sparse_ffn_plain(const Tensor& x, const Tensor& fc1, const optional<Tenso
 }
 
 Tensor quant_sparse_ffn(const Tensor& x, const Tensor& gate, const Tensor& gate_scales, const Tensor& up,
-                        const Tensor& up_scales, const Tensor& down, const Tensor& down_scales, const optional<Tensor>& column_scales, int64_t bits,
-                        int64_t prefix, const optional<Tensor>& index, c10::string_view activation,
+                        const Tensor& up_scales, const Tensor& down, const Tensor& down_scales,
+                        const optional<Tensor>& column_scales, int64_t bits, int64_t prefix, const optional<Tensor>& index, c10::string_view activation,
                         const optional<Tensor>& bias_gate, const optional<Tensor>& bias_up) {
   const Input2d input = input_of(x);
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = gated_call(input, {gate, gate_scales}, {up, up_scales}, {down, down_scales, column_scales}, bits, prefix, index,
-                            activation, out);
+  FfnCall call = gated_call(input, {gate, gate_scales}, {up, up_scales}, {down, down_scales, column_scales}, bits, prefix,
+                            index, activation, out);
   call.gate_bias = vector_of(bias_gate, "bias_gate", gate.size(0));
   call.up_bias = vector_of(bias_up, "bias_up", gate.size(0));
   run_ffn(*current().load(), call, at::get_num_threads());
@@ -56,8 +56,8 @@ Tensor quant_sparse_ffn(const Tensor& x, const Tensor& gate, const Tensor& gate_
 }
 
 Tensor quant_sparse_ffn_plain(const Tensor& x, const Tensor& fc1, const Tensor& fc1_scales,
-                              const optional<Tensor>& bias1, const Tensor& fc2, const Tensor& fc2_scales, const optional<Tensor>& column_scales, int64_t bits,
-                              int64_t prefix, const optional<Tensor>& index, c10::string_view activation) {
+                              const optional<Tensor>& bias1, const Tensor& fc2, const Tensor& fc2_scales,
+                              const optional<Tensor>& column_scales, int64_t bits, int64_t prefix, const optional<Tensor>& index, c10::string_view activation) {
   const Input2d input = input_of(x);
   Tensor out = at::empty(x.sizes(), x.options());
   const FfnCall call =
@@ -169,13 +169,14 @@ std::tuple<Tensor, Tensor> sparse_ffn_by_up(const Tensor& x, const Tensor& gate,
 
 std::tuple<Tensor, Tensor> quant_sparse_ffn_by_up(const Tensor& x, const Tensor& gate, const Tensor& gate_scales,
                                                   const Tensor& up, const Tensor& up_scales, const Tensor& down,
-                                                  const Tensor& down_scales, const optional<Tensor>& column_scales, int64_t bits, int64_t prefix,
+                                                  const Tensor& down_scales, const optional<Tensor>& column_scales,
+                                                  int64_t bits, int64_t prefix,
                                                   const optional<Tensor>& index, const Tensor& scale, int64_t keep,
                                                   double threshold, c10::string_view activation) {
   const Input2d input = input_of(x);
   Tensor out = at::empty(x.sizes(), x.options());
-  FfnCall call = gated_call(input, {gate, gate_scales}, {up, up_scales}, {down, down_scales, column_scales}, bits, prefix, index,
-                            activation, out);
+  FfnCall call = gated_call(input, {gate, gate_scales}, {up, up_scales}, {down, down_scales, column_scales}, bits, prefix,
+                            index, activation, out);
   return {out, run_all_by_up(call, scale, gate.size(0), keep, threshold)};
 }
 
@@ -191,7 +192,8 @@ std::tuple<Tensor, Tensor> sparse_ffn_plain_by_size(const Tensor& x, const Tenso
 
 std::tuple<Tensor, Tensor> quant_sparse_ffn_plain_by_size(const Tensor& x, const Tensor& fc1, const Tensor& fc1_scales,
                                                           const optional<Tensor>& bias1, const Tensor& fc2,
-                                                          const Tensor& fc2_scales, const optional<Tensor>& column_scales, int64_t bits, int64_t prefix,
+                                                          const Tensor& fc2_scales, const optional<Tensor>& column_scales,
+                                                          int64_t bits, int64_t prefix,
                                                           const optional<Tensor>& index, const Tensor& scale,
                                                           int64_t keep, double threshold, c10::string_view activation) {
   const Input2d input = input_of(x);
@@ -366,11 +368,11 @@ TORCH_LIBRARY(partinfer, m) {
       "-> Tensor");
   m.def(
       "quant_sparse_ffn(Tensor x, Tensor gate, Tensor gate_scales, Tensor up, Tensor up_scales, Tensor down, "
-      "Tensor down_scales, Tensor? column_scales, int bits, int prefix, Tensor? index, str activation, Tensor? bias_gate, Tensor? bias_up) "
-      "-> Tensor");
+      "Tensor down_scales, Tensor? column_scales, int bits, int prefix, Tensor? index, str activation, "
+      "Tensor? bias_gate, Tensor? bias_up) -> Tensor");
   m.def(
-      "quant_sparse_ffn_plain(Tensor x, Tensor fc1, Tensor fc1_scales, Tensor? bias1, Tensor fc2, Tensor fc2_scales, Tensor? column_scales, "
-      "int bits, int prefix, Tensor? index, str activation) -> Tensor");
+      "quant_sparse_ffn_plain(Tensor x, Tensor fc1, Tensor fc1_scales, Tensor? bias1, Tensor fc2, Tensor fc2_scales, "
+      "Tensor? column_scales, int bits, int prefix, Tensor? index, str activation) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("quant_linear(Tensor x, Tensor weight, Tensor scales, int bits, Tensor? bias) -> Tensor");
   m.def(
@@ -383,15 +385,15 @@ TORCH_LIBRARY(partinfer, m) {
       "int keep_count, float threshold, str activation) -> (Tensor, Tensor)");
   m.def(
       "quant_sparse_ffn_by_up(Tensor x, Tensor gate, Tensor gate_scales, Tensor up, Tensor up_scales, Tensor down, "
-      "Tensor down_scales, Tensor? column_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, float threshold, "
-      "str activation) -> (Tensor, Tensor)");
+      "Tensor down_scales, Tensor? column_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, "
+      "float threshold, str activation) -> (Tensor, Tensor)");
   m.def(
       "sparse_ffn_plain_by_size(Tensor x, Tensor fc1, Tensor? bias1, Tensor fc2, int prefix, Tensor? index, "
       "Tensor scale, int keep_count, float threshold, str activation) -> (Tensor, Tensor)");
   m.def(
       "quant_sparse_ffn_plain_by_size(Tensor x, Tensor fc1, Tensor fc1_scales, Tensor? bias1, Tensor fc2, "
-      "Tensor fc2_scales, Tensor? column_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, float threshold, "
-      "str activation) -> (Tensor, Tensor)");
+      "Tensor fc2_scales, Tensor? column_scales, int bits, int prefix, Tensor? index, Tensor scale, int keep_count, "
+      "float threshold, str activation) -> (Tensor, Tensor)");
   m.def("quantize(Tensor floats, int bits, Tensor? column_weights, Tensor(a!) data, Tensor(b!) scales) -> ()");
   m.def("dequantize(Tensor data, Tensor scales, int bits, Tensor(a!) out) -> ()");
   m.def(

@@ -65,12 +65,11 @@ class Decoder : public torch::CustomClassHolder {
   // sparse_ffn_plain; with `size` the token keeps `keep_count` of them, or those above `threshold`, as in sparse_ffn_by_up
   // and sparse_ffn_plain_by_size. added: [hidden] each, onto the output.
   void set_rows(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                const optional<Tensor>& column_scales, Biases biases, int64_t bits, std::string activation, int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size,
-                int64_t keep_count, double threshold, std::vector<Tensor> added) {
+                const optional<Tensor>& column_scales, Biases biases, int64_t bits, std::string activation,
+                int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size, int64_t keep_count, double threshold, std::vector<Tensor> added) {
     Layer& layer = at(number);
     const auto rows_like = weights.size() == 2 ? plain_rows : gated_rows;
-    const FfnCall call =
-        rows_like(layer, {weights, scales, biases, bits}, column_scales, activation, prefix, index);
+    const FfnCall call = rows_like(layer, {weights, scales, biases, bits}, column_scales, activation, prefix, index);
     const int64_t rows = weights[0].size(0);
     layer.rows = size.has_value() ? by_up_call(call, *size, rows, keep_count, threshold) : ByUpCall{call};
     layer.added.clear();
@@ -207,8 +206,8 @@ class Decoder : public torch::CustomClassHolder {
     FfnCall call =
         scales.empty()
             ? gated_call(like, weights[0], weights[1], weights[2], prefix, index, activation, layer.norm)
-            : gated_call(like, {weights[0], scales[0]}, {weights[1], scales[1]}, {weights[2], scales[2], column_scales}, bits, prefix,
-                         index, activation, layer.norm);
+            : gated_call(like, {weights[0], scales[0]}, {weights[1], scales[1]}, {weights[2], scales[2], column_scales},
+                         bits, prefix, index, activation, layer.norm);
     call.gate_bias = vector_of(biases.get(0), "bias_gate", weights[0].size(0));
     call.up_bias = vector_of(biases.get(1), "bias_up", weights[0].size(0));
     return call;
@@ -219,9 +218,10 @@ class Decoder : public torch::CustomClassHolder {
     const auto& [weights, scales, biases, bits] = given;
     given.check(2);
     const Input2d like = input_of(layer.norm);
-    return scales.empty() ? plain_call(like, weights[0], biases.get(0), weights[1], prefix, index, activation, layer.norm)
-                          : plain_call(like, {weights[0], scales[0]}, biases.get(0), {weights[1], scales[1], column_scales}, bits, prefix,
-                                       index, activation, layer.norm);
+    if (scales.empty())
+      return plain_call(like, weights[0], biases.get(0), weights[1], prefix, index, activation, layer.norm);
+    return plain_call(like, {weights[0], scales[0]}, biases.get(0), {weights[1], scales[1], column_scales}, bits, prefix,
+                      index, activation, layer.norm);
   }
 
   struct Embedding {

@@ -43,7 +43,8 @@ Tensor sparse_ffn_plain(const Tensor& x, const Tensor& fc1, const optional<Tenso
 
 Tensor quant_sparse_ffn(const Tensor& x, const Tensor& gate, const Tensor& gate_scales, const Tensor& up,
                         const Tensor& up_scales, const Tensor& down, const Tensor& down_scales,
-                        const optional<Tensor>& column_scales, int64_t bits, int64_t prefix, const optional<Tensor>& index, c10::string_view activation,
+                        const optional<Tensor>& column_scales, int64_t bits, int64_t prefix,
+                        const optional<Tensor>& index, c10::string_view activation,
                         const optional<Tensor>& bias_gate, const optional<Tensor>& bias_up) {
   const Input2d input = input_of(x);
   Tensor out = at::empty(x.sizes(), x.options());
@@ -57,7 +58,8 @@ Tensor quant_sparse_ffn(const Tensor& x, const Tensor& gate, const Tensor& gate_
 
 Tensor quant_sparse_ffn_plain(const Tensor& x, const Tensor& fc1, const Tensor& fc1_scales,
                               const optional<Tensor>& bias1, const Tensor& fc2, const Tensor& fc2_scales,
-                              const optional<Tensor>& column_scales, int64_t bits, int64_t prefix, const optional<Tensor>& index, c10::string_view activation) {
+                              const optional<Tensor>& column_scales, int64_t bits, int64_t prefix,
+                              const optional<Tensor>& index, c10::string_view activation) {
   const Input2d input = input_of(x);
   Tensor out = at::empty(x.sizes(), x.options());
   const FfnCall call =

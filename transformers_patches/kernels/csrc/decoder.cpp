@@ -66,7 +66,8 @@ class Decoder : public torch::CustomClassHolder {
   // and sparse_ffn_plain_by_size. added: [hidden] each, onto the output.
   void set_rows(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales,
                 const optional<Tensor>& column_scales, Biases biases, int64_t bits, std::string activation,
-                int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size, int64_t keep_count, double threshold, std::vector<Tensor> added) {
+                int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size,
+                int64_t keep_count, double threshold, std::vector<Tensor> added) {
     Layer& layer = at(number);
     const auto rows_like = weights.size() == 2 ? plain_rows : gated_rows;
     const FfnCall call = rows_like(layer, {weights, scales, biases, bits}, column_scales, activation, prefix, index);

@@ -6,6 +6,7 @@ bits where the processor has no fast products for them (x86 without AVX-512: bfl
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -36,12 +37,27 @@ def _product_type(x: Tensor) -> torch.dtype:
     return x.dtype if x.device.type != "cpu" or _multiplies_fast(x.dtype) else torch.float32
 
 
+_kept = threading.local()
+
+
+def _room(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a block. On the CPU a thread's is used again and again: C libraries would neither hand fresh pages out
+    without faults nor give all of them back."""
+    if device.type != "cpu":
+        return torch.empty(values, dtype=dtype, device=device)
+    nbytes = values * dtype.itemsize
+    if len(getattr(_kept, "memory", ())) < nbytes:
+        with torch.inference_mode(False):  # used inside and outside of it
+            _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
+    return _kept.memory[:nbytes].view(dtype)
+
+
 def _blocks(
     weight: Tensor | QuantizedTensor, dtype: torch.dtype, dequantize: Dequantize
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, those rows as floats), in order; the floats are gone with the next block."""
+    """(rows, those rows as floats), in order; the floats are gone with the next block, whosever it is."""
     step = min(len(weight), max(1, BLOCK_VALUES // weight.shape[1]))
-    block = torch.empty(step, weight.shape[1], dtype=dtype, device=weight.device)
+    block = _room(step * weight.shape[1], dtype, weight.device).view(step, weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, min(start + step, len(weight)))
         part = block[: rows.stop - start]

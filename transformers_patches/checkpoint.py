@@ -22,7 +22,6 @@ from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.parallel_reads import BLOCK_BYTES, MAPPED_BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weight_source import (
     Source,
-    WeightedSum,
     WeightSource,
     largest_in_columns,
     put,
@@ -136,15 +135,8 @@ class Checkpoint(WeightSource):
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         self.fill([(Source(name, "whole" if rows is None else "rows", rows), out)])
 
-    def read_columns_into(
-        self,
-        name: str,
-        out: torch.Tensor,
-        columns: torch.Tensor,
-        rest: WeightedSum | None = None,
-        largest: torch.Tensor | None = None,
-    ) -> None:
-        self.fill([(Source(name, "columns", columns, rest, largest=largest), out)])
+    def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
+        self.fill([(replace(source, how="columns", fit=None), out)])
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
         """As WeightSource.fill, the next tensors being read while one is worked on."""

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from torch import nn
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.weight_source import WeightedSum, WeightSource
+from transformers_patches.weight_source import Source, WeightSource
 
 VALUES_AT_ONCE = 2**21  # that are unpacked together; they are float32 for a moment
 _LAYER = {
@@ -170,23 +170,16 @@ class GGUFCheckpoint(WeightSource):
         for part in order.split(max(1, VALUES_AT_ONCE // stored.shape[1])):
             out[part.to(out.device)] = self._unpack(stored, places[part]).to(out.device, out.dtype)
 
-    def read_columns_into(
-        self,
-        name: str,
-        out: torch.Tensor,
-        columns: torch.Tensor,
-        rest: WeightedSum | None = None,
-        largest: torch.Tensor | None = None,
-    ) -> None:
+    def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
         """Packed rows are whole, so all of the tensor is read."""
-        stored = self._tensors[name]
+        stored, rest = self._tensors[source.name], source.left_out
         for part in torch.arange(stored.rows).split(max(1, VALUES_AT_ONCE // stored.shape[1])):
             values = self._unpack(stored, part)
             if rest is not None:
                 rest.out[part] = values.index_select(1, rest.columns) @ rest.weights
-            if largest is not None:
-                largest[part] = values.abs().amax(dim=1)
-            out[:, part[0] : part[-1] + 1] = values.index_select(1, columns).t().to(out.device, out.dtype)
+            if source.largest is not None:
+                source.largest[part] = values.abs().amax(dim=1)
+            out[:, part[0] : part[-1] + 1] = values.index_select(1, source.neurons).t().to(out.device, out.dtype)
 
     def _unpack(self, stored: _Stored, rows: torch.Tensor) -> torch.Tensor:
         """float32 [len(rows), columns] of a tensor's rows as they lie in the file."""

@@ -36,7 +36,7 @@ from transformers_patches.packing import (
     sum_of,
 )
 from transformers_patches.resolve import FITTED, find_fit
-from transformers_patches.weight_source import Source, WeightedSum, WeightSource, takes_whole_rows
+from transformers_patches.weight_source import Source, WeightSource, takes_whole_rows
 
 SHARD_BYTES = 2**30
 _NOT_COPIED = (".safetensors", INDEX, ".bin", ".bin.index.json", ".gguf", DESCRIPTION)
@@ -74,15 +74,8 @@ class _Recorder(WeightSource):
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         self.weights.read_into(name, out, rows)
 
-    def read_columns_into(
-        self,
-        name: str,
-        out: torch.Tensor,
-        columns: torch.Tensor,
-        rest: WeightedSum | None = None,
-        largest: torch.Tensor | None = None,
-    ) -> None:
-        self.weights.read_columns_into(name, out, columns, rest, largest)
+    def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
+        self.weights.read_columns_into(source, out)
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
         for source, out in requests:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen2Config
 from transformers_patches.errors import PartInferError
 from transformers_patches.loading import build_on_meta, read_config
 from transformers_patches.neuron_file import NeuronFile
-from transformers_patches.weight_source import WeightedSum, WeightSource, largest_in_columns
+from transformers_patches.weight_source import Source, WeightSource, largest_in_columns
 
 BLOCK = 2**22  # values that are drawn; tensors repeat them, each from another place
 
@@ -135,18 +135,11 @@ class RandomWeights(WeightSource):
         if out.ndim == 1 and name.endswith("weight"):
             out += 1  # a norm
 
-    def read_columns_into(
-        self,
-        name: str,
-        out: torch.Tensor,
-        columns: torch.Tensor,
-        rest: WeightedSum | None = None,
-        largest: torch.Tensor | None = None,
-    ) -> None:
+    def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
         """Fill `out`; nothing is known of columns that are not kept, so nothing is summed up."""
-        self._fill(name, out)
-        if largest is not None:
-            largest.copy_(largest_in_columns(out))
+        self._fill(source.name, out)
+        if source.largest is not None:
+            source.largest.copy_(largest_in_columns(out))
 
     def _fill(self, name: str, out: torch.Tensor) -> None:
         flat = out.view(-1) if out.is_contiguous() else torch.empty(out.numel(), dtype=out.dtype)

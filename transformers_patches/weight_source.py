@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,18 +75,9 @@ class WeightSource(ABC):
         """
 
     @abstractmethod
-    def read_columns_into(
-        self,
-        name: str,
-        out: torch.Tensor,
-        columns: torch.Tensor,
-        rest: WeightedSum | None = None,
-        largest: torch.Tensor | None = None,
-    ) -> None:
-        """Copy columns of a [H, N] tensor, transposed, into out [len(columns), H]; sum up others as `rest` says.
-
-        largest: as in Source.
-        """
+    def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
+        """Copy a source's columns of a [H, N] tensor, transposed, into out [len(neurons), H]; fill what its `left_out` and
+        `largest` ask for."""
 
     def mapped(
         self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
@@ -117,7 +108,7 @@ class WeightSource(ABC):
         if takes_whole_rows(source):
             put_fitted(source.fit, out)
         elif source.how == "columns":
-            self.read_columns_into(source.name, out, source.neurons, source.left_out, source.largest)
+            self.read_columns_into(source, out)
             if source.fit is not None:
                 put_fitted(source.fit, out, out)
         else:
@@ -128,7 +119,7 @@ class WeightSource(ABC):
             put_fitted(source.fit, out)
         elif source.how == "columns":
             values, largest = scratch(out.shape, self.dtype(source.name)), torch.empty(out.shape[1])
-            self.read_columns_into(source.name, values, source.neurons, source.left_out, largest)
+            self.read_columns_into(replace(source, largest=largest), values)
             put_fitted(source.fit, out, values, largest)
         else:
             rows = torch.arange(len(out)) if source.neurons is None else source.neurons

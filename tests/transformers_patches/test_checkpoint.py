@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers_patches import checkpoint as checkpoint_module
 from transformers_patches.checkpoint import Checkpoint
 from transformers_patches.errors import PartInferError
+from transformers_patches.weight_source import Source
 
 TENSORS = {
     "matrix": torch.randn(10, 6, generator=torch.Generator().manual_seed(0)),
@@ -75,7 +76,7 @@ def test_columns_are_read_transposed(folder, name):
     columns = torch.tensor([5, 1, 2])
     checkpoint = Checkpoint(folder)
     out = torch.full((3, 10), float("nan"))
-    checkpoint.read_columns_into(name, out, columns)
+    checkpoint.read_columns_into(Source(name, "columns", columns), out)
     assert torch.equal(out, TENSORS[name][:, columns].t().float())
     assert checkpoint.bytes_read == checkpoint.nbytes(name)
 

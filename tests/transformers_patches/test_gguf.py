@@ -17,7 +17,7 @@ from transformers_patches.gguf_files import gguf_model_name
 from transformers_patches.gguf_source import GGUFCheckpoint
 from transformers_patches.loading import load_model, read_config
 from transformers_patches.model_files import load_tokenizer, open_weights
-from transformers_patches.weight_source import WeightedSum
+from transformers_patches.weight_source import Source, WeightedSum
 
 TORCH = {"device": "cpu", "kernels": "torch"}
 IDS = torch.tensor([[5, 9, 33, 21, 70]])
@@ -67,7 +67,7 @@ def test_rows_and_columns_of_every_type(kind, tmp_path):
     assert source.bytes_read - before == packed.nbytes // 2  # three rows of six
     places = torch.tensor([511, 3, 32, 256])
     others, weights, sums = torch.tensor([5, 70]), torch.tensor([2.0, -1.0]), torch.empty(rows)
-    source.read_columns_into(name, turned, places, WeightedSum(others, weights, sums))
+    source.read_columns_into(Source(name, "columns", places, WeightedSum(others, weights, sums)), turned)
     assert torch.allclose(sums, expected[:, others] @ weights)
     assert torch.equal(turned, expected[:, places].t())
     assert source.total_bytes() == packed.nbytes

@@ -16,6 +16,7 @@ from transformers_patches.loading import load_model
 from transformers_patches.neuron_file import NeuronFile
 from transformers_patches.pack_writer import write_pack
 from transformers_patches.packing import Pack, is_pack, pack_settings
+from transformers_patches.weight_source import Source
 
 
 def settings(**options) -> PartInferConfig:
@@ -64,7 +65,7 @@ def test_neurons_are_stored_in_the_order_of_the_plan(packs, tiny_checkpoints):
     whole = torch.empty(checkpoint.shape(name))
     checkpoint.read_into(name, whole)
     packed = torch.empty(len(neurons), whole.shape[0])
-    pack.read_columns_into(name, packed, neurons)
+    pack.read_columns_into(Source(name, "columns", neurons), packed)
     assert torch.equal(packed, whole[:, neurons].t())
     assert pack.bytes_read == packed.nbytes + 4 * len(neurons)
     assert pack.shape(name) == checkpoint.shape(name)

@@ -167,5 +167,7 @@ def test_memory_of_the_demo_model_falls_by_what_is_not_loaded(demo_model, tmp_pa
     rows = [torch.randperm(config.intermediate_size, generator=generator) for _ in range(config.num_hidden_layers)]
     neurons = NeuronFile(torch.stack(rows), metadata={"fingerprint": fingerprint_of_model(model)})
     neurons.save(tmp_path / "neurons.safetensors")
+    # few, because the system counts weights in pages of 2 MB and frees of the C library come and go by as much
+    fractions = {"loaded_neurons_percent": 0.3, "sparsity": 0.2}
     for dtype in ("bfloat16", "float32"):
-        check_that_memory_falls(demo_model, tmp_path / "neurons.safetensors", dtype=dtype)
+        check_that_memory_falls(demo_model, tmp_path / "neurons.safetensors", dtype=dtype, **fractions)

@@ -1,4 +1,4 @@
-"""FastLinear: an nn.Linear whose few-token products take the native kernel instead of PyTorch's slow path on CPUs.
+"""Products of few tokens take the native kernels instead of PyTorch's slow path on CPUs; FastLinear is an nn.Linear that does.
 
 PyTorch's bfloat16 matrix-vector product goes through oneDNN at about a third of memory bandwidth; its matrix products,
 for prefill, are fast and stay in use.
@@ -10,8 +10,17 @@ import torch
 from torch import nn
 
 from transformers_patches import kernels
+from transformers_patches.kernels import QuantizedTensor, Weight
 
 FEW_TOKENS = 8  # up to here the kernel reads each weight once for all tokens; above, PyTorch's matrix product wins
+FEW_TOKENS_PACKED = 32  # of int8 and int4 weights, which are read for 8 tokens at a time; above, unpacking them pays
+
+
+def multiply(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., in] times weight [out, in] plus bias [out]: [..., out], by the native kernels if x has few tokens."""
+    few = FEW_TOKENS_PACKED if isinstance(weight, QuantizedTensor) else FEW_TOKENS
+    product = kernels.linear if x.numel() <= few * weight.shape[1] else kernels.project
+    return product(x, weight, bias)
 
 
 class FastLinear(nn.Linear):
@@ -27,9 +36,7 @@ class FastLinear(nn.Linear):
         return fast
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() <= FEW_TOKENS * self.in_features:
-            return kernels.linear(x, self.weight, self.bias)
-        return kernels.project(x, self.weight, self.bias)
+        return multiply(x, self.weight, self.bias)
 
 
 def replace_linears(model: nn.Module) -> int:

@@ -7,9 +7,9 @@ from torch import nn
 
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
+from transformers_patches.fast_linear import multiply
 from transformers_patches.kernels import GROUP, QuantizedTensor
 
-FEW_TOKENS = 32  # up to here the kernels, which read packed weights for 8 tokens at a time; above, unpacking them pays
 HEAD_BITS = 8  # of output projection and embeddings, unless told: every token passes them, and 4 bits cost most there
 
 
@@ -71,10 +71,8 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.packed
-        if self.native and x.numel() <= FEW_TOKENS * self.in_features:
-            return kernels.linear(x, weight, self.bias)
-        return kernels.project(x, weight, self.bias)
+        product = multiply if self.native else kernels.project
+        return product(x, self.weight.packed, self.bias)
 
 
 class QuantizedEmbedding(nn.Module):

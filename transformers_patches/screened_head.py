@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_patches import kernels
-from transformers_patches.fast_linear import FastLinear
+from transformers_patches.fast_linear import FEW_TOKENS_PACKED, FastLinear
 from transformers_patches.kernels import GROUP, QuantizedTensor
-from transformers_patches.quantized import FEW_TOKENS, QuantizedLinear, QuantizedWeight, weight_of
+from transformers_patches.quantized import QuantizedLinear, QuantizedWeight, weight_of
 from transformers_patches.weight_memory import WeightMemory
 from transformers_patches.weight_source import pieces
 
@@ -53,7 +53,7 @@ class ScreenedHead(nn.Module):
         return (self.high or self.weight).packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.ndim != 3 or x.shape[1] != 1 or len(x) > FEW_TOKENS:
+        if x.ndim != 3 or x.shape[1] != 1 or len(x) > FEW_TOKENS_PACKED:
             return self._whole(x)
         logits, exact = kernels.screened_linear(x, self.packed, self.screen)
         self.count(len(x), int(exact.sum()))

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers_patches import kernels
 from transformers_patches.compensation import Compensation
 from transformers_patches.config import TOKEN_SELECTIONS
-from transformers_patches.fast_linear import FEW_TOKENS
+from transformers_patches.fast_linear import FEW_TOKENS, multiply
 from transformers_patches.kernels import Weight
 from transformers_patches.load_plan import LayerPlan
 from transformers_patches.phase import PREFILL, RequestState
@@ -200,11 +200,12 @@ class SparseFFN(nn.Module):
 
     def activations(self, x: torch.Tensor, rows: Rows) -> Activations:
         """Of n neurons, [..., n] each, from x [..., H]."""
-        up = kernels.project(x, rows["up"], rows.get("up_bias"))
+        product = kernels.project if self.kernel_activation is None else multiply
+        up = product(x, rows["up"], rows.get("up_bias"))
         if not self.gated:
             h = self.act_fn(up)
             return Activations(h, None, h)
-        gate = self.act_fn(kernels.project(x, rows["gate"], rows.get("gate_bias")))
+        gate = self.act_fn(product(x, rows["gate"], rows.get("gate_bias")))
         return Activations(gate, up, gate * up)
 
     def weight(self, name: str) -> Weight:

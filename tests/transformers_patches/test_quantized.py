@@ -135,6 +135,18 @@ def test_native_kernels_give_the_logits_of_the_torch_path(native, family, dtype,
 
 
 @pytest.mark.parametrize("dtype", BITS)
+def test_inputs_of_short_prompts_meet_packed_rows(native, dtype, tiny_checkpoints, monkeypatch):
+    """In whole and in sparse layers alike; only for long prompts are the rows turned into floats."""
+    ours = load(tiny_checkpoints["llama"], dtype, kernels="native")
+    unpacked, project = [], kernels.project
+    monkeypatch.setattr(kernels, "project", lambda x, *weight: unpacked.append(x.shape[-1]) or project(x, *weight))
+    for tokens in (1, 32, 33):
+        with torch.inference_mode():
+            ours.model(torch.arange(tokens)[None], use_cache=True, logits_to_keep=1)
+        assert unpacked.count(HIDDEN) == (LAYERS * 6 if tokens == 33 else 0)  # q, k, v, o, gate and up
+
+
+@pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_exactly_the_planned_neurons_are_computed(family, dtype, quantized):
     ours = quantized(family, dtype, "partinfer", sparsity=0.35)

@@ -40,6 +40,9 @@ template <bool FULL>
 inline F load_scales(const RowRef& row, int64_t g, int64_t left) {
   const f16_t* scales = reinterpret_cast<const f16_t*>(row.scales) + g;
   if (FULL || left >= LANES) return load(scales);
+#ifdef PARTINFER_TAIL_OF_MORE
+  if (g >= LANES && left > 0) return load_tail_of_more(scales, left);
+#endif
   return left > 0 ? load_tail(scales, left) : zero();
 }
 
@@ -86,6 +89,22 @@ inline void multiply_scales(const RowRef* rows, const Input& x, int64_t first, i
   }
 }
 
+#ifndef PARTINFER_DOT_U4_HALVES
+// Both halves of groups of 4 bits.
+inline I32 dot_u4_halves(const I8 (&w)[2], const I8 (&x)[2]) {
+  return dot_u4(dot_u4(load_i32(NO_SUM), w[0], x[0]), w[1], x[1]);
+}
+#endif
+
+// The product of one vector of packed bytes with the input, a group's in the lanes that its bytes take.
+template <int BITS>
+inline I32 dot_parts(const I8 (&w)[Packing<BITS>::PARTS], const I8 (&x)[Packing<BITS>::PARTS]) {
+  if constexpr (BITS == 8)
+    return dot_s8(load_i32(NO_SUM), w[0], x[0]);
+  else
+    return dot_u4_halves(w, x);
+}
+
 // acc[r][t] += `here` groups from group g on of rows[r] · x[first + t]. FULL: there are SCALE_BLOCK groups, which is
 // known to the compiler. RUN: the rows follow each other and are read one after the other.
 template <int BITS, int R, int T, bool FULL, bool RUN>
@@ -93,8 +112,15 @@ inline void dot_groups(const RowRef* rows, const RowRef* next, const Input& x, i
                        F (&acc)[R][T]) {
   constexpr int GROUP_BYTES = Packing<BITS>::GROUP_BYTES, PARTS = Packing<BITS>::PARTS;
   const int64_t half = x.hidden / 2, start = g * GROUP_BYTES, bytes = (FULL ? SCALE_BLOCK : here) * GROUP_BYTES;
+  // An addition waits for the one before it: a row by itself has two sums.
+  constexpr int CHAINS = FULL && R * T <= 2 ? 2 : 1;
   ScaleBlock scales[R][T];
   multiply_scales<R, T, FULL>(rows, x, first, g, here, scales, acc);
+  F more[CHAINS][R][T];
+  PARTINFER_UNROLL
+  for (int k = 1; k < CHAINS; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) more[k][r][t] = zero();
   PARTINFER_UNROLL
   for (int64_t b = 0; b < bytes; b += BYTES) {
     if (b % 64 == 0) {
@@ -114,22 +140,86 @@ inline void dot_groups(const RowRef* rows, const RowRef* next, const Input& x, i
       unpack<BITS>(load_packed<FULL>(rows[r].data + start + b, bytes - b), w);
       PARTINFER_UNROLL
       for (int t = 0; t < T; ++t) {
-        I32 sum = load_i32(NO_SUM);
-        PARTINFER_UNROLL
-        for (int p = 0; p < PARTS; ++p) sum = dot_part<BITS>(sum, w[p], xv[t][p]);
-        acc[r][t] = fma(to_float(sum), spread_from<GROUP_BYTES>(scales[r][t], b / GROUP_BYTES), acc[r][t]);
+        const int64_t k = b / BYTES % CHAINS;
+        F& total = k == 0 ? acc[r][t] : more[k][r][t];
+        total = fma(to_float(dot_parts<BITS>(w, xv[t])), spread_from<GROUP_BYTES>(scales[r][t], b / GROUP_BYTES), total);
       }
     }
   }
+  PARTINFER_UNROLL
+  for (int k = 1; k < CHAINS; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) acc[r][t] = add(acc[r][t], more[k][r][t]);
 }
 
 #ifndef PARTINFER_SPREAD_PAIR
 // The scales of a pair of groups, multiplied with others, over the lanes of a vector that begins at byte `place` of the pair.
 inline F spread_pair(const uint16_t* scales, const float* others, int64_t place) {
   const int64_t i = place / GROUP;
-  return set1(to_float(f16_t{scales[i]}) * others[i]);
+  return mul(repeat(f16_t{scales[i]}), set1(others[i]));
 }
 #endif
+
+#ifdef PARTINFER_PAIRS_OF_HALVES
+// acc[r][t] += two groups of 4 bits, which are a vector, from group g on of rows[r] · x[first + t].
+template <int R, int T, bool RUN>
+inline void dot_pair_of_halves(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, int64_t g,
+                               F (&acc)[R][T]) {
+  const int64_t half = x.hidden / 2, start = g * Packing<4>::GROUP_BYTES;
+  PARTINFER_UNROLL
+  for (int r = 0; r < R; ++r) {
+    prefetch(RUN ? rows[r].data + start + RUN_AHEAD : next[r].data + start);
+    const F own = load_pair(reinterpret_cast<const f16_t*>(rows[r].scales) + g);
+    I8 w[2];
+    unpack<4>(load_bytes(rows[r].data + start), w);
+    PARTINFER_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const int64_t place = (first + t) * x.scale_stride + g;
+      const int8_t* xq = x.q + (first + t) * x.q_stride + start;
+      const I8 xv[2] = {load_bytes(xq), load_bytes(xq + half)};
+      const F scales = halves_of_pair(mul(own, load_pair(x.scales + place)));
+      acc[r][t] = fma(own, load_pair(x.corrections + place), acc[r][t]);
+      acc[r][t] = fma(to_float(dot_parts<4>(w, xv)), scales, acc[r][t]);
+    }
+  }
+}
+#endif
+
+// acc[r][t] += group g of rows[r] of 8 bits · x[first + t], for groups of whole vectors.
+template <int R, int T, bool RUN>
+inline void dot_group8(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, int64_t g, F (&acc)[R][T]) {
+  PARTINFER_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const F own = repeat(f16_t{rows[r].scales[g]});
+    prefetch(RUN ? rows[r].data + g * GROUP + RUN_AHEAD : next[r].data + g * GROUP);
+    PARTINFER_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const F scale = mul(own, set1(x.scales[(first + t) * x.scale_stride + g]));
+      PARTINFER_UNROLL
+      for (int64_t b = g * GROUP; b < (g + 1) * GROUP; b += BYTES) {
+        const I8 w[1] = {load_bytes(rows[r].data + b)}, xv[1] = {load_bytes(x.q + (first + t) * x.q_stride + b)};
+        acc[r][t] = fma(to_float(dot_parts<8>(w, xv)), scale, acc[r][t]);
+      }
+    }
+  }
+}
+
+// acc[r][t] += the groups from group g on, fewer than SCALE_BLOCK, of rows[r] · x[first + t].
+template <int BITS, int R, int T, bool RUN>
+inline void dot_last_groups(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, int64_t g,
+                            F (&acc)[R][T]) {
+  const int64_t groups = x.hidden / GROUP;
+  if constexpr (BITS == 8 && S8_OFFSET == 0 && BYTES <= GROUP) {
+    for (; g < groups; ++g) dot_group8<R, T, RUN>(rows, next, x, first, g, acc);
+    return;
+  }
+#ifdef PARTINFER_PAIRS_OF_HALVES
+  if constexpr (BITS == 4) {
+    for (; g + 2 <= groups; g += 2) dot_pair_of_halves<R, T, RUN>(rows, next, x, first, g, acc);
+  }
+#endif
+  if (g < groups) dot_groups<BITS, R, T, false, RUN>(rows, next, x, first, g, groups - g, acc);
+}
 
 // acc[r][t] += rows[r] · the fine pairs of x[first + t], for 8-bit weights.
 template <int R, int T>
@@ -162,7 +252,7 @@ inline void quant_dot_block(const RowRef* rows, const RowRef* next, const Input&
   int64_t g = 0;
   for (; g + SCALE_BLOCK <= groups; g += SCALE_BLOCK)
     dot_groups<BITS, R, T, true, RUN>(rows, next, x, first, g, SCALE_BLOCK, acc);
-  if (g < groups) dot_groups<BITS, R, T, false, RUN>(rows, next, x, first, g, groups - g, acc);
+  if (g < groups) dot_last_groups<BITS, R, T, RUN>(rows, next, x, first, g, acc);
   if constexpr (BITS == 8) {
     if (x.fine != nullptr) dot_fine<R, T>(rows, x, first, acc);
   }

@@ -16,6 +16,7 @@ inline F load(const bf16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
 inline F load(const f16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline F repeat(f16_t a) { return {_mm256_cvtph_ps(_mm_set1_epi16(int16_t(a.bits)))}; }
 inline F load(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -97,9 +98,39 @@ inline I32 dot_u4(I32 acc, I8 w, I8 x) {
   const __m256i pairs = _mm256_maddubs_epi16(w.v, x.v);
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
-// |w| * (x with w's sign): pairs stay below 2^15 because x is within -127 … 127.
+
+#define PARTINFER_DOT_U4_HALVES 1
+// Both halves of groups of 4 bits: two pairs together fit 16 bits, too.
+inline I32 dot_u4_halves(const I8 (&w)[2], const I8 (&x)[2]) {
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w[0].v, x[0].v), _mm256_maddubs_epi16(w[1].v, x[1].v));
+  return {_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))};
+}
+
+#define PARTINFER_TAIL_OF_MORE 1
+// `count` < LANES values that at least as many others precede, and zeros.
+inline F load_tail_of_more(const f16_t* p, int64_t count) {
+  alignas(32) static const int8_t moves[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                               -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+  const __m128i last = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + count - LANES));
+  const __m128i move = _mm_loadu_si128(reinterpret_cast<const __m128i*>(moves + 2 * (LANES - count)));
+  return {_mm256_cvtph_ps(_mm_shuffle_epi8(last, move))};
+}
+
+#define PARTINFER_PAIRS_OF_HALVES 1
+// Two values, and zeros; and each of them in four lanes.
+inline F load_pair(const float* p) {
+  return {_mm256_zextps128_ps256(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline F load_pair(const f16_t* p) {
+  int32_t pair;
+  __builtin_memcpy(&pair, p, 4);
+  return {_mm256_zextps128_ps256(_mm_cvtph_ps(_mm_cvtsi32_si128(pair)))};
+}
+inline F halves_of_pair(F a) { return {_mm256_permutevar8x32_ps(a.v, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1))}; }
+
+// (w with x's sign) * |x|: weights are within -127 … 127, as quantize writes them, so pairs stay below 2^15.
 inline I32 dot_s8(I32 acc, I8 w, I8 x) {
-  return dot_u4(acc, I8{_mm256_abs_epi8(w.v)}, I8{_mm256_sign_epi8(x.v, w.v)});
+  return dot_u4(acc, I8{_mm256_abs_epi8(x.v)}, I8{_mm256_sign_epi8(w.v, x.v)});
 }
 inline F to_float(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
@@ -107,7 +138,9 @@ template <int GROUP_BYTES>
 inline __m256i spread_bits(const void* p) {
   const float* values = static_cast<const float*>(p);
   if constexpr (GROUP_BYTES == 32) return _mm256_castps_si256(_mm256_broadcast_ss(values));
-  return _mm256_castps_si256(_mm256_set_m128(_mm_broadcast_ss(values + 1), _mm_broadcast_ss(values)));
+  __m256 pairs;  // of values of either type, so that no pointer type fits
+  asm("vbroadcastsd %1, %0" : "=x"(pairs) : "m"(*static_cast<const char(*)[8]>(p)));
+  return _mm256_castps_si256(_mm256_permutevar_ps(pairs, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)));
 }
 template <int GROUP_BYTES>
 inline F spread(const float* p) {

@@ -17,6 +17,7 @@ inline F load(const bf16_t* p) {
 inline F load(const f16_t* p) {
   return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
 }
+inline F repeat(f16_t a) { return {vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(a.bits)))}; }
 inline F load(const int8_t* p) {
   const int32_t lanes[4] = {p[0], p[1], p[2], p[3]};
   return {vcvtq_f32_s32(vld1q_s32(lanes))};

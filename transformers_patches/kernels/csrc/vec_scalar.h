@@ -18,6 +18,7 @@ inline F load(const bf16_t* p) {
   VEC_LOOP r.v[i] = to_float(p[i]);
   return r;
 }
+inline F repeat(f16_t a) { return set1(to_float(a)); }
 inline F load(const f16_t* p) {
   F r;
   VEC_LOOP r.v[i] = to_float(p[i]);

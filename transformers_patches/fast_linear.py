@@ -12,15 +12,23 @@ from torch import nn
 from transformers_patches import kernels
 from transformers_patches.kernels import QuantizedTensor, Weight
 
-FEW_TOKENS = 8  # up to here the kernel reads each weight once for all tokens; above, PyTorch's matrix product wins
-FEW_TOKENS_PACKED = 32  # of int8 and int4 weights, which are read for 8 tokens at a time; above, unpacking them pays
+FEW_TOKENS = 8  # that the kernels read a weight once for
+# Up to how many tokens the kernels win, by the bits of a weight: over PyTorch's matrix products, and over unpacking for
+# them (docs/speed.md); and the same where these have no fast path for 16 bits.
+_WINS = {16: 8, 8: 32, 4: 32}
+_WINS_OVER_FLOAT32 = {16: 48, 8: 48, 4: 128}
+
+
+def few_tokens(weight: Weight, dtype: torch.dtype) -> int:
+    """Up to how many tokens of a type the native kernels multiply faster than `kernels.project`."""
+    bits = weight.bits if isinstance(weight, QuantizedTensor) else 16
+    return (_WINS if kernels.multiplies_fast(dtype) else _WINS_OVER_FLOAT32)[bits]
 
 
 def multiply(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., in] times weight [out, in] plus bias [out]: [..., out], by the native kernels if x has few tokens."""
-    few = FEW_TOKENS_PACKED if isinstance(weight, QuantizedTensor) else FEW_TOKENS
-    product = kernels.linear if x.numel() <= few * weight.shape[1] else kernels.project
-    return product(x, weight, bias)
+    few = x.numel() <= few_tokens(weight, x.dtype) * weight.shape[1]
+    return (kernels.linear if few else kernels.project)(x, weight, bias)
 
 
 class FastLinear(nn.Linear):

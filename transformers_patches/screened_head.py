@@ -11,11 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_patches import kernels
-from transformers_patches.fast_linear import FEW_TOKENS_PACKED, FastLinear
+from transformers_patches.fast_linear import FastLinear
 from transformers_patches.kernels import GROUP, QuantizedTensor
 from transformers_patches.quantized import QuantizedLinear, QuantizedWeight, weight_of
 from transformers_patches.weight_memory import WeightMemory
 from transformers_patches.weight_source import pieces
+
+MOST_SEQUENCES = 32  # whose tokens are screened together
 
 
 class ScreenedHead(nn.Module):
@@ -53,7 +55,7 @@ class ScreenedHead(nn.Module):
         return (self.high or self.weight).packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.ndim != 3 or x.shape[1] != 1 or len(x) > FEW_TOKENS_PACKED:
+        if x.ndim != 3 or x.shape[1] != 1 or len(x) > MOST_SEQUENCES:
             return self._whole(x)
         logits, exact = kernels.screened_linear(x, self.packed, self.screen)
         self.count(len(x), int(exact.sum()))

@@ -134,16 +134,19 @@ def test_native_kernels_give_the_logits_of_the_torch_path(native, family, dtype,
         assert (a - b).float()[real].norm() < 0.12 * b.float()[real].norm()
 
 
-@pytest.mark.parametrize("dtype", BITS)
-def test_inputs_of_short_prompts_meet_packed_rows(native, dtype, tiny_checkpoints, monkeypatch):
+@pytest.mark.parametrize(
+    "fast_products, dtype, few", [(1, "int8", 32), (1, "int4", 32), (0, "int8", 48), (0, "int4", 128)]
+)
+def test_inputs_of_short_prompts_meet_packed_rows(native, fast_products, dtype, few, tiny_checkpoints, monkeypatch):
     """In whole and in sparse layers alike; only for long prompts are the rows turned into floats."""
+    monkeypatch.setattr(kernels, "multiplies_fast", lambda dtype: fast_products)
     ours = load(tiny_checkpoints["llama"], dtype, kernels="native")
     unpacked, project = [], kernels.project
     monkeypatch.setattr(kernels, "project", lambda x, *weight: unpacked.append(x.shape[-1]) or project(x, *weight))
-    for tokens in (1, 32, 33):
+    for tokens in (1, few, few + 1):
         with torch.inference_mode():
-            ours.model(torch.arange(tokens)[None], use_cache=True, logits_to_keep=1)
-        assert unpacked.count(HIDDEN) == (LAYERS * 6 if tokens == 33 else 0)  # q, k, v, o, gate and up
+            ours.model(torch.arange(tokens)[None] % VOCABULARY, use_cache=True, logits_to_keep=1)
+        assert unpacked.count(HIDDEN) == (LAYERS * 6 if tokens > few else 0)  # q, k, v, o, gate and up
 
 
 @pytest.mark.parametrize("dtype", BITS)

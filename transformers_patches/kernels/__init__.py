@@ -15,6 +15,7 @@ from transformers_patches.kernels import blockwise, quantization, reference, scr
 from transformers_patches.kernels import layer as _layer
 from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
+from transformers_patches.kernels.blockwise import multiplies_fast
 from transformers_patches.kernels.decoder import ActiveNeurons, Decoder
 from transformers_patches.kernels.layer import AttentionLayer, Projections
 from transformers_patches.kernels.quantization import GROUP, QuantizedTensor
@@ -43,6 +44,7 @@ __all__ = [
     "join_planes",
     "linear",
     "most_marked",
+    "multiplies_fast",
     "project",
     "quantize",
     "screened_linear",

@@ -24,7 +24,7 @@ Dequantize = Callable[[QuantizedTensor, torch.dtype, Tensor], Tensor]
 
 
 @cache
-def _multiplies_fast(dtype: torch.dtype) -> bool:
+def multiplies_fast(dtype: torch.dtype) -> bool:
     """Whether PyTorch's matrix products of this type have a fast path on this processor."""
     asked = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
@@ -34,7 +34,7 @@ def _multiplies_fast(dtype: torch.dtype) -> bool:
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    return x.dtype if x.device.type != "cpu" or _multiplies_fast(x.dtype) else torch.float32
+    return x.dtype if x.device.type != "cpu" or multiplies_fast(x.dtype) else torch.float32
 
 
 _kept = threading.local()

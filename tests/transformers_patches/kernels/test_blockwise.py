@@ -16,7 +16,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[True, False], ids=["fast", "slow"])
 def fast(request, monkeypatch):
-    monkeypatch.setattr(blockwise, "_multiplies_fast", lambda dtype: request.param or dtype not in HALVES)
+    monkeypatch.setattr(blockwise, "multiplies_fast", lambda dtype: request.param or dtype not in HALVES)
     monkeypatch.setattr(blockwise, "BLOCK_VALUES", 7 * 64)  # several blocks, the last of them smaller
     return request.param
 

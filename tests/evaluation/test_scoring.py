@@ -93,4 +93,5 @@ def test_weights_of_8_bits_go_through_the_native_decoder(tmp_path, monkeypatch, 
     steps = decoded_logits(loaded.model, CONTEXT, TARGET)
     assert calls == [range(LAYERS)] * len(TARGET), "all layers in one call for every scored token"
     assert not torch.equal(steps, together)
-    assert (steps - together).float().square().mean().sqrt() < 0.1 * together.float().std()
+    limit = 0.1 if method == "dense" else 0.2  # where rounding decides which neurons a token takes
+    assert (steps - together).float().square().mean().sqrt() < limit * together.float().std()

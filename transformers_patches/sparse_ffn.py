@@ -200,13 +200,17 @@ class SparseFFN(nn.Module):
 
     def activations(self, x: torch.Tensor, rows: Rows) -> Activations:
         """Of n neurons, [..., n] each, from x [..., H]."""
-        product = kernels.project if self.kernel_activation is None else multiply
-        up = product(x, rows["up"], rows.get("up_bias"))
+        up = self.project(x, rows, "up")
         if not self.gated:
             h = self.act_fn(up)
             return Activations(h, None, h)
-        gate = self.act_fn(product(x, rows["gate"], rows.get("gate_bias")))
+        gate = self.act_fn(self.project(x, rows, "gate"))
         return Activations(gate, up, gate * up)
+
+    def project(self, x: torch.Tensor, rows: Rows, name: str) -> torch.Tensor:
+        """x [..., H] times the rows of an input projection, with its bias: [..., n]."""
+        product = kernels.project if self.kernel_activation is None else multiply
+        return product(x, rows[name], rows.get(f"{name}_bias"))
 
     def weight(self, name: str) -> Weight:
         """The stored rows of one of `row_names`, as the kernels take them."""

@@ -229,8 +229,7 @@ class TokenSelection:
         """[1, H] for x [1, H], and how many neurons it took."""
         ffn = self.ffn
         read_for_all = "gate" if self.by == "gate" else "up"
-        product = kernels.linear if ffn.kernel_activation else kernels.project
-        values = product(x, rows[read_for_all], rows.get(f"{read_for_all}_bias"))
+        values = ffn.project(x, rows, read_for_all)
         if self.by != "up":
             values = ffn.act_fn(values)
         scores = (values.float().abs() * scale)[0]

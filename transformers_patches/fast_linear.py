@@ -17,6 +17,8 @@ FEW_TOKENS = 8  # that the kernels read a weight once for
 # them (docs/speed.md); and the same where these have no fast path for 16 bits.
 _WINS = {16: 8, 8: 32, 4: 32}
 _WINS_OVER_FLOAT32 = {16: 48, 8: 48, 4: 128}
+# The same for weighted sums of rows, of any type.
+_ROWS_WIN, _ROWS_WIN_OVER_FLOAT32 = FEW_TOKENS, 48
 
 
 def few_tokens(weight: Weight, dtype: torch.dtype) -> int:
@@ -29,6 +31,13 @@ def multiply(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torc
     """x [..., in] times weight [out, in] plus bias [out]: [..., out], by the native kernels if x has few tokens."""
     few = x.numel() <= few_tokens(weight, x.dtype) * weight.shape[1]
     return (kernels.linear if few else kernels.project)(x, weight, bias)
+
+
+def combine(h: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """h [..., n] times weight [n, H]: [..., H], by the native kernels if h has few tokens."""
+    most = _ROWS_WIN if kernels.multiplies_fast(h.dtype) else _ROWS_WIN_OVER_FLOAT32
+    few = h.numel() <= most * len(weight)
+    return (kernels.weighted_rows if few else kernels.combine)(h, weight)
 
 
 class FastLinear(nn.Linear):

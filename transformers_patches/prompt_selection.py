@@ -173,12 +173,12 @@ class PromptSelection:
         base = ffn.base_rows(x.device)
         y = torch.zeros_like(x)
         if ffn.plan.base_count:
-            y = kernels.combine(ffn.activations(x, base).h, base["down"])
+            y = ffn.combine(ffn.activations(x, base).h, base)
         computed = [ffn.plan.base_count] * len(x)
         if self.selects:
             chosen = [self._rows(sequence, x.device) for sequence in range(len(x))]
             pairs = zip(x, chosen, strict=True)
-            y = y + torch.stack([kernels.combine(ffn.activations(part, rows).h, rows["down"]) for part, rows in pairs])
+            y = y + torch.stack([ffn.combine(ffn.activations(part, rows).h, rows) for part, rows in pairs])
             computed = [count + len(rows["down"]) for count, rows in zip(computed, chosen, strict=True)]
         return y, computed
 

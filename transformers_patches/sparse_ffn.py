@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers_patches import kernels
 from transformers_patches.compensation import Compensation
 from transformers_patches.config import TOKEN_SELECTIONS
-from transformers_patches.fast_linear import FEW_TOKENS, multiply
+from transformers_patches.fast_linear import FEW_TOKENS, combine, multiply
 from transformers_patches.kernels import Weight
 from transformers_patches.load_plan import LayerPlan
 from transformers_patches.phase import PREFILL, RequestState
@@ -160,7 +160,7 @@ class SparseFFN(nn.Module):
             self.observe(values, self.state.token_mask)
             if self.refresh is not None:
                 self.refresh.reset()
-        return kernels.combine(values.h, rows["down"])
+        return self.combine(values.h, rows)
 
     def observe(self, values: Activations, token_mask: torch.Tensor | None) -> None:
         """Take activations [B, T, L] as evidence, except where token_mask [B, T] is False; choose by all there is."""
@@ -211,6 +211,10 @@ class SparseFFN(nn.Module):
         """x [..., H] times the rows of an input projection, with its bias: [..., n]."""
         product = kernels.project if self.kernel_activation is None else multiply
         return product(x, rows[name], rows.get(f"{name}_bias"))
+
+    def combine(self, h: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """h [..., n] times the rows of the output projection: [..., H]."""
+        return (kernels.combine if self.kernel_activation is None else combine)(h, rows["down"])
 
     def weight(self, name: str) -> Weight:
         """The stored rows of one of `row_names`, as the kernels take them."""

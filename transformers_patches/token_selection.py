@@ -241,10 +241,10 @@ class TokenSelection:
         kept = {name: weight.index_select(0, best) for name, weight in rows.items() if name != read_for_all}
         h = values[:, best]
         if self.by == "up":
-            h = ffn.act_fn(kernels.project(x, kept["gate"], kept.get("gate_bias"))) * h
+            h = ffn.act_fn(ffn.project(x, kept, "gate")) * h
         elif self.by == "gate":
-            h = h * kernels.project(x, kept["up"], kept.get("up_bias"))
-        return kernels.combine(h, kept["down"]), len(best)
+            h = h * ffn.project(x, kept, "up")
+        return ffn.combine(h, kept), len(best)
 
     def _many(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """As _native for many tokens, which together would read nearly all rows: the others' activations are set to 0."""
@@ -254,7 +254,7 @@ class TokenSelection:
         chosen_by = values.up if self.by == "up" else values.first
         scores, threshold = chosen_by.float().abs() * scale, self.thresholds[sequence]
         chosen = keep_best(scores, scores, kept) > 0 if threshold is None else scores > threshold
-        return kernels.combine(values.h * chosen, rows["down"]), int(chosen.sum())
+        return ffn.combine(values.h * chosen, rows), int(chosen.sum())
 
     def _candidates(self, sequence: int, device: torch.device) -> tuple[Rows, torch.Tensor]:
         """The candidates' rows and scales; rows of chosen candidates are gathered once per prompt."""

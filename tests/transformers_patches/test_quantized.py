@@ -135,18 +135,22 @@ def test_native_kernels_give_the_logits_of_the_torch_path(native, family, dtype,
 
 
 @pytest.mark.parametrize(
-    "fast_products, dtype, few", [(1, "int8", 32), (1, "int4", 32), (0, "int8", 48), (0, "int4", 128)]
+    "fast_products, dtype, few, few_rows",
+    [(1, "int8", 32, 8), (1, "int4", 32, 8), (0, "int8", 48, 48), (0, "int4", 128, 48)],
 )
-def test_inputs_of_short_prompts_meet_packed_rows(native, fast_products, dtype, few, tiny_checkpoints, monkeypatch):
+def test_short_prompts_meet_packed_rows(native, fast_products, dtype, few, few_rows, tiny_checkpoints, monkeypatch):
     """In whole and in sparse layers alike; only for long prompts are the rows turned into floats."""
     monkeypatch.setattr(kernels, "multiplies_fast", lambda dtype: fast_products)
     ours = load(tiny_checkpoints["llama"], dtype, kernels="native")
-    unpacked, project = [], kernels.project
+    unpacked, summed, project, combine = [], [], kernels.project, kernels.combine
     monkeypatch.setattr(kernels, "project", lambda x, *weight: unpacked.append(x.shape[-1]) or project(x, *weight))
-    for tokens in (1, few, few + 1):
+    monkeypatch.setattr(kernels, "combine", lambda h, weight: summed.append(len(weight)) or combine(h, weight))
+    for tokens in (1, few_rows, few_rows + 1, few, few + 1):
+        unpacked.clear(), summed.clear()
         with torch.inference_mode():
             ours.model(torch.arange(tokens)[None] % VOCABULARY, use_cache=True, logits_to_keep=1)
         assert unpacked.count(HIDDEN) == (LAYERS * 6 if tokens > few else 0)  # q, k, v, o, gate and up
+        assert summed == ([56] * len(SPARSE) if tokens > few_rows else [])  # down
 
 
 @pytest.mark.parametrize("dtype", BITS)

@@ -58,6 +58,7 @@ __all__ = [
     "use_variant",
     "variant",
     "variants",
+    "weighted_rows",
     "why_not",
 ]
 
@@ -231,6 +232,16 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
             return project(x, weight, bias)
         return ops.quant_linear(x, weight.data, weight.scales, weight.bits, bias)
     return ops.linear(x, weight, bias)
+
+
+def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
+    """h [..., n] times weight [n, H]: [..., H], the weighted sums of the rows, like `combine`, but made for a few tokens."""
+    ops = _LIBRARY.get()
+    if ops is None or not h.is_cpu:
+        return reference.weighted_rows(h, weight)
+    if isinstance(weight, QuantizedTensor):
+        return ops.quant_weighted_rows(h, weight.data, weight.scales, weight.column_scales, weight.bits)
+    return ops.weighted_rows(h, weight)
 
 
 def screened_linear(x: Tensor, weight: Weight, screen: Screen, needed: Needed = SOFTMAX) -> tuple[Tensor, Tensor]:

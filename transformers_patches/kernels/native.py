@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.kernels.quantization import GROUP
 
 ENVIRONMENT = "PARTINFER_KERNELS"
 
@@ -95,6 +96,12 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"partinfer::{name}")(lambda *_: None)
     for name in ("linear", "quant_linear"):
         torch.library.register_fake(f"partinfer::{name}")(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
+    torch.library.register_fake("partinfer::weighted_rows")(
+        lambda h, weight: h.new_empty(*h.shape[:-1], weight.shape[1])
+    )
+    torch.library.register_fake("partinfer::quant_weighted_rows")(
+        lambda h, weight, scales, *_: h.new_empty(*h.shape[:-1], scales.shape[1] * GROUP)
+    )
     for name in ("join_planes", "split_planes"):
         torch.library.register_fake(f"partinfer::{name}")(lambda *_: None)
     torch.library.register_fake("partinfer::screened_linear")(

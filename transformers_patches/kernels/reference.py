@@ -73,6 +73,12 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.to(dtype), floats, None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
+def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
+    """h [..., n], weight [n, H] -> [..., H]."""
+    dtype = _dtype_of(weight, h)
+    return (h.to(dtype) @ rows_of(weight, slice(None), dtype)).to(h.dtype)
+
+
 def sparse_ffn_by_up(
     x: Tensor,
     gate: Weight,

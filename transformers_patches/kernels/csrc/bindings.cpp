@@ -68,6 +68,48 @@ Tensor quant_sparse_ffn_plain(const Tensor& x, const Tensor& fc1, const Tensor& 
   return out;
 }
 
+Tensor weighted_rows_of(const Tensor& h, Type type, const Matrix& weight, const float* column_scales, int64_t rows,
+                        int64_t columns) {
+  std::vector<int64_t> shape = h.sizes().vec();
+  shape.back() = columns;
+  Tensor out = at::empty(shape, h.options());
+  const Tensor values = h.contiguous();
+  FfnCall call;
+  call.type = type;
+  call.down = weight;
+  call.column_scales = column_scales;
+  call.rows.prefix = rows;
+  call.x = pointer(values);
+  call.x_type = float_type(values, "h");
+  call.tokens = columns == 0 ? 0 : out.numel() / columns;
+  call.hidden = columns;
+  call.out = static_cast<char*>(out.data_ptr());
+  run_weighted_rows(*current().load(), call, at::get_num_threads());
+  return out;
+}
+
+// Columns of a weight whose rows are multiplied with the last dimension of h.
+int64_t columns_for(const Tensor& h, const Tensor& weight) {
+  const int64_t rows = rows_of(weight, "weight");
+  TORCH_CHECK_VALUE(h.dim() >= 1 && h.size(-1) == rows, "h must be [..., ", rows, "] like the weight's rows, got ",
+                    h.sizes());
+  return weight.size(1);
+}
+
+Tensor weighted_rows(const Tensor& h, const Tensor& weight) {
+  const int64_t columns = columns_for(h, weight), rows = weight.size(0);
+  check_matrix(weight, "weight", rows, columns);
+  return weighted_rows_of(h, float_type(weight, "weight"), float_matrix(weight), nullptr, rows, columns);
+}
+
+Tensor quant_weighted_rows(const Tensor& h, const Tensor& weight, const Tensor& scales,
+                           const optional<Tensor>& column_scales, int64_t bits) {
+  const Type type = quant_type(bits);
+  const int64_t columns = columns_for(h, weight) * (type == Type::Q4 ? 2 : 1), rows = weight.size(0);
+  const Matrix matrix = quant_matrix(weight, scales, "weight", rows, columns, type);
+  return weighted_rows_of(h, type, matrix, column_scales_of({weight, scales, column_scales}, columns), rows, columns);
+}
+
 Tensor linear_like(const Tensor& x, Type type, const Matrix& weight, int64_t rows, const optional<Tensor>& bias,
                    const Input2d& input) {
   std::vector<int64_t> shape = x.sizes().vec();
@@ -375,6 +417,8 @@ TORCH_LIBRARY(partinfer, m) {
   m.def(
       "quant_sparse_ffn_plain(Tensor x, Tensor fc1, Tensor fc1_scales, Tensor? bias1, Tensor fc2, Tensor fc2_scales, "
       "Tensor? column_scales, int bits, int prefix, Tensor? index, str activation) -> Tensor");
+  m.def("weighted_rows(Tensor h, Tensor weight) -> Tensor");
+  m.def("quant_weighted_rows(Tensor h, Tensor weight, Tensor scales, Tensor? column_scales, int bits) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("quant_linear(Tensor x, Tensor weight, Tensor scales, int bits, Tensor? bias) -> Tensor");
   m.def(
@@ -422,6 +466,8 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("sparse_ffn_plain", sparse_ffn_plain);
   m.impl("quant_sparse_ffn", quant_sparse_ffn);
   m.impl("quant_sparse_ffn_plain", quant_sparse_ffn_plain);
+  m.impl("weighted_rows", weighted_rows);
+  m.impl("quant_weighted_rows", quant_weighted_rows);
   m.impl("linear", linear);
   m.impl("quant_linear", quant_linear);
   m.impl("screened_linear", screened_linear);

@@ -14,6 +14,10 @@ constexpr int RUN_BLOCK = 128;  // neurons computed before their rows of down ar
 // Whether h is 0 for most neurons, so that it pays to compute many before reading any row of down.
 inline bool skips_rows(const FfnTask& task) { return task.activation == Activation::RELU; }
 
+inline float known_value(const FfnTask& task, int64_t token, int64_t position) {
+  return task.up_values[token * task.value_stride + position];
+}
+
 // The rows of 4 (gated) or 8 (plain) neurons from a position on, the last one repeated where the positions end.
 inline void rows_of(const FfnTask& task, int64_t position, RowRef* rows) {
   const bool gated = task.up.data != nullptr;
@@ -46,7 +50,7 @@ inline void activations(const FfnTask& task, const RowRef* rows, const RowRef* n
     for (int t = 0; t < T; ++t) {
       float value = products[i][t];
       if (gated) value *= products[neurons + i][t];
-      if (task.up_values != nullptr) value *= task.up_values[smaller(position + i, task.rows.end - 1)];
+      if (task.up_values != nullptr) value *= known_value(task, first + t, smaller(position + i, task.rows.end - 1));
       h[i * MAX_TOKENS + first + t] = value;
     }
 }
@@ -147,7 +151,7 @@ inline void run_activations(const FfnTask& task, int64_t start, int64_t count, f
     for (int64_t i = 0; i < count; ++i) {
       float value = gate[t * BLOCK + i];
       if (gated) value *= up[t * BLOCK + i];
-      if (task.up_values != nullptr) value *= task.up_values[start + i];
+      if (task.up_values != nullptr) value *= known_value(task, t, start + i);
       h[i * MAX_TOKENS + t] = value;
     }
   }
@@ -159,7 +163,8 @@ inline void list_activations(const FfnTask& task, int64_t start, int64_t count, 
   const int64_t neurons = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
   RowRef next[DOT_ROWS];
   if (task.gate.data == nullptr) {
-    for (int64_t i = 0; i < count; ++i) h[i * MAX_TOKENS] = task.up_values[start + i];
+    for (int64_t t = 0; t < task.x.tokens; ++t)
+      for (int64_t i = 0; i < count; ++i) h[i * MAX_TOKENS + t] = known_value(task, t, start + i);
     return;
   }
   for (int64_t i = 0; i < count; i += neurons) {
@@ -173,7 +178,7 @@ inline void list_activations(const FfnTask& task, int64_t start, int64_t count, 
 template <class Products>
 inline void ffn(const FfnTask& task) {
   constexpr int ADD_ROWS = Products::ADD_ROWS;  // rows of down that are added together
-  const bool run = Products::RUNS && one_run(task.rows), skips = skips_rows(task);
+  const bool run = Products::RUNS && one_run(task.rows) && task.gate.data != nullptr, skips = skips_rows(task);
   const int64_t group = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
   const int64_t block = skips ? BLOCK : run ? RUN_BLOCK : group > ADD_ROWS ? group : ADD_ROWS;
   const int64_t begin = task.rows.begin, end = task.rows.end;

@@ -17,6 +17,13 @@ size_t input_bytes(int64_t tokens, int64_t hidden) {
          Scratch::padded(size_t(tokens * FINE_PAIRS) * sizeof(FinePair));
 }
 
+const float* as_float32(const Kernels& kernels, const char* values, Type type, int64_t count, Scratch& scratch) {
+  if (type == Type::F32) return reinterpret_cast<const float*>(values);
+  float* wide = scratch.take<float>(count);
+  kernels.widen(type, values, count, wide);
+  return wide;
+}
+
 Input prepare(const Kernels& kernels, Type weights, const char* x, Type x_type, int64_t first, int64_t tokens,
               int64_t hidden, Scratch& scratch) {
   Input input;
@@ -27,13 +34,7 @@ Input prepare(const Kernels& kernels, Type weights, const char* x, Type x_type, 
     input.bf16 = reinterpret_cast<const bf16_t*>(start);
     return input;
   }
-  if (x_type == Type::F32) {
-    input.f32 = reinterpret_cast<const float*>(start);
-  } else {
-    float* wide = scratch.take<float>(tokens * hidden);
-    kernels.widen(x_type, start, tokens * hidden, wide);
-    input.f32 = wide;
-  }
+  input.f32 = as_float32(kernels, start, x_type, tokens * hidden, scratch);
   if (weights != Type::Q8 && weights != Type::Q4) return input;
   input.q_stride = q_stride_of(hidden);
   input.scale_stride = scale_stride_of(hidden);

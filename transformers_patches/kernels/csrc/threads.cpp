@@ -19,6 +19,27 @@ void run_ffn(const Kernels& kernels, const FfnCall& call, int threads) {
   }
 }
 
+void run_weighted_rows(const Kernels& kernels, const FfnCall& call, int threads) {
+  static thread_local Scratch scratch;
+  const int64_t rows = call.rows.prefix;
+  const int useful = useful_threads(rows * bytes_per_neuron(call), threads);
+  for (int64_t first = 0; first < call.tokens; first += MAX_TOKENS) {
+    const int64_t tokens = std::min(MAX_TOKENS, call.tokens - first);
+    const int64_t y_count = most_sums(useful) * tokens * y_stride_of(call.hidden);
+    scratch.reserve(Scratch::padded(size_t(tokens * rows) * sizeof(float)) +
+                    Scratch::padded(size_t(y_count) * sizeof(float)));
+    Input x;  // only its size is asked for
+    x.tokens = tokens;
+    x.hidden = call.hidden;
+    SharedFfn shared;
+    share_ffn(call, x, first, scratch.take<float>(y_count), shared);
+    const char* h = call.x + first * rows * element_size(call.x_type);
+    shared.task.up_values = as_float32(kernels, h, call.x_type, tokens * rows, scratch);
+    shared.task.value_stride = rows;
+    parallel(useful, [&](int worker, int workers) { compute_and_finish(kernels, shared, worker, workers, useful); });
+  }
+}
+
 namespace {
 
 constexpr int MAX_LINEARS = 3;

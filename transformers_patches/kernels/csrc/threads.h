@@ -47,6 +47,8 @@ struct ByUpCall {
 };
 
 void run_ffn(const Kernels& kernels, const FfnCall& call, int threads);
+// out = h · down for all rows of down; call.x is h [tokens, rows], there are neither gate nor up.
+void run_weighted_rows(const Kernels& kernels, const FfnCall& call, int threads);
 void run_linear(const Kernels& kernels, const LinearCall& call, int threads);
 // convert: one of the kernels' conversions.
 void run_convert(void (*convert)(const ConvertTask&), const ConvertTask& task, int64_t rows, int threads);

@@ -81,8 +81,9 @@ struct FfnTask {
   Activation activation = Activation::SILU;
   Rows rows;
   Input x;
-  // [position], one token: up·x already known, so that `up` is not read; without a gate either, h itself
+  // [tokens, value_stride]: up·x of every position, already known, so that `up` is not read; without a gate either, h itself
   const float* up_values = nullptr;
+  int64_t value_stride = 0;
   float* y = nullptr;                // [tokens, y_stride], in the kernel's own column order
   int64_t y_stride = 0;
 };

@@ -84,17 +84,17 @@ inline void add_rows_block(const RowRef* rows, const RowRef* next, const float (
                            int64_t hidden) {
   using C = Columns<W>;
   F factor[R][T];
-  const char *place_of[R], *next_of[R];  // copies, because stores to y could change what rows and next point to
+  const RowsAhead<R> ahead(next, hidden * int64_t(sizeof(W)));
+  const char* place_of[R];  // a copy, because stores to y could change what rows points to
   PARTINFER_UNROLL
   for (int r = 0; r < R; ++r) {
     for (int t = 0; t < T; ++t) factor[r][t] = set1(h[r][t]);
     place_of[r] = rows[r].data;
-    next_of[r] = next[r].data;
   }
   int64_t j = 0;
   for (; j + C::LINE <= hidden; j += C::LINE) {
     PARTINFER_UNROLL
-    for (int r = 0; r < R; ++r) prefetch(next_of[r] + j * int64_t(sizeof(W)));
+    for (int r = 0; r < R; ++r) ahead.prefetch_for(r, j * int64_t(sizeof(W)));
     PARTINFER_UNROLL
     for (int v = 0; v < C::LINE; v += C::VECTORS * LANES) {
       F w[R][C::VECTORS];

@@ -11,6 +11,9 @@ namespace PARTINFER_ISA {
 
 constexpr int64_t SCALE_BLOCK = 16;  // groups whose scales are worked out together
 
+// Farther than in runs of floats, as far as was measured (AVX2).
+constexpr int64_t QUANT_RUN_AHEAD = LANES == 8 ? 2 * RUN_AHEAD : RUN_AHEAD;
+
 constexpr int32_t NO_SUM[LANES] = {};
 
 template <int BITS>
@@ -123,9 +126,9 @@ inline void dot_groups(const RowRef* rows, const RowRef* next, const Input& x, i
       for (int t = 0; t < T; ++t) more[k][r][t] = zero();
   PARTINFER_UNROLL
   for (int64_t b = 0; b < bytes; b += BYTES) {
-    if (b % 64 == 0) {
+    if (b % LINE_BYTES == 0) {
       PARTINFER_UNROLL
-      for (int r = 0; r < R; ++r) prefetch(RUN ? rows[r].data + start + b + RUN_AHEAD : next[r].data + start + b);
+      for (int r = 0; r < R; ++r) prefetch(RUN ? rows[r].data + start + b + QUANT_RUN_AHEAD : next[r].data + start + b);
     }
     I8 xv[T][PARTS];
     PARTINFER_UNROLL
@@ -168,7 +171,7 @@ inline void dot_pair_of_halves(const RowRef* rows, const RowRef* next, const Inp
   const int64_t half = x.hidden / 2, start = g * Packing<4>::GROUP_BYTES;
   PARTINFER_UNROLL
   for (int r = 0; r < R; ++r) {
-    prefetch(RUN ? rows[r].data + start + RUN_AHEAD : next[r].data + start);
+    prefetch(RUN ? rows[r].data + start + QUANT_RUN_AHEAD : next[r].data + start);
     const F own = load_pair(reinterpret_cast<const f16_t*>(rows[r].scales) + g);
     I8 w[2];
     unpack<4>(load_bytes(rows[r].data + start), w);
@@ -191,7 +194,7 @@ inline void dot_group8(const RowRef* rows, const RowRef* next, const Input& x, i
   PARTINFER_UNROLL
   for (int r = 0; r < R; ++r) {
     const F own = repeat(f16_t{rows[r].scales[g]});
-    prefetch(RUN ? rows[r].data + g * GROUP + RUN_AHEAD : next[r].data + g * GROUP);
+    prefetch(RUN ? rows[r].data + g * GROUP + QUANT_RUN_AHEAD : next[r].data + g * GROUP);
     PARTINFER_UNROLL
     for (int t = 0; t < T; ++t) {
       const F scale = mul(own, set1(x.scales[(first + t) * x.scale_stride + g]));
@@ -312,7 +315,7 @@ inline void dot_first_block4(const RowRef* rows, const Input& x, int64_t token, 
     I32 sums[4];
     PARTINFER_UNROLL
     for (int k = 0; k < 4; ++k) {
-      prefetch(rows[r].data + RUN_AHEAD + k * BYTES);
+      prefetch(rows[r].data + QUANT_RUN_AHEAD + k * BYTES);
       I8 w[2];
       unpack<4>(load_once(rows[r].data + k * BYTES), w);
       sums[k] = dot_u4(dot_u4(load_i32(NO_SUM), w[0], low[k]), w[1], high[k]);
@@ -355,7 +358,7 @@ inline void dot_short_rows4(const RowRef* rows, const Input& x, int64_t token, b
   sums(acc, out[0]);
   if constexpr (R == 8) {
     if (!pairs) return;
-    for (int r = 0; r < R; ++r) prefetch(rows[r].data + RUN_AHEAD + SCALE_BLOCK * Packing<4>::GROUP_BYTES);
+    for (int r = 0; r < R; ++r) prefetch(rows[r].data + QUANT_RUN_AHEAD + SCALE_BLOCK * Packing<4>::GROUP_BYTES);
     dot_last_pairs4<1>(rows, x, token, SCALE_BLOCK, out);
   }
 }
@@ -382,7 +385,7 @@ inline void dot_rows4(const RowRef* rows, const RowRef* next, const Input& x, in
     for (int i = 0; i < ROWS; ++i)
       for (int t = 0; t < T; ++t) acc[i][t] = zero();
     for (int64_t g = 0; g < whole; g += SCALE_BLOCK)
-      dot_block4<ROWS, T>(rows + r, ahead, RUN ? RUN_AHEAD : 0, x, first, g, acc);
+      dot_block4<ROWS, T>(rows + r, ahead, RUN ? QUANT_RUN_AHEAD : 0, x, first, g, acc);
     if (whole < groups && !pairs)
       dot_groups<4, ROWS, T, false, RUN>(rows + r, ahead, x, first, whole, groups - whole, acc);
     PARTINFER_UNROLL
@@ -392,7 +395,7 @@ inline void dot_rows4(const RowRef* rows, const RowRef* next, const Input& x, in
   sums(reinterpret_cast<F(&)[R * T]>(all), out[0]);
   if constexpr (R == 8) {
     if (pairs) {
-      for (int r = 0; r < R; ++r) prefetch((RUN ? rows[r].data + RUN_AHEAD : next[r].data) + whole * Packing<4>::GROUP_BYTES);
+      for (int r = 0; r < R; ++r) prefetch((RUN ? rows[r].data + QUANT_RUN_AHEAD : next[r].data) + whole * Packing<4>::GROUP_BYTES);
       dot_last_pairs4<T>(rows, x, first, whole, out);
     }
   }
@@ -412,19 +415,19 @@ struct Factors {
 
 // The factors of 16 groups from group g on, `here` of which there are. No factor of a group may be above 127 of its
 // scale, so that small ones lose most; llama.cpp's blocks of 32 activations do the same.
-template <int BITS, int T, bool FULL>
-inline void quantise_factors(const RowRef* rows, int quads, const float (*h)[T], int t, int64_t g, int64_t here,
+template <int BITS, int QUADS, int T, bool FULL>
+inline void quantise_factors(const RowRef* rows, const float (*h)[T], int t, int64_t g, int64_t here,
                              Factors& out) {
   const I8 nothing = set_bytes(BITS == 8 ? 0 : U4_OFFSET);  // weights of 0 as they are stored
   for (int64_t i = 0; i < (FULL ? SCALE_BLOCK : here); i += LANES) {
     F products[QUANT_ADD_ROWS], largest = set1(1e-30f);
-    for (int r = 0; r < quads * QUAD; ++r) {
+    for (int r = 0; r < QUADS * QUAD; ++r) {
       products[r] = mul(load_scales<FULL>(rows[r], g + i, here - i), set1(h[r][t]));
       largest = max_size(largest, products[r]);
     }
     const F inverse = divide(set1(127.0f), largest);
     I32 offset = load_i32(NO_SUM);
-    for (int quad = 0; quad < quads; ++quad) {
+    for (int quad = 0; quad < QUADS; ++quad) {
       const F* four = products + quad * QUAD;
       const I8 packed = join_bytes(round_to_i32(mul(four[0], inverse)), round_to_i32(mul(four[1], inverse)),
                                    round_to_i32(mul(four[2], inverse)), round_to_i32(mul(four[3], inverse)));
@@ -437,14 +440,14 @@ inline void quantise_factors(const RowRef* rows, int quads, const float (*h)[T],
 }
 
 // `here` groups from group g on of some quads of rows, added to y. FULL: as above.
-template <int BITS, int T, bool FULL>
-inline void add_groups(const RowRef* rows, const RowRef* next, int quads, const float (*h)[T], float* y,
+template <int BITS, int QUADS, int T, bool FULL>
+inline void add_groups(const RowRef* rows, const RowsAhead<QUADS * QUAD>& ahead, const float (*h)[T], float* y,
                        int64_t y_stride, int64_t g, int64_t here) {
   constexpr int GROUP_BYTES = Packing<BITS>::GROUP_BYTES, PARTS = Packing<BITS>::PARTS;
   const int64_t bytes = (FULL ? SCALE_BLOCK : here) * GROUP_BYTES, start = g * GROUP_BYTES;
   Factors factors[T];
   for (int t = 0; t < T; ++t)
-    quantise_factors<BITS, T, FULL>(rows, quads, h, t, g, FULL ? SCALE_BLOCK : here, factors[t]);
+    quantise_factors<BITS, QUADS, T, FULL>(rows, h, t, g, FULL ? SCALE_BLOCK : here, factors[t]);
   PARTINFER_UNROLL
   for (int64_t b = 0; b < bytes; b += BYTES) {
     I32 sums[T][PARTS][QUAD];
@@ -455,11 +458,11 @@ inline void add_groups(const RowRef* rows, const RowRef* next, int quads, const 
       for (int p = 0; p < PARTS; ++p)
         for (int k = 0; k < QUAD; ++k) sums[t][p][k] = offset;
     }
-    for (int quad = 0; quad < quads; ++quad) {
+    for (int quad = 0; quad < QUADS; ++quad) {
       I8 packed[QUAD], columns[QUAD], parts[QUAD][PARTS];
       PARTINFER_UNROLL
       for (int r = 0; r < QUAD; ++r) {
-        if (b % 64 == 0) prefetch(next[quad * QUAD + r].data + start + b);
+        if (b % LINE_BYTES == 0) ahead.prefetch_for(quad * QUAD + r, start + b);
         packed[r] = load_packed<FULL>(rows[quad * QUAD + r].data + start + b, bytes - b);
       }
       interleave4(packed, columns);  // before unpacking, which makes it half the work for 4 bits
@@ -489,23 +492,20 @@ inline void add_groups(const RowRef* rows, const RowRef* next, int quads, const 
 
 // y[t] += sum over up to 8 rows, a multiple of four, of h[r][t] * rows[r]. Columns are taken four rows at a time as
 // integers, which needs the rows' bytes side by side; y keeps the order that this gives (finish_quant puts it right).
-template <int BITS, int T>
-inline void quant_add_rows(const RowRef* rows, const RowRef* next, int quads, const float (*h)[T], float* y,
+template <int BITS, int QUADS, int T>
+inline void quant_add_rows(const RowRef* rows, const RowRef* next, const float (*h)[T], float* y,
                            int64_t y_stride, int64_t hidden) {
   const int64_t groups = hidden / GROUP;
+  const RowsAhead<QUADS * QUAD> ahead(next, groups * Packing<BITS>::GROUP_BYTES);
   int64_t g = 0;
   for (; g + SCALE_BLOCK <= groups; g += SCALE_BLOCK)
-    add_groups<BITS, T, true>(rows, next, quads, h, y, y_stride, g, SCALE_BLOCK);
-  if (g < groups) add_groups<BITS, T, false>(rows, next, quads, h, y, y_stride, g, groups - g);
+    add_groups<BITS, QUADS, T, true>(rows, ahead, h, y, y_stride, g, SCALE_BLOCK);
+  if (g < groups) add_groups<BITS, QUADS, T, false>(rows, ahead, h, y, y_stride, g, groups - g);
 }
 
 template <int BITS>
 struct QuantRows {
-#ifdef PARTINFER_SUM_GROUPS
-  static constexpr bool RUNS = true;
-#else
-  static constexpr bool RUNS = BITS == 8;  // arithmetic on 4-bit rows needs several at a time
-#endif
+  static constexpr bool RUNS = BITS == 8 || LANES >= 8;  // with short vectors, 4-bit rows need several at a time
 
   template <int R, int T>
   static void dot(const RowRef* rows, const RowRef* next, const Input& x, int64_t first, float (*out)[T]) {
@@ -553,7 +553,8 @@ struct QuantRows {
       float some[ADD_ROWS][TOKENS];
       for (int r = 0; r < ADD_ROWS; ++r)
         for (int i = 0; i < TOKENS; ++i) some[r][i] = h[r][t + i];
-      quant_add_rows<BITS, TOKENS>(rows, next, int((count + QUAD - 1) / QUAD), some, y + t * y_stride, y_stride, hidden);
+      const auto add = count > QUAD ? quant_add_rows<BITS, 2, TOKENS> : quant_add_rows<BITS, 1, TOKENS>;
+      add(rows, next, some, y + t * y_stride, y_stride, hidden);
     }
   }
 

@@ -416,8 +416,7 @@ struct Factors {
 // The factors of 16 groups from group g on, `here` of which there are. No factor of a group may be above 127 of its
 // scale, so that small ones lose most; llama.cpp's blocks of 32 activations do the same.
 template <int BITS, int QUADS, int T, bool FULL>
-inline void quantise_factors(const RowRef* rows, const float (*h)[T], int t, int64_t g, int64_t here,
-                             Factors& out) {
+inline void quantise_factors(const RowRef* rows, const float (*h)[T], int t, int64_t g, int64_t here, Factors& out) {
   const I8 nothing = set_bytes(BITS == 8 ? 0 : U4_OFFSET);  // weights of 0 as they are stored
   for (int64_t i = 0; i < (FULL ? SCALE_BLOCK : here); i += LANES) {
     F products[QUANT_ADD_ROWS], largest = set1(1e-30f);
@@ -493,8 +492,8 @@ inline void add_groups(const RowRef* rows, const RowsAhead<QUADS * QUAD>& ahead,
 // y[t] += sum over up to 8 rows, a multiple of four, of h[r][t] * rows[r]. Columns are taken four rows at a time as
 // integers, which needs the rows' bytes side by side; y keeps the order that this gives (finish_quant puts it right).
 template <int BITS, int QUADS, int T>
-inline void quant_add_rows(const RowRef* rows, const RowRef* next, const float (*h)[T], float* y,
-                           int64_t y_stride, int64_t hidden) {
+inline void quant_add_rows(const RowRef* rows, const RowRef* next, const float (*h)[T], float* y, int64_t y_stride,
+                           int64_t hidden) {
   const int64_t groups = hidden / GROUP;
   const RowsAhead<QUADS * QUAD> ahead(next, groups * Packing<BITS>::GROUP_BYTES);
   int64_t g = 0;
@@ -522,7 +521,7 @@ struct QuantRows {
   }
 
   // As dot, for rows that follow each other, one after the other. What is prefetched past the last one is what follows
-  // it in memory, not what is read next: one KB of a run's many.
+  // it in memory, not what is read next: one or two KB of a run's many.
   template <int R, int T>
   static void dot_run(const RowRef* rows, const RowRef&, const Input& x, int64_t first, float (*out)[T]) {
 #ifdef PARTINFER_SUM_GROUPS

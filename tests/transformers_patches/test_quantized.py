@@ -146,7 +146,8 @@ def test_short_prompts_meet_packed_rows(native, fast_products, dtype, few, few_r
     monkeypatch.setattr(kernels, "project", lambda x, *weight: unpacked.append(x.shape[-1]) or project(x, *weight))
     monkeypatch.setattr(kernels, "combine", lambda h, weight: summed.append(len(weight)) or combine(h, weight))
     for tokens in (1, few_rows, few_rows + 1, few, few + 1):
-        unpacked.clear(), summed.clear()
+        unpacked.clear()
+        summed.clear()
         with torch.inference_mode():
             ours.model(torch.arange(tokens)[None] % VOCABULARY, use_cache=True, logits_to_keep=1)
         assert unpacked.count(HIDDEN) == (LAYERS * 6 if tokens > few else 0)  # q, k, v, o, gate and up

@@ -157,10 +157,19 @@ void check(const Kernels& kernels, Type type, const char* type_name, int64_t tok
   report("linear " + what, products, linear_out, limit);
 }
 
-void check_weighted_rows(const Kernels& kernels, Type type, const char* type_name, int64_t tokens, int64_t hidden) {
+const char* NAMES[] = {"float32", "bfloat16", "float16", "int8", "int4"};
+const double LIMITS[] = {1e-5, 1e-2, 2e-3, 1e-3, 1e-3};  // of the scalar variant's results
+
+bool quantised(Type type) { return type == Type::Q8 || type == Type::Q4; }
+Type vectors_with(Type weights) { return quantised(weights) ? Type::F32 : weights; }
+
+Weight weight_of(int64_t rows, int64_t columns, Type type) {
+  return quantised(type) ? quants(rows, columns, type) : floats(rows, columns, type);
+}
+
+void check_weighted_rows(const Kernels& kernels, Type type, int64_t tokens, int64_t hidden) {
   const int64_t rows = 1003;  // enough for two threads of wide rows
-  const bool quantised = type == Type::Q8 || type == Type::Q4;
-  const Weight weight = (quantised ? quants : floats)(rows, hidden, type), h = floats(tokens, rows, Type::F32);
+  const Weight weight = weight_of(rows, hidden, type), h = floats(tokens, rows, Type::F32);
   std::vector<double> expected(size_t(tokens * hidden));
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t r = 0; r < rows; ++r)
@@ -176,19 +185,9 @@ void check_weighted_rows(const Kernels& kernels, Type type, const char* type_nam
   call.hidden = hidden;
   call.out = reinterpret_cast<char*>(out.data());
   run_weighted_rows(kernels, call, 2);
-  report(std::string("weighted_rows ") + kernels.name + " " + type_name + " " + std::to_string(tokens) + " x " +
+  report(std::string("weighted_rows ") + kernels.name + " " + NAMES[int(type)] + " " + std::to_string(tokens) + " x " +
              std::to_string(hidden),
-         expected, out, quantised ? 2e-2 : 1e-5);
-}
-
-const char* NAMES[] = {"float32", "bfloat16", "float16", "int8", "int4"};
-const double LIMITS[] = {1e-5, 1e-2, 2e-3, 1e-3, 1e-3};  // of the scalar variant's results
-
-bool quantised(Type type) { return type == Type::Q8 || type == Type::Q4; }
-Type vectors_with(Type weights) { return quantised(weights) ? Type::F32 : weights; }
-
-Weight weight_of(int64_t rows, int64_t columns, Type type) {
-  return quantised(type) ? quants(rows, columns, type) : floats(rows, columns, type);
+         expected, out, quantised(type) ? 2e-2 : 1e-5);
 }
 
 LayerWeight layer_weight(const Weight& weight, int64_t rows, int64_t columns, Type type) {
@@ -432,7 +431,7 @@ void check_layer(const Kernels& kernels) {
   for (Type type : {Type::F32, Type::BF16, Type::F16, Type::Q8, Type::Q4}) {
     for (int64_t tokens : {1, 3, 11})
       for (int64_t hidden : {quantised(type) ? 32 : 7, 160})
-        check_weighted_rows(kernels, type, NAMES[int(type)], tokens, hidden);
+        check_weighted_rows(kernels, type, tokens, hidden);
     check_attention(kernels, type, quantised(type) ? 24 : 22, 0, false, false);
     check_attention(kernels, type, quantised(type) ? 24 : 22, 20, true, false);
     check_attention(kernels, type, quantised(type) ? 24 : 22, 0, false, true);

@@ -52,25 +52,25 @@ def _as_macros(flags: tuple[str, ...]) -> list[str]:
 
 TARGETS = {
     "neon": Target(
-        "aarch64",
-        ("scalar", "neon", "neon_dotprod"),
-        "aarch64-linux-gnu-g++",
-        ("aarch64-linux-gnu-g++", "qemu-aarch64"),
-        "g++-aarch64-linux-gnu qemu-user",
-        list,
-        ("-static",),
+        machine="aarch64",
+        variants=("scalar", "neon", "neon_dotprod"),
+        compiler="aarch64-linux-gnu-g++",
+        needs=("aarch64-linux-gnu-g++", "qemu-aarch64"),
+        packages="g++-aarch64-linux-gnu qemu-user",
+        flags_of=list,
+        link=("-static",),
         # Once with all of the emulated processor's instructions, once with one that has no dot products.
-        (("qemu-aarch64", "-cpu", "max"), ("qemu-aarch64", "-cpu", "cortex-a53")),
+        commands=(("qemu-aarch64", "-cpu", "max"), ("qemu-aarch64", "-cpu", "cortex-a53")),
     ),
     "avx512": Target(
-        "x86_64",
-        ("scalar", "avx512", "avx512_vnni", "avx512_bf16"),
-        "c++",
-        ("c++", "/usr/include/simde/x86/avx512.h"),
-        "g++ libsimde-dev",
-        _as_macros,
-        (),
-        ((),),
+        machine="x86_64",
+        variants=("scalar", "avx512", "avx512_vnni", "avx512_bf16"),
+        compiler="c++",
+        needs=("c++", "/usr/include/simde/x86/avx512.h"),
+        packages="g++ libsimde-dev",
+        flags_of=_as_macros,
+        link=(),
+        commands=((),),
     ),
 }
 

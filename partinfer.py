@@ -13,7 +13,7 @@ from downloads.catalog import model_folder
 from transformers_patches import VERSION, cli
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.neuron_lookup import TASK_TYPES, find_neuron_files
+from transformers_patches.neurons.lookup import TASK_TYPES, find_neuron_files
 
 DEMO_MODEL = "smollm2-135m"
 FUNCTIONS = ("normal", "chat", "predefined_prompts", "pack")
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     cli.wait_briefly()
     # heavy imports only now: --help and wrong usage answer at once
-    from transformers_patches.running import Runner, generation_options
+    from transformers_patches.generate.runner import Runner, generation_options
 
     try:
         options = generation_options(arguments)
@@ -106,7 +106,7 @@ def _check_output(arguments: argparse.Namespace) -> None:
 
 def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> int:
     """Write the planned neurons to a folder of their own, and say how big it is."""
-    from transformers_patches.pack_writer import write_pack
+    from transformers_patches.load.pack_writer import write_pack
 
     made = write_pack(folder, arguments.output, settings)
     if arguments.json:
@@ -134,14 +134,14 @@ def _checkpoint_folder(arguments: argparse.Namespace) -> Path:
 
 def _with_neuron_files(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
     """Fill in the neuron files that the settings need and do not name; a pack has its own, and what it was made with."""
-    from transformers_patches.packing import is_pack, pack_settings
+    from transformers_patches.weights.pack import is_pack, pack_settings
 
     if is_pack(folder):
         made = {name: value for name, value in pack_settings(folder).items() if getattr(arguments, name) is None}
         return PartInferConfig.from_arguments(argparse.Namespace(**(vars(arguments) | made)))
     if settings.dataset_neurons_filepath or settings.model_neurons_filepath or not settings.needs_neuron_files:
         return settings
-    from transformers_patches.model_files import model_name
+    from transformers_patches.weights.model_files import model_name
 
     found = find_neuron_files(model_name(folder), arguments.task_type)
     if not arguments.quiet:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformers_patches import kernels  # noqa: E402
-from transformers_patches.weight_memory import WeightMemory  # noqa: E402
+from transformers_patches.weights.memory import WeightMemory  # noqa: E402
 
 SHAPES = {  # name: (hidden_size, intermediate_size, whether the FFN has a gate)
     "llama3-3b": (3072, 8192, True),

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.models import find_model  # noqa: E402
+from evaluation.speed.random_weights import RandomWeights, random_ranking, shape_config  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
 from transformers_patches.families import ffn_spec  # noqa: E402
-from transformers_patches.loading import read_config  # noqa: E402
-from transformers_patches.pack_writer import write_pack  # noqa: E402
-from transformers_patches.parallel_reads import BLOCK_BYTES, Read, run  # noqa: E402
-from transformers_patches.random_weights import RandomWeights, random_ranking, shape_config  # noqa: E402
+from transformers_patches.load.loader import read_config  # noqa: E402
+from transformers_patches.load.pack_writer import write_pack  # noqa: E402
+from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, run  # noqa: E402
 
 # one load in a fresh process: prints seconds, and bytes
 LOAD = """
@@ -35,8 +35,8 @@ import json, sys
 import psutil
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
-from transformers_patches.loading import load_model
-from transformers_patches.running import peak_memory_bytes
+from transformers_patches.load.loader import load_model
+from transformers_patches.generate.runner import peak_memory_bytes
 
 kernels.available()
 before = psutil.Process().memory_info().rss

@@ -21,12 +21,12 @@ from evaluation.models import find_model  # noqa: E402
 from evaluation.tables import markdown_table  # noqa: E402
 from transformers_patches import kernels  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
-from transformers_patches.decoding_loop import NUCLEUS_TOLERANCE  # noqa: E402
+from transformers_patches.generate.decoding_loop import NUCLEUS_TOLERANCE  # noqa: E402
 from transformers_patches.kernels import SOFTMAX, Needed  # noqa: E402
-from transformers_patches.loading import load_model  # noqa: E402
-from transformers_patches.model_files import load_tokenizer  # noqa: E402
-from transformers_patches.screened_head import ScreenedHead  # noqa: E402
-from transformers_patches.weight_memory import WeightMemory  # noqa: E402
+from transformers_patches.load.loader import load_model  # noqa: E402
+from transformers_patches.modules.screened_head import ScreenedHead  # noqa: E402
+from transformers_patches.weights.memory import WeightMemory  # noqa: E402
+from transformers_patches.weights.model_files import load_tokenizer  # noqa: E402
 
 WINDOW, CONTEXT = 512, 128  # tokens that are read together, and those of them that only are context
 NEEDED = {

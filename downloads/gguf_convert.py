@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from transformers_patches.gguf_files import gguf_tokenizer, shortest_floats
+from transformers_patches.weights.gguf_config import gguf_tokenizer, shortest_floats
 
 MAX_SHARD_SIZE = "2GB"
 

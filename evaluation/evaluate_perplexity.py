@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.wait_briefly()
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.models import find_model
-    from transformers_patches.loading import read_config
-    from transformers_patches.model_files import load_tokenizer
+    from transformers_patches.load.loader import read_config
+    from transformers_patches.weights.model_files import load_tokenizer
 
     folder = find_model(arguments.model_name)
     tokenizer = load_tokenizer(folder)

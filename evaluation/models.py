@@ -12,12 +12,12 @@ from evaluation.methods import METHODS, Configuration
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
-from transformers_patches.gguf_files import is_gguf
-from transformers_patches.loading import LoadedModel, load_model, read_config
-from transformers_patches.model_files import model_name
-from transformers_patches.neuron_file import NeuronFile
-from transformers_patches.neuron_lookup import NEURON_FILES, find_neuron_files
-from transformers_patches.packing import is_pack
+from transformers_patches.load.loader import LoadedModel, load_model, read_config
+from transformers_patches.neurons.lookup import NEURON_FILES, find_neuron_files
+from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.weights.gguf_config import is_gguf
+from transformers_patches.weights.model_files import model_name
+from transformers_patches.weights.pack import is_pack
 
 ROOT = Path(__file__).resolve().parent.parent
 

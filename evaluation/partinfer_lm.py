@@ -31,10 +31,10 @@ from evaluation.weights import weight_counts
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.gguf_files import is_gguf
-from transformers_patches.loading import LoadedModel, load_model, read_config, resolve_device
-from transformers_patches.model_files import load_tokenizer
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.load.loader import LoadedModel, load_model, read_config, resolve_device
+from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.weights.gguf_config import is_gguf
+from transformers_patches.weights.model_files import load_tokenizer
 
 logger = logging.getLogger(__name__)
 AUTO_BATCH_ON_CPU = 8  # memory does not run out there, and larger batches are no faster

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from transformers_patches.one_token import new_cache
+from transformers_patches.fast_pass.one_token import new_cache
 
 Tokens = list[int]
 Request = tuple[Tokens, list[Tokens]]  # a context of at least one token, and what may follow it

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from transformers_patches.loading import LoadedModel
-from transformers_patches.screened_head import ScreenedHead
-from transformers_patches.sparse_ffn import SparseFFN
+from transformers_patches.load.loader import LoadedModel
+from transformers_patches.modules.screened_head import ScreenedHead
+from transformers_patches.sparse.sparse_ffn import SparseFFN
 
 
 def weight_counts(loaded: LoadedModel) -> dict:

@@ -6,7 +6,7 @@ import torch
 
 from transformers_patches.config import neuron_count
 from transformers_patches.errors import PartInferError
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.neuron_file import NeuronFile
 
 
 def concentration_curves(file: NeuronFile) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from profiler.layerwise import Batch, FFNWeights, LayerwiseModel
 from profiler.simulation import Counts, SimulatedSelection
 from transformers_patches.config import neuron_count
-from transformers_patches.load_plan import candidate_count, kept_count
+from transformers_patches.plan.load_plan import candidate_count, kept_count
 
 STEP = 0.05
 LOWEST = 0.3  # of a layer's neurons that stay loaded, and of its bytes that are read, whatever the estimate says

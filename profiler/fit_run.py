@@ -23,7 +23,7 @@ from profiler.store import check_settings, interrupts_deferred
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 from transformers_patches.files import save_tensors_atomic
-from transformers_patches.fit_file import FitFile, LayerFit
+from transformers_patches.neurons.fit_file import FitFile, LayerFit
 
 FORMAT = "partinfer-fit-checkpoint"
 PROMPT_SHARE = 2 / 3  # of a text without a continuation, what counts as prefilled; the rest counts as decoded

@@ -24,9 +24,9 @@ from profiler.layerwise import Batch, FFNWeights, LayerwiseModel
 from profiler.least_squares import NormalEquations, best_to_keep, product_of, refit_and_low_rank
 from profiler.simulation import Counts, SimulatedSelection
 from transformers_patches.config import DEFAULT_BASE, neuron_count
-from transformers_patches.fit_file import LayerFit
-from transformers_patches.load_plan import candidate_count, kept_count
-from transformers_patches.token_selection import score_threshold
+from transformers_patches.neurons.fit_file import LayerFit
+from transformers_patches.plan.load_plan import candidate_count, kept_count
+from transformers_patches.sparse.token_selection import score_threshold
 
 THRESHOLD_TOKENS = 2048  # decoded tokens, about, whose scores say where a layer's threshold is
 PREFILL, DECODE = 0, 1  # groups of tokens, each with its bias

@@ -6,7 +6,7 @@ import torch
 
 from profiler.ranking import rank
 from transformers_patches.errors import PartInferError
-from transformers_patches.neuron_file import STATISTICS, NeuronFile
+from transformers_patches.neurons.neuron_file import STATISTICS, NeuronFile
 
 
 def merge(files: list[NeuronFile], score: str, task_type: str) -> NeuronFile:

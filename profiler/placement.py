@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
-from transformers_patches.fast_linear import native_kernels_wanted, replace_linears
-from transformers_patches.fingerprint import fingerprint
-from transformers_patches.gguf_files import is_gguf
-from transformers_patches.loading import load_model, read_config, resolve_device
-from transformers_patches.model_files import load_tokenizer, model_name, open_weights
+from transformers_patches.load.loader import load_model, read_config, resolve_device
+from transformers_patches.modules.fast_linear import native_kernels_wanted, replace_linears
+from transformers_patches.neurons.fingerprint import fingerprint
+from transformers_patches.weights.gguf_config import is_gguf
+from transformers_patches.weights.model_files import load_tokenizer, model_name, open_weights
 
 AUTO = "auto"  # spread over all GPUs, and the CPU if those are not enough
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
-from transformers_patches.neuron_file import NeuronFile, ranking_from_scores
+from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
 
 WEIGHTED = "_down"  # suffix of the scores that are weighted with the norm of the neuron's down column
 SCORES = ("mean_abs", "rms", "griffin", "mean_abs_down", "rms_down", "griffin_down", "std_down")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from profiler.layerwise import Batch
-from transformers_patches.prompt_evidence import PRIOR_TOKENS
-from transformers_patches.token_selection import TypicalSize, keep_best
+from transformers_patches.sparse.prompt_evidence import PRIOR_TOKENS
+from transformers_patches.sparse.token_selection import TypicalSize, keep_best
 
 
 @dataclass(frozen=True)

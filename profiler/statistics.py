@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from transformers_patches.neuron_file import ACTIVATION_STATISTICS
+from transformers_patches.neurons.neuron_file import ACTIVATION_STATISTICS
 
 ACTIVATIONS = "activations"  # the name of h's sums, beside those of inputs
 # How much of h is reduced at a time. On a CPU a block stays in the cache between its passes (2 MB of float32), yet is

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.neuron_file import NeuronFile
 
 # no time limit per example (the machine may be busy), no database folder, the same examples on every run
 settings.register_profile("project", deadline=None, database=None, derandomize=True)

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.weight_source import WeightSource
+from transformers_patches.weights.source import WeightSource
 
 TYPES = {
     "float32": GGMLQuantizationType.F32,

@@ -17,14 +17,14 @@ from transformers import PretrainedConfig
 from evaluation.methods import Configuration
 from evaluation.models import find_model
 from evaluation.speed.job import Job, Timing
+from evaluation.speed.random_weights import RandomWeights, shape_config
 from evaluation.speed.rows import measured_row, speedup
 from evaluation.speed.workers import Worker
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
-from transformers_patches.loading import build_on_meta, read_config, resolve_device
-from transformers_patches.model_files import load_tokenizer, open_weights
-from transformers_patches.packing import is_pack, pack_type
-from transformers_patches.random_weights import RandomWeights, shape_config
+from transformers_patches.load.loader import build_on_meta, read_config, resolve_device
+from transformers_patches.weights.model_files import load_tokenizer, open_weights
+from transformers_patches.weights.pack import is_pack, pack_type
 
 LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # that hold the same bits as ours
 MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of a process: PyTorch, the cache, activations

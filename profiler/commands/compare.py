@@ -10,7 +10,7 @@ import torch
 
 from profiler.analysis import chance_overlap, overlap_matrix
 from transformers_patches.errors import PartInferError
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.neuron_file import NeuronFile
 
 HELP = "compare the top neurons of two or more neuron files, per layer, on average, and against chance"
 EXAMPLES = """examples:

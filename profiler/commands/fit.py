@@ -31,8 +31,8 @@ from profiler.store import exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
 from transformers_patches.config import BUDGETS, TOKEN_SELECTIONS, PartInferConfig, parse_compensation
 from transformers_patches.errors import PartInferError
-from transformers_patches.fit_file import FitFile, fit_path
-from transformers_patches.neuron_file import NeuronFile, ranking_from_scores
+from transformers_patches.neurons.fit_file import FitFile, fit_path
+from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
 
 HELP = "fit what stands in for the neurons that are left out, by least squares over texts"
 EXAMPLES = """examples:

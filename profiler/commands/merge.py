@@ -8,7 +8,7 @@ from pathlib import Path
 from profiler.merging import merge
 from profiler.ranking import SCORES
 from profiler.store import check_output
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.neuron_file import NeuronFile
 
 HELP = "rank by the statistics of several neuron files, each data set with equal weight"
 EXAMPLES = """examples:

@@ -11,8 +11,8 @@ from profiler.arguments import DEMO_MODEL
 from profiler.commands.run import NEURON_FILES
 from profiler.placement import checkpoint_fingerprint
 from transformers_patches.families import ffn_spec
-from transformers_patches.model_files import model_name
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.weights.model_files import model_name
 
 HELP = "write a random ranking, the baseline"
 EXAMPLES = """examples:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from profiler.ranking import SCORES, rank
 from profiler.store import check_output
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.neuron_file import NeuronFile
 
 HELP = "rank again by another score, from a neuron file's statistics, without the model"
 EXAMPLES = """examples:

@@ -24,8 +24,8 @@ from profiler.sequences import Encoder, Window, windows
 from profiler.store import CheckpointFile, Progress, check_output, exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
 from transformers_patches.errors import PartInferError
-from transformers_patches.model_files import model_name
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.weights.model_files import model_name
 
 HELP = "profile a model on texts and write a neuron file"
 EXAMPLES = """examples:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from profiler.analysis import concentration, concentration_curves
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.neuron_file import NeuronFile
 
 HELP = "show what a neuron file holds, and how concentrated the activations are"
 EXAMPLES = """examples:

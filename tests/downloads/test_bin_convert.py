@@ -15,8 +15,8 @@ from downloads.catalog import KnownModel
 from downloads.model import download_model
 from tests.conftest import make_tiny_checkpoint
 from tests.downloads.conftest import add_tokenizer, contents
-from transformers_patches.checkpoint import Checkpoint
 from transformers_patches.errors import PartInferError
+from transformers_patches.weights.safetensors_folder import Checkpoint
 
 
 def to_bin(folder, shards: int = 1, **options):

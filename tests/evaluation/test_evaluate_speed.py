@@ -22,9 +22,9 @@ from evaluation.speed.job import Job, Timing
 from evaluation.speed.rows import measured_row, speedup
 from tests.conftest import FAMILY_CONFIGS, LAYERS
 from tests.evaluation.conftest import SETTINGS
-from transformers_patches.checkpoint import Checkpoint
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.weights.safetensors_folder import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {  # of the rows in --json, by the issue that asked for them

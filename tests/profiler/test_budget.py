@@ -13,7 +13,7 @@ from profiler.budget import STEP, Loss, MissingEnergy, Share, allocate, spread_b
 from profiler.layerwise import LayerwiseModel, make_batches
 from profiler.simulation import Counts
 from tests.conftest import LAYERS, VOCABULARY
-from transformers_patches.fit_file import FitFile
+from transformers_patches.neurons.fit_file import FitFile
 
 
 def energy(seed: int = 0, matrices: int = 3) -> MissingEnergy:

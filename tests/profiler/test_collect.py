@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from profiler.collect import Collector, until_end, with_continuations
 from profiler.statistics import ActivationStatistics
 from transformers_patches.families import ffn_spec
-from transformers_patches.neuron_file import INPUT_SQUARES
+from transformers_patches.neurons.neuron_file import INPUT_SQUARES
 
 LENGTHS = (7, 1, 12, 4)
 

@@ -13,7 +13,7 @@ from profiler.commands.random import random_ranking
 from profiler.plots import most_concentrated
 from profiler.ranking import rank
 from transformers_patches.errors import PartInferError
-from transformers_patches.neuron_file import STATISTICS, NeuronFile
+from transformers_patches.neurons.neuron_file import STATISTICS, NeuronFile
 
 LAYERS, SIZE = 3, 20
 

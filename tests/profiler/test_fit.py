@@ -9,7 +9,7 @@ import torch
 
 from profiler.__main__ import main
 from profiler.fitting import Fitter
-from transformers_patches.fit_file import FitFile
+from transformers_patches.neurons.fit_file import FitFile
 
 SMALL = ("--task_type", "QA", "--max_new_tokens", "5", "--batch_size", "4", "--start_num", "1", "--end_num", "2")
 
@@ -51,7 +51,7 @@ def test_file_lies_beside_the_neuron_file_and_says_what_it_is_for(model_folder, 
 
 
 def test_the_ranking_decides_when_it_is_asked_to(model_folder, questions, neurons):
-    from transformers_patches.neuron_file import NeuronFile
+    from transformers_patches.neurons.neuron_file import NeuronFile
 
     assert (
         fit(model_folder, questions, neurons, "--choose", "ranking", "--compensation", "refit+lowrank", "--rank", "6")

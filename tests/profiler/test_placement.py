@@ -8,7 +8,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from profiler.placement import AUTO, Estimate, checkpoint_fingerprint, choose_placement, estimate_memory
 from transformers_patches.errors import PartInferError
-from transformers_patches.fingerprint import fingerprint_of_model
+from transformers_patches.neurons.fingerprint import fingerprint_of_model
 
 GIB = 2**30
 NEED = Estimate(weights=10 * GIB, batch=2 * GIB)

@@ -9,7 +9,7 @@ from profiler.merging import merge
 from profiler.ranking import SCORES, down_norms, rank, score_neurons
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
-from transformers_patches.neuron_file import ACTIVATION_STATISTICS, NeuronFile
+from transformers_patches.neurons.neuron_file import ACTIVATION_STATISTICS, NeuronFile
 
 LAYERS, SIZE = 2, 10
 

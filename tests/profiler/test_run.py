@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from profiler.__main__ import main
-from transformers_patches.neuron_file import INPUT_SQUARES, STATISTICS, NeuronFile
+from transformers_patches.neurons.neuron_file import INPUT_SQUARES, STATISTICS, NeuronFile
 
 
 def run(model_folder, dataset, output, *more: str) -> int:

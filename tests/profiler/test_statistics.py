@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from profiler.statistics import ActivationStatistics, NonFiniteActivation, block_sums
-from transformers_patches.neuron_file import ACTIVATION_STATISTICS
+from transformers_patches.neurons.neuron_file import ACTIVATION_STATISTICS
 
 LAYERS, SIZE = 2, 12
 

@@ -8,7 +8,7 @@ from tests.transformers_patches.masked_reference import MaskedReference
 from tests.transformers_patches.model_passes import DATASET, METHODS, MODEL
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
-from transformers_patches.loading import load_model
+from transformers_patches.load.loader import load_model
 
 
 @pytest.fixture(scope="session")

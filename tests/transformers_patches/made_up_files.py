@@ -3,8 +3,8 @@
 import torch
 
 from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS, random_neuron_file
-from transformers_patches.fit_file import FitFile, LayerFit
-from transformers_patches.neuron_file import NeuronFile
+from transformers_patches.neurons.fit_file import FitFile, LayerFit
+from transformers_patches.neurons.neuron_file import NeuronFile
 
 
 def with_statistics(seed: int) -> NeuronFile:

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import HIDDEN, VOCABULARY, random_neuron_file
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, positions
 from transformers_patches.families import ffn_spec
-from transformers_patches.loading import LoadedModel
-from transformers_patches.sparse_ffn import SparseFFN
+from transformers_patches.load.loader import LoadedModel
+from transformers_patches.sparse.sparse_ffn import SparseFFN
 
 SPARSE = range(1, 5)
 PROMPT = torch.arange(3, 15)[None]

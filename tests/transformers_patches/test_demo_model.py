@@ -10,7 +10,7 @@ from tests.conftest import random_neuron_file
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, positions
 from tests.transformers_patches.model_passes import run, run_reference
 from transformers_patches.config import PartInferConfig
-from transformers_patches.loading import load_model
+from transformers_patches.load.loader import load_model
 
 pytestmark = pytest.mark.model
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from transformers_patches import kernels
-from transformers_patches.fast_linear import FastLinear
 from transformers_patches.kernels import blockwise
+from transformers_patches.modules.fast_linear import FastLinear
 
 from .helpers import TOLERANCE, double, error, weights
 

@@ -1,0 +1,52 @@
+"""Which neuron files are found for a model and a task."""
+
+from __future__ import annotations
+
+import pytest
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.neurons.lookup import TASK_TYPES, find_neuron_files
+
+
+@pytest.fixture
+def place(tmp_path):
+    folder = tmp_path / "some-model"
+    folder.mkdir()
+    return folder
+
+
+def names_found(place, task_type):
+    found = find_neuron_files(place.name, task_type, place.parent)
+    return tuple(path and path.name for path in (found.dataset, found.model))
+
+
+@pytest.mark.parametrize("task_type", TASK_TYPES)
+def test_every_task_type_finds_what_the_profiler_writes_for_it(place, task_type):
+    from profiler.commands.run import default_output
+
+    name = default_output(place, task_type).name
+    (place / name).touch()
+    assert names_found(place, task_type) == (name, None)
+
+
+@pytest.mark.parametrize(
+    ("there", "task_type", "expected"),
+    [
+        (["qa.safetensors", "qa.json", "model.safetensors"], "QA", ("qa.safetensors", "model.safetensors")),
+        (["qa.json", "model_neurons.json"], "QA", ("qa.json", "model_neurons.json")),
+        (["translate.json"], "translate_de_en", ("translate.json", None)),
+        (["translate.safetensors", "translate_de_en.json"], "translate_de_en", ("translate_de_en.json", None)),
+        (["qa.safetensors", "model.safetensors"], "Summarize", (None, "model.safetensors")),
+        (["qa.safetensors", "model.safetensors"], None, (None, "model.safetensors")),
+    ],
+)
+def test_own_file_before_group_and_safetensors_before_legacy(place, there, task_type, expected):
+    for name in there:
+        (place / name).touch()
+    assert names_found(place, task_type) == expected
+
+
+def test_neither_file_is_one_line_that_says_how_to_make_one(place):
+    (place / "random.safetensors").touch()
+    with pytest.raises(PartInferError, match="no neuron files for some-model .* make one with python -m profiler run"):
+        find_neuron_files(place.name, "QA", place.parent)

@@ -1,0 +1,152 @@
+"""Mapped files: what is there, where they are not used, and packs whose weights stay in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conftest import FAMILIES
+from tests.transformers_patches.made_up_files import made_up_fit, with_statistics
+from tests.transformers_patches.model_passes import logits
+from transformers_patches.config import PartInferConfig
+from transformers_patches.load.loader import LoadedModel, load_model
+from transformers_patches.load.pack_writer import write_pack
+from transformers_patches.neurons.fit_file import FitFile, fit_path
+from transformers_patches.weights import mapped_files
+from transformers_patches.weights.mapped_files import MappedFiles, bring
+from transformers_patches.weights.pack import Pack
+
+NEURONS = with_statistics(1)
+DTYPES = ("bfloat16", "int8", "int4")
+
+
+@pytest.fixture
+def huge(monkeypatch):
+    """A system that maps any file in huge pages: test files are too small to be."""
+    monkeypatch.setattr(mapped_files, "_SAMPLE", 64)
+    monkeypatch.setattr(mapped_files, "_bytes_in_huge_pages", lambda _: 64)
+
+
+def settings(**options) -> PartInferConfig:
+    defaults = {"start_num": 1, "end_num": 4, "device": "cpu", "kernels": "native", "selection": "up"}
+    return PartInferConfig(**(defaults | options))
+
+
+def pack_of(checkpoint, folder, **options) -> None:
+    path = folder / "neurons.safetensors"
+    NEURONS.save(path)
+    write_pack(checkpoint, folder / "pack", settings(dataset_neurons_filepath=str(path), **options))
+
+
+def mapped_names(loaded: LoadedModel, folder) -> set[str]:
+    """Weights that lie in mapped files of the folder, as the system tells."""
+    ranges = []
+    with open("/proc/self/maps", encoding="utf-8") as lines:
+        for line in lines:
+            if str(folder) in line:
+                ranges.append([int(bound, 16) for bound in line.split()[0].split("-")])
+    weights = dict(loaded.model.state_dict())
+    return {n for n, w in weights.items() if any(first <= w.data_ptr() < last for first, last in ranges)}
+
+
+def test_the_bytes_of_a_file(huge, tmp_path):
+    path, content = tmp_path / "file", bytes(range(256)) * 20
+    path.write_bytes(content)
+    files = MappedFiles()
+    part = files.tensor(path, 64, 1000)
+    bring(part)
+    assert bytes(part.numpy()) == content[64:1064]
+    assert files.holds(part[10:].view(-1))
+    assert not files.holds(torch.empty(4))
+    part.fill_(0)
+    assert path.read_bytes() == content, "memory is private"
+
+
+@pytest.mark.parametrize("small", ["file", "pages", "switch"])
+def test_files_are_not_mapped_where_that_is_slower(huge, tmp_path, monkeypatch, small):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100 if small == "file" else 5000))
+    if small == "pages":
+        monkeypatch.setattr(mapped_files, "_bytes_in_huge_pages", lambda _: 0)
+    if small == "switch":
+        monkeypatch.setenv(mapped_files.SWITCH, "off")
+    assert MappedFiles().tensor(path, 0, 50) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mapped_pack_is_the_model(huge, native, tiny_checkpoints, tmp_path, family, dtype, monkeypatch):
+    pack_of(tiny_checkpoints[family], tmp_path, dtype=dtype)
+    mapped = load_model(tmp_path / "pack", settings())
+    names = mapped_names(mapped, tmp_path)
+    weights = mapped.model.state_dict()
+    assert sum(weights[name].nbytes for name in names) > 0.9 * sum(weight.nbytes for weight in weights.values())
+    monkeypatch.setenv(mapped_files.SWITCH, "off")
+    read = load_model(tmp_path / "pack", settings())
+    assert not mapped_names(read, tmp_path)
+    assert all(torch.equal(weights[name], weight) for name, weight in read.model.state_dict().items())
+    assert torch.equal(logits(mapped), logits(read))
+    assert mapped.report.bytes_read == read.report.bytes_read
+    for ours, theirs in zip(mapped.state.layers, read.state.layers, strict=True):
+        for name in ours.paired_names:  # rows take turns in the file, too
+            ours_weight, theirs_weight = getattr(ours, name), getattr(theirs, name)
+            if dtype == "bfloat16":
+                assert ours_weight.stride() == theirs_weight.stride() == (2 * ours_weight.shape[1], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [{"selection": "core"}, {"kernels": "torch"}, {"loaded_neurons_percent": 0.5}],
+    ids=lambda o: next(iter(o)),
+)
+def test_other_layouts_and_fewer_neurons_than_packed(huge, native, tiny_checkpoints, tmp_path, dtype, options):
+    """Rows that took turns when the pack was made are taken apart."""
+    options = {"compensation": "none", **options}
+    pack_of(tiny_checkpoints["llama"], tmp_path, dtype=dtype, compensation="none")
+    packed = load_model(tmp_path / "pack", settings(**options))
+    partial = load_model(
+        tiny_checkpoints["llama"],
+        settings(dtype=dtype, dataset_neurons_filepath=str(tmp_path / "neurons.safetensors"), **options),
+    )
+    ours, theirs = packed.model.state_dict(), partial.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(logits(packed), logits(partial))
+    assert not any("mlp" in name and "gate" in name and ".1." in name for name in mapped_names(packed, tmp_path))
+
+
+def test_rows_that_a_fit_changes_do_not_stay_in_the_file(huge, native, tiny_checkpoints, tmp_path):
+    FitFile.save(made_up_fit("refit"), fit_path(tmp_path / "neurons.safetensors"))
+    pack_of(tiny_checkpoints["llama"], tmp_path, dtype="bfloat16")
+    files = {path: path.read_bytes() for path in (tmp_path / "pack").glob("*.safetensors")}
+    packed = load_model(tmp_path / "pack", settings())
+    assert packed.settings.compensation == "refit"
+    names = mapped_names(packed, tmp_path)
+    sparse = [name for name in packed.model.state_dict() if name.startswith("model.layers.2.mlp.")]
+    assert {name for name in sparse if name in names} == {"model.layers.2.mlp.up"}
+    partial = load_model(
+        tiny_checkpoints["llama"],
+        settings(dtype="bfloat16", dataset_neurons_filepath=str(tmp_path / "neurons.safetensors")),
+    )
+    assert torch.equal(logits(packed), logits(partial))
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_truncated_file_is_told_before_it_is_mapped(huge, native, tiny_checkpoints, tmp_path):
+    pack_of(tiny_checkpoints["llama"], tmp_path, dtype="bfloat16")
+    shard = next((tmp_path / "pack").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(Exception, match="truncated"):
+        load_model(tmp_path / "pack", settings())
+
+
+def test_packs_of_earlier_versions_are_read(huge, native, tiny_checkpoints, tmp_path):
+    """Their tensors lie as they happen to, those that are not aligned are copied."""
+    from safetensors.torch import load_file, save_file
+
+    pack_of(tiny_checkpoints["llama"], tmp_path, dtype="bfloat16", selection="core")
+    expected = logits(load_model(tmp_path / "pack", settings(selection="core")))
+    for shard in (tmp_path / "pack").glob("*.safetensors"):
+        save_file(load_file(shard), shard)
+    assert Pack(tmp_path / "pack").names()
+    assert torch.equal(logits(load_model(tmp_path / "pack", settings(selection="core"))), expected)

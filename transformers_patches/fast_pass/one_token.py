@@ -1,0 +1,219 @@
+"""A decoder's pass over one token through one native call for many layers, in place of transformers' many small operations.
+
+For one sequence, on a CPU, with the native kernels and a cache that has room (kv_cache.py). Anything else, and
+everything that somebody watches with a hook, goes through transformers' own forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from transformers_patches import kernels
+from transformers_patches.fast_pass.decoder_parts import (
+    DECODERS,
+    DecoderSpec,
+    LayerParts,
+    linear_of,
+    norm_of,
+    rows_of,
+)
+from transformers_patches.fast_pass.kv_cache import GrowingCache, GrowingLayer
+from transformers_patches.fast_pass.positions import LearnedPositions, RotaryTable
+from transformers_patches.modules.screened_head import ScreenedHead
+from transformers_patches.sparse.request import DECODE
+
+
+def speed_up_one_token(model: PreTrainedModel) -> bool:
+    """Let a causal language model's decoder take passes over one token natively; False for a family it isn't made for."""
+    spec = DECODERS.get(model.config.model_type)
+    if spec is None or not spec.knows(model):
+        return False
+    step = OneTokenPass(model, spec)
+    if not all(layer.usable for layer in step.layers):
+        return False
+    step.decoder.forward = step
+    return True
+
+
+def one_token_pass(model: PreTrainedModel) -> OneTokenPass | None:
+    """What `speed_up_one_token` gave the model, if it did."""
+    spec = DECODERS.get(model.config.model_type)
+    step = None if spec is None else model.get_submodule(spec.decoder).forward
+    return step if isinstance(step, OneTokenPass) else None
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache, of the kind that the model's decoder is fastest with."""
+    return DynamicCache() if one_token_pass(model) is None else GrowingCache()
+
+
+class OneTokenPass:
+    """The forward of a decoder (LlamaModel and its like), and with its head that of the whole model.
+
+    Layers that follow each other and that the native decoder knows how to compute are one call; the others are an
+    operation for attention and their own FFN module.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: DecoderSpec) -> None:
+        decoder = model.get_submodule(spec.decoder)
+        self.decoder, self.head, self.original = decoder, model.lm_head, decoder.forward
+        self.layers = [LayerParts(layer, spec, decoder.config) for layer in decoder.layers]
+        self.norm = norm_of(getattr(decoder, spec.last_norm))
+        hooked = [*decoder.modules(), self.head]
+        self.hooks = [hooks for m in hooked for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.unwatched_until = -1  # the number of the next hook in PyTorch when there was none here
+        learned = spec.learned_positions and getattr(decoder, spec.learned_positions)
+        self.positions = RotaryTable(decoder.rotary_emb) if learned is None else LearnedPositions(learned)
+        self.native: kernels.Decoder | None = None
+        self.has_ends = False  # whether `native` knows embeddings and head
+        self.runs: list[range] = []  # of layers in one call; in between, layers of one
+        self.choices: list[object] = [None] * len(self.layers)  # those of the sparse layers that `native` knows
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        **options,
+    ):
+        if inputs_embeds is None and self._fits(input_ids, attention_mask, past_key_values, options):
+            hidden = self.advance(input_ids, past_key_values, position_ids)
+            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        return self.original(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **options,
+        )
+
+    def _fits(self, ids, mask, cache, options: dict) -> bool:
+        return (
+            ids is not None
+            and ids.numel() == 1
+            and (mask is None or (mask.ndim == 2 and bool(mask.all())))
+            and not any(value for name, value in options.items() if name.startswith("output_"))
+            and self.ready(cache)
+        )
+
+    def ready(self, cache) -> bool:
+        """Whether `advance` can take a token that follows those of the cache."""
+        return (
+            isinstance(cache, GrowingCache)
+            and len(cache.layers) == len(self.layers)
+            and all(type(layer) is GrowingLayer and layer.length for layer in cache.layers)
+            and not self._watched()
+        )
+
+    def _watched(self) -> bool:
+        """Whether a module has a hook; looked up again only after one has been registered somewhere."""
+        if self.unwatched_until != RemovableHandle.next_id:
+            if any(self.hooks):
+                return True
+            self.unwatched_until = RemovableHandle.next_id
+        return False
+
+    def advance(self, ids: torch.Tensor, cache: GrowingCache, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """One token, ids [1, 1], after those of the cache, which it joins; the decoder's output [1, 1, H]."""
+        position = cache.layers[0].length if positions is None else int(positions)
+        x = self.decoder.embed_tokens(ids)  # [1, 1, H]
+        place = self.positions.embedding(position)
+        x = x if place is None else x + place
+        turns = self.positions.turns(x, position)
+        self._follow_choices(x)
+        delta = None
+        for run in self.runs:
+            if self.layers[run.start].native:
+                x, delta = self._run(run, x, delta, turns, cache)
+            else:
+                layer = self.layers[run.start]
+                x, normed = layer.attend(x, delta, *turns, cache.layers[run.start])
+                delta = layer.ffn(normed)
+        if not self.layers[-1].native:
+            delta = kernels.add_norm(x, delta, *self.norm)
+        return delta
+
+    def _run(self, run: range, x, delta, turns, cache: GrowingCache) -> tuple[torch.Tensor, torch.Tensor]:
+        stores = cache.layers[run.start : run.stop]
+        room = cache.room_for_one(run)
+        x, delta, computed = self.native.run(run, x, delta, *turns, room.keys, room.values, stores[0].length)
+        self._count(run, stores, computed)
+        return x, delta
+
+    def logits(self, ids: torch.Tensor, cache: GrowingCache, needed: kernels.Needed = kernels.SOFTMAX) -> torch.Tensor:
+        """As the model's forward over one token, ids [1, 1], after those of the cache, which it joins: [1, 1, V].
+
+        needed: which logits have to be right, where the head can tell them apart.
+        """
+        like = self.norm[0][None, None]
+        self._follow_choices(like)
+        if not self.has_ends or len(self.runs) > 1 or not self.layers[0].native:
+            return self.head(self.advance(ids, cache))
+        run, length = self.runs[0], cache.layers[0].length
+        room = cache.room_for_one(run)
+        place, turns = self.positions.embedding(length), self.positions.turns(like, length)
+        logits, computed, exact = self.native.logits(int(ids), place, *turns, room.keys, room.values, length, needed)
+        self._count(run, cache.layers, computed)
+        if isinstance(self.head, ScreenedHead):
+            self.head.count(1, exact)
+        return logits
+
+    def _count(self, run: range, stores: list[GrowingLayer], computed: torch.Tensor) -> None:
+        """What a native call did: a token more in the cache, so many neurons in each layer."""
+        for store in stores:
+            store.length += 1
+        for number, neurons in zip(run, computed.tolist(), strict=True):
+            ffn = self.layers[number].sparse
+            if ffn is not None:  # without a low-rank map, which the native decoder does not know
+                ffn.counters.add(1, neurons, ffn.selection.rows_read(neurons))
+
+    def _follow_choices(self, x: torch.Tensor) -> None:
+        """Tell the native decoder what sparse layers compute from now on, where that has changed."""
+        if self.native is None:
+            self.native = self._new_native()
+        changed = not self.runs
+        for number, layer in enumerate(self.layers):
+            ffn = layer.sparse
+            if ffn is None or ffn.choice is self.choices[number]:
+                continue
+            active = ffn.active_neurons(x) if ffn.state.phase == DECODE else None
+            if active is not None:
+                self.native.set_active(number, active)
+            # a pass that belongs to the prompt leaves evidence: the layer's own module runs it, and it is asked again
+            self.choices[number] = None if ffn.state.phase != DECODE else ffn.choice
+            changed |= layer.native != (active is not None)
+            layer.native = active is not None
+        if changed:
+            self.runs = _runs([layer.native for layer in self.layers])
+
+    def _new_native(self) -> kernels.Decoder:
+        native = kernels.Decoder()
+        for number, layer in enumerate(self.layers):
+            native.add_layer(layer.attention, layer.head_size)
+            if layer.dense is not None:
+                native.set_whole(number, layer.dense, layer.activation)
+                layer.native = True
+        native.set_norm(*self.norm)
+        ends = (rows_of(self.decoder.embed_tokens), linear_of(self.head))
+        embedding, head = (kernels.Projections.of([weight]) for weight in ends)
+        self.has_ends = embedding is not None and head is not None
+        if self.has_ends:
+            native.set_ends(embedding, head, self.head.screen if isinstance(self.head, ScreenedHead) else None)
+        return native
+
+
+def _runs(native: list[bool]) -> list[range]:
+    """Native layers that follow each other together, others alone."""
+    runs: list[range] = []
+    for number, ours in enumerate(native):
+        if ours and runs and native[number - 1]:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs

@@ -1,0 +1,249 @@
+"""generate(): transformers' own generation, with text streamed as it comes, stop strings, timings and Ctrl-C."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    Cache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.fast_pass.one_token import new_cache
+from transformers_patches.generate.decoding_loop import one_sequence_loop
+from transformers_patches.load.loader import LoadedModel
+
+Sink = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How tokens are chosen and when generation ends. Raises PartInferError for values out of range."""
+
+    max_new_tokens: int = 128
+    sampling: str = "greedy"
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 0  # 0: no limit
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise PartInferError(f"num_tokens_to_generate must be at least 1, got {self.max_new_tokens}")
+        if self.sampling not in ("greedy", "top-p"):
+            raise PartInferError(f"sampling-method must be greedy or top-p, got {self.sampling!r}")
+        if self.temperature <= 0:
+            raise PartInferError(
+                f"temperature must be above 0, got {self.temperature}: greedy is --sampling-method greedy"
+            )
+        if not 0 < self.top_p <= 1:
+            raise PartInferError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise PartInferError(f"top_k must be 0 (no limit) or more, got {self.top_k}")
+        if "" in self.stop:
+            raise PartInferError("stop must be a text, got an empty one")
+
+    def generation_config(self, base: GenerationConfig) -> GenerationConfig:
+        """The model's own generation config (its end tokens above all) with these choices."""
+        config = copy.deepcopy(base)
+        sampled = self.sampling == "top-p"
+        config.do_sample = sampled
+        config.temperature = self.temperature if sampled else None
+        config.top_p = self.top_p if sampled else None
+        config.top_k = self.top_k if sampled else None
+        config.max_length, config.max_new_tokens = None, self.max_new_tokens
+        return config
+
+
+@dataclass
+class GenerationResult:
+    """One answer. Times in seconds; decode speed counts the tokens after the first, None if there is none.
+
+    finish_reason: stop (the model's end token, or a stop string) | length | interrupted.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    prefilled_tokens: int
+    time_to_first_token_s: float | None
+    decode_tokens_per_second: float | None
+    finish_reason: str
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class Conversation:
+    """The history of a chat on its key-value cache: what the next turn shares with it is not computed again."""
+
+    cache: Cache | None = None
+    token_ids: list[int] = field(default_factory=list)
+
+    def prepare(self, prompt: list[int], model: PreTrainedModel) -> Cache:
+        """A cache that holds a true prefix of the prompt, at least one token less than it."""
+        common = 0
+        for ours, theirs in zip(self.token_ids, prompt[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        if self.cache is not None and common and common < len(self.token_ids):
+            if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
+                common = 0  # a sliding window has forgotten what would be needed
+            else:
+                self.cache.crop(common - len(self.token_ids))
+        if self.cache is None or not common:
+            self.cache = new_cache(model)
+        self.token_ids = prompt[:common]
+        return self.cache
+
+    def forget(self) -> None:
+        self.cache, self.token_ids = None, []
+
+
+def generate(
+    loaded: LoadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    options: GenerationOptions,
+    sink: Sink | None = None,
+    conversation: Conversation | None = None,
+) -> GenerationResult:
+    """Generate an answer to one prompt.
+
+    prompt_ids: token ids of the whole prompt (with a conversation: of the whole history and the new turn); sink: is
+    called with each piece of text as soon as it is certain. Ctrl-C ends the generation and keeps the text;
+    the next prompt starts from a clean state. Raises PartInferError for an empty prompt and for one that exceeds the model's
+    context.
+    """
+    _check_length(loaded, prompt_ids)
+    conversation = conversation or Conversation()
+    cache = conversation.prepare(prompt_ids, loaded.model)
+    cached = len(conversation.token_ids)
+    config = options.generation_config(loaded.model.generation_config)
+    if config.pad_token_id is None:
+        config.pad_token_id = _first_id(config.eos_token_id) or tokenizer.eos_token_id or 0
+    recorder = _Recorder(tokenizer, options.stop, sink)
+    ids = torch.tensor([prompt_ids], device=loaded.device)
+    interrupted = False
+    started = time.perf_counter()
+    try:
+        stops = [StopStringCriteria(tokenizer, list(options.stop))] if options.stop else []
+        generate_ids(loaded, ids, config, recorder, cache, stopping_criteria=StoppingCriteriaList(stops))
+    except KeyboardInterrupt:
+        interrupted = True
+        recorder.end()
+    if interrupted:
+        conversation.forget()  # the layers of the cache may hold different numbers of tokens
+        loaded.state.reset()
+    else:
+        conversation.token_ids = (prompt_ids + recorder.token_ids)[: int(cache.get_seq_length())]
+    return GenerationResult(
+        text=recorder.text,
+        token_ids=recorder.token_ids,
+        prompt_tokens=len(prompt_ids),
+        prefilled_tokens=len(prompt_ids) - cached,
+        time_to_first_token_s=recorder.times[0] - started if recorder.times else None,
+        decode_tokens_per_second=recorder.decode_speed(),
+        finish_reason=_finish_reason(interrupted, recorder, config),
+    )
+
+
+def generate_ids(
+    loaded: LoadedModel,
+    ids: torch.Tensor,
+    config: GenerationConfig,
+    streamer: BaseStreamer,
+    cache: Cache | None = None,
+    **options,
+) -> torch.Tensor:
+    """transformers' generation as every answer takes it: prompts [B, T] without padding, to ids [B, T + new].
+
+    cache: holds a prefix of the prompts; options: others of transformers' generate().
+    """
+    loop = one_sequence_loop(loaded.model, loaded.state, config, streamer, len(ids), options)
+    with loaded.state.expect_prompt(ids.shape[1]), torch.inference_mode():
+        return loaded.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=new_cache(loaded.model) if cache is None else cache,
+            generation_config=config,
+            streamer=streamer,
+            custom_generate=loop,
+            **options,
+        )
+
+
+def _check_length(loaded: LoadedModel, prompt_ids: list[int]) -> None:
+    if not prompt_ids:
+        raise PartInferError("the prompt has no tokens: give a text with --prompt")
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    if limit and len(prompt_ids) >= limit:
+        raise PartInferError(f"the prompt has {len(prompt_ids)} tokens, the model's context is {limit}: shorten it")
+
+
+def _finish_reason(interrupted: bool, recorder: _Recorder, config: GenerationConfig) -> str:
+    if interrupted:
+        return "interrupted"
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ended = recorder.token_ids and recorder.token_ids[-1] in ends
+    return "stop" if ended or recorder.stopped else "length"
+
+
+def _first_id(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
+
+
+class _Recorder(TextStreamer):
+    """Takes the tokens that transformers generates: ids, times, and text without stop strings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], sink: Sink | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop, self.sink = stop, sink
+        self.token_ids: list[int] = []
+        self.times: list[float] = []
+        self.text = ""
+        self.stopped = False
+        self._pending = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+            self.token_ids.extend(value.flatten().tolist())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on what can't be the beginning of a stop string; drop a stop string and what follows it."""
+        if self.stopped:
+            return
+        self._pending += text
+        found = [at for at in (self._pending.find(s) for s in self.stop) if at >= 0]
+        if found:
+            self._pending, self.stopped = self._pending[: min(found)], True
+        held = 0 if stream_end or self.stopped else self._held_back()
+        ready, self._pending = self._pending[: len(self._pending) - held], self._pending[len(self._pending) - held :]
+        self.text += ready
+        if ready and self.sink:
+            self.sink(ready)
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the pending text that begins a stop string."""
+        lengths = (n for s in self.stop for n in range(1, len(s)) if self._pending.endswith(s[:n]))
+        return max(lengths, default=0)
+
+    def decode_speed(self) -> float | None:
+        if len(self.times) < 2:
+            return None
+        return (len(self.times) - 1) / (self.times[-1] - self.times[0])

@@ -1,0 +1,210 @@
+"""Runner: what partinfer.py does once its settings are known. Text goes to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.generate.generation import Conversation, GenerationOptions, GenerationResult, generate
+from transformers_patches.generate.prompts import (
+    TEMPLATES,
+    chat_ids,
+    predefined_prompts,
+    task_prompt_ids,
+    uses_chat_template,
+)
+from transformers_patches.load.loader import load_model
+from transformers_patches.weights.model_files import load_tokenizer
+
+MEGABYTE = 10**6
+
+
+def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
+    """The options in parsed arguments; PartInferError if they are out of range."""
+    return GenerationOptions(
+        max_new_tokens=arguments.num_tokens_to_generate,
+        sampling=arguments.sampling_method,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        stop=tuple(arguments.stop),
+    )
+
+
+class Runner:
+    """Loads a model once and answers with it; `report` tells, as counted, what that took.
+
+    normal, chat and predefined_prompts return whether Ctrl-C ended them.
+    """
+
+    def __init__(
+        self, folder: Path, settings: PartInferConfig, options: GenerationOptions, arguments: argparse.Namespace
+    ) -> None:
+        self.arguments = arguments
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        torch.manual_seed(arguments.seed)
+        self.tokenizer = load_tokenizer(folder)
+        self.loaded = load_model(folder, settings)
+        self.options = self._with_task_stop(options)
+        self.results: list[tuple[str, GenerationResult]] = []
+
+    def _with_task_stop(self, options: GenerationOptions) -> GenerationOptions:
+        """A base model would go on with an example of its own: end it there unless the user says otherwise."""
+        if options.stop or self._uses_chat_template():
+            return options
+        return dataclasses.replace(options, stop=(TEMPLATES[self.arguments.task_type].stop,))
+
+    def _uses_chat_template(self) -> bool:
+        return uses_chat_template(self.tokenizer, self.arguments.no_chat_template)
+
+    def normal(self) -> bool:
+        """Answer one prompt: --prompt, standard input, or the first predefined prompt of the task type."""
+        text = self.arguments.prompt
+        if text is None:
+            text = predefined_prompts(self.arguments.task_type)[0]
+            self._show_prompt(text)
+        elif text == "-":
+            text = sys.stdin.read().strip()
+        return self._answer(text, self._task_ids(text))
+
+    def predefined_prompts(self) -> bool:
+        """Answer the project's own prompts of the task type, one after the other; Ctrl-C goes on to the next one."""
+        interrupted = False
+        for text in predefined_prompts(self.arguments.task_type):
+            self._show_prompt(text)
+            interrupted = self._answer(text, self._task_ids(text))
+        return interrupted
+
+    def chat(self) -> bool:
+        """Take turns with the user until the input ends or says /exit; /reset forgets the history."""
+        if not self._uses_chat_template():
+            raise PartInferError("chat needs a model with a chat template: use --function normal with base models")
+        system = self.arguments.system_prompt
+        start = [{"role": "system", "content": system}] if system else []
+        messages, conversation = list(start), Conversation()
+        while (line := self._read_turn()) is not None:
+            if line == "/reset":
+                messages, conversation = list(start), Conversation()
+                continue
+            messages.append({"role": "user", "content": line})
+            self._answer(line, chat_ids(self.tokenizer, messages), conversation)
+            messages.append({"role": "assistant", "content": self.results[-1][1].text})
+        return False
+
+    def _read_turn(self) -> str | None:
+        """The user's next line that is not empty; None at the end."""
+        while True:
+            if sys.stdin.isatty():
+                print("\nYou: ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line or line.strip() == "/exit":
+                return None
+            if line.strip():
+                return line.strip()
+
+    def _task_ids(self, text: str) -> list[int]:
+        arguments = self.arguments
+        try:
+            return task_prompt_ids(
+                self.tokenizer,
+                arguments.task_type,
+                text,
+                arguments.num_fewshot,
+                arguments.system_prompt,
+                arguments.no_chat_template,
+            )
+        except ValueError as error:
+            raise PartInferError(str(error)) from None
+
+    def _answer(self, text: str, prompt_ids: list[int], conversation: Conversation | None = None) -> bool:
+        self.loaded.reset_counters()
+        sink = None if self.arguments.json else self._print_piece
+        result = generate(self.loaded, self.tokenizer, prompt_ids, self.options, sink, conversation)
+        self.results.append((text, result))
+        if not self.arguments.json:
+            print(flush=True)
+        if not self.arguments.quiet:
+            print(self._summary(result), file=sys.stderr)
+        return result.finish_reason == "interrupted"
+
+    @staticmethod
+    def _print_piece(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    def _show_prompt(self, text: str) -> None:
+        if not self.arguments.quiet:
+            print(f"\n> {text}", file=sys.stderr)
+
+    def _summary(self, result: GenerationResult) -> str:
+        """One line: tokens, times, neurons as counted, bytes, memory."""
+        report, plan = self.loaded.report, self.loaded.plan
+        parts = [f"{result.prompt_tokens} prompt tokens, {result.generated_tokens} generated ({result.finish_reason})"]
+        if result.time_to_first_token_s is not None:
+            parts.append(f"first token {result.time_to_first_token_s:.2f} s")
+        if result.decode_tokens_per_second is not None:
+            parts.append(f"{result.decode_tokens_per_second:.1f} tokens/s")
+        whole, computed = self.loaded.computed_fraction(), self.loaded.bytes_fraction()
+        per_token = "" if whole == computed else f" ({whole:.1%} whole, chosen per token)"
+        parts.append(
+            f"neurons loaded {plan.loaded_fraction:.1%}, computed {computed:.1%}{per_token} "
+            f"in {len(plan.layers)} of {plan.num_layers} layers"
+        )
+        parts.append(
+            f"weights read {report.bytes_read / MEGABYTE:.0f} of {report.bytes_dense / MEGABYTE:.0f} MB, "
+            f"held {report.bytes_resident / MEGABYTE:.0f} MB"
+        )
+        parts.append(f"peak memory {peak_memory_bytes() / MEGABYTE:.0f} MB")
+        return f"[{' · '.join(parts)}]"
+
+    def report(self) -> dict:
+        """The run as one JSON object; several prompts are summed up, and listed under `results`."""
+        results = [result for _, result in self.results]
+        loaded = self.loaded
+        total = {
+            "text": "\n\n".join(r.text for r in results),
+            "prompt_tokens": sum(r.prompt_tokens for r in results),
+            "generated_tokens": sum(r.generated_tokens for r in results),
+            "finish_reason": results[-1].finish_reason if results else None,
+            "time_to_first_token_s": results[0].time_to_first_token_s if results else None,
+            "decode_tokens_per_second": _mean([r.decode_tokens_per_second for r in results]),
+            "method": loaded.settings.method,
+            "loaded_neurons_percent": loaded.plan.loaded_fraction,
+            # a neuron of which one of three rows was computed, to choose among tokens' candidates, is a third of one
+            "computed_neurons_percent": loaded.bytes_fraction(),
+            "wholly_computed_neurons_percent": loaded.computed_fraction(),
+            "sparse_layers": list(loaded.plan.layers),
+            "weight_bytes_read": loaded.report.bytes_read,
+            "weight_bytes_dense": loaded.report.bytes_dense,
+            "weight_bytes_resident": loaded.report.bytes_resident,
+            "load_s": loaded.report.seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "settings": loaded.settings.to_dict(),
+        }
+        if len(results) != 1:
+            total["results"] = [{"prompt": text, **dataclasses.asdict(result)} for text, result in self.results]
+        return total
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    try:  # Linux: getrusage would also count the memory of the program that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,43 @@
+"""What an error in each column of a quantised weight counts: as much as the layer's inputs are large there.
+
+The idea is that of AWQ (arXiv 2306.00978) and of llama.cpp's importance matrix: what a layer computes suffers from the
+error of a weight in proportion to the input that the weight is multiplied with. docs/quantization.md has the formula.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from transformers_patches.families import FFNSpec
+from transformers_patches.neurons.neuron_file import NeuronFile
+
+LEAST = 0.001  # what a column counts at least, relative to the average one
+
+
+def column_weights(spec: FFNSpec, neurons: NeuronFile | None, head: str) -> dict[str, torch.Tensor]:
+    """float32 [columns], 1 on average, by the name of the weight, for weights whose inputs the neuron file knows.
+
+    head: name of the output projection's weight. Down projections are those of layers that stay whole.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    if neurons is None or not neurons.input_squares:
+        return weights
+    squares = neurons.input_squares
+    for layer in range(neurons.num_layers):
+        prefix = f"{spec.layers}.{layer}"
+        for name, places in spec.inputs().items():
+            if name in squares:
+                values = _relative(squares[name][layer])
+                weights.update({f"{prefix}.{place}.weight": values for place in places})
+        if "mean_sq" in neurons.statistics:
+            down = f"{spec.projection(layer, spec.down)}.weight"
+            weights[down] = _relative(neurons.statistics["mean_sq"][layer])
+    if "head" in squares:
+        weights[head] = _relative(squares["head"][0])
+    return weights
+
+
+def _relative(squares: torch.Tensor) -> torch.Tensor:
+    """Relative to their mean, but not all but nothing: other texts than those that were profiled use other columns."""
+    mean = squares.float().mean()
+    return (squares.float() / mean).clamp(min=LEAST) if mean > 0 else torch.ones_like(squares, dtype=torch.float32)

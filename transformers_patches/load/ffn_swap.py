@@ -1,0 +1,124 @@
+"""SparseFFNs in place of a model's FFNs: where their weights come from, and what compensates for those left out."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformers_patches.config import PartInferConfig
+from transformers_patches.families import FFNSpec
+from transformers_patches.neurons.fit_file import FitFile
+from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.plan.load_plan import LayerPlan, LoadPlan
+from transformers_patches.plan.resolve import FITTED
+from transformers_patches.sparse.compensation import Compensation
+from transformers_patches.sparse.prior import Prior
+from transformers_patches.sparse.request import RequestState
+from transformers_patches.sparse.sparse_ffn import SparseFFN
+from transformers_patches.weights.source import Source, WeightedSum
+
+
+def swap_ffns(
+    model: PreTrainedModel,
+    spec: FFNSpec,
+    plan: LoadPlan,
+    settings: PartInferConfig,
+    state: RequestState,
+    dtype: torch.dtype,
+    bits: int | None,
+    *,
+    native: bool,
+    neurons: NeuronFile | None = None,
+    fit: FitFile | None = None,
+) -> dict[str, Source]:
+    """Put a SparseFFN in place of each planned FFN; where the new parameters come from.
+
+    neurons: the file whose statistics compensation and selection use; fit: set if it is used.
+    """
+    inputs = {"up": spec.up} | ({"gate": spec.gate} if spec.gated else {})
+    sources: dict[str, Source] = {}
+    with_threshold = fit is not None and fit.has_thresholds(settings.selection, settings.sparsity, settings.candidates)
+    for layer, layer_plan in plan.layers.items():
+        dense = spec.ffn_module(model, layer)
+        up, down = getattr(dense, spec.up), getattr(dense, spec.down)
+        layer_fit = None if fit is None else fit.layers[layer]
+        with init_empty_weights():
+            sparse = SparseFFN(
+                layer_plan,
+                state,
+                up.in_features,
+                spec.activation(model.config),
+                gated=spec.gated,
+                input_bias=up.bias is not None,
+                output_bias=down.bias is not None,
+                token_sparsity=settings.token_sparsity,
+                native=native,
+                bits=bits,
+                selection=settings.selection,
+                prior=Prior.of(layer_plan, layer, neurons, layer_fit, with_threshold=with_threshold),
+                compensate_loaded=bool(settings.compensations),
+                refresh=settings.refresh,
+                token_count=settings.token_count,
+            ).to(dtype)
+        if spec.ffn:
+            place = f"{spec.layers}.{layer}.{spec.ffn}"
+        else:  # the projections are the layer's own: the first becomes the FFN, what follows it does nothing
+            place = f"{spec.layers}.{layer}.{spec.up}"
+            setattr(dense, spec.activation_module, nn.Identity())
+            setattr(dense, spec.down, nn.Identity())
+        model.set_submodule(place, sparse)
+        for row, projection in inputs.items():
+            prefix = spec.projection(layer, projection)
+            sources[f"{place}.{row}"] = Source(f"{prefix}.weight", "rows", layer_plan.neurons)
+            if up.bias is not None:
+                sources[f"{place}.{row}_bias"] = Source(f"{prefix}.bias", "rows", layer_plan.neurons)
+        prefix = spec.projection(layer, spec.down)
+        fitted = bool(settings.compensations & FITTED)
+        sources[f"{place}.down"] = Source(
+            f"{prefix}.weight",
+            "columns",
+            layer_plan.neurons,
+            None if fitted else _left_out(settings, layer_plan, layer, neurons, up.in_features),
+            layer_fit if fitted else None,
+        )
+        if down.bias is not None:
+            sources[f"{place}.output_bias"] = Source(f"{prefix}.bias")
+    return sources
+
+
+def _left_out(
+    settings: PartInferConfig, plan: LayerPlan, layer: int, neurons: NeuronFile | None, hidden_size: int
+) -> WeightedSum | None:
+    """The sum that becomes the mean compensation of the neurons that are not loaded."""
+    if "mean" not in settings.compensations or neurons is None:
+        return None
+    loaded = torch.zeros(neurons.intermediate_size, dtype=torch.bool)
+    loaded[plan.neurons] = True
+    others = (~loaded).nonzero().squeeze(1)
+    return WeightedSum(others, neurons.statistics["mean"][layer][others].float(), torch.zeros(hidden_size))
+
+
+def attach_compensation(
+    layers: list[SparseFFN],
+    plan: LoadPlan,
+    settings: PartInferConfig,
+    sources: dict[str, Source],
+    fit: FitFile | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Give the SparseFFNs, in the plan's order, what stands in for left out neurons, once all weights are read."""
+    sums = [source.left_out for source in sources.values() if source.how == "columns"]
+    for layer, ffn, left_out in zip(plan.layers, layers, sums, strict=True):
+        if settings.compensations & FITTED:
+            fitted = fit.layers[layer]
+            # what decoding leaves out of a prompt's choice has its own means; a token's choice has the fitted bias
+            decode = fitted.bias_decode if settings.selects_per_token else fitted.bias_prefill
+            parts = [fitted.bias_prefill, decode, fitted.lowrank_in, fitted.lowrank_out]
+            parts = [None if part is None else part.to(device, dtype) for part in parts]
+            ffn.compensation = Compensation(*parts)
+        elif left_out is not None:
+            bias = left_out.out.to(device, dtype)
+            ffn.compensation = Compensation(bias, bias)

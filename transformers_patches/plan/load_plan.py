@@ -1,0 +1,216 @@
+"""LoadPlan: which neurons of which layer are read, in which order they are stored, and how many are computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from transformers_patches.config import PartInferConfig, neuron_count
+from transformers_patches.errors import PartInferError
+from transformers_patches.families import ffn_spec
+from transformers_patches.files import write_text_atomic
+from transformers_patches.neurons.fit_file import FitFile
+from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
+
+CANDIDATES = 1.75  # neurons that tokens choose among, times phi N, where the user does not say; all loaded if fewer
+FORMAT = "partinfer-load-plan"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The neurons of one sparse layer.
+
+    neurons: int64 [L], the model's neuron indices in storage order, base neurons first; base_count: how many of
+    them are computed always; computed_count: K, how many a decode step computes in all; priority: int64 [L], place
+    of each stored neuron in the base ranking, lower is better; candidate_count: C, how many neurons a token chooses
+    its K from, None if tokens don't choose.
+    """
+
+    neurons: torch.Tensor
+    base_count: int
+    computed_count: int
+    priority: torch.Tensor
+    candidate_count: int | None = None
+
+    @property
+    def loaded_count(self) -> int:
+        return len(self.neurons)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """The sparse layers of a model; every other layer is loaded and computed whole."""
+
+    method: str
+    num_layers: int
+    intermediate_size: int
+    layers: dict[int, LayerPlan]
+
+    @property
+    def loaded_fraction(self) -> float:
+        """Share of the sparse layers' neurons that is loaded (1 when there is no sparse layer)."""
+        if not self.layers:
+            return 1.0
+        return sum(p.loaded_count for p in self.layers.values()) / (len(self.layers) * self.intermediate_size)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON: per sparse layer the loaded neurons, and how many of them are base neurons."""
+        layers = {
+            str(layer): {
+                "base_count": plan.base_count,
+                "computed_count": plan.computed_count,
+                "candidate_count": plan.candidate_count,
+                "neurons": plan.neurons.tolist(),
+            }
+            for layer, plan in self.layers.items()
+        }
+        content = {
+            "format": FORMAT,
+            "method": self.method,
+            "num_layers": self.num_layers,
+            "intermediate_size": self.intermediate_size,
+            "layers": layers,
+        }
+        write_text_atomic(path, json.dumps(content))
+
+
+def build_load_plan(
+    settings: PartInferConfig,
+    config: PretrainedConfig,
+    dataset_neurons: NeuronFile | None = None,
+    model_neurons: NeuronFile | None = None,
+    fit: FitFile | None = None,
+) -> LoadPlan:
+    """The plan for a model: base neurons from the base ranking, then the best others of the other ranking.
+
+    settings: no `auto` left (see resolve.py). One neuron file may be missing (the other one then ranks both), or both
+    if nothing is loaded partially. With mean compensation, rankings go by spread instead. A fit file says itself
+    which neurons are loaded. Raises PartInferError if partial loading is asked for without any neuron file, and for
+    budgets that can't be met.
+    """
+    spec = ffn_spec(config)
+    size, num_layers = spec.intermediate_size(config), config.num_hidden_layers
+    if not (settings.use_partial_loading or settings.computes_sparsely):
+        return LoadPlan(settings.method, num_layers, size, {})
+    if settings.use_partial_loading and dataset_neurons is None and model_neurons is None:
+        raise PartInferError(
+            "partial loading needs a neuron file: give --dataset_neurons_filepath or --model_neurons_filepath, "
+            "or make one with python -m profiler run"
+        )
+    base, other = dataset_neurons or model_neurons, model_neurons or dataset_neurons
+    if settings.base_neurons_type == "model":
+        base, other = other, base
+    rankings = [_ranking(settings, file) for file in (base, other)]
+    matrices = 3 if spec.gated else 2
+    layers = {}
+    for layer in _sparse_layers(settings, num_layers, fit):
+        base_ranking = torch.arange(size) if base is None else rankings[0][layer].long()
+        other_ranking = base_ranking if other is None else rankings[1][layer].long()
+        if fit is None:
+            layers[layer] = _plan_layer(settings, size, matrices, base_ranking, other_ranking)
+        else:
+            layers[layer] = _plan_fitted_layer(settings, size, matrices, base_ranking, fit, layer)
+    return LoadPlan(settings.method, num_layers, size, layers)
+
+
+def _ranking(settings: PartInferConfig, neurons: NeuronFile | None) -> torch.Tensor | None:
+    """int [layers, N]: the file's own, or by spread, where means are compensated."""
+    if neurons is None or "mean" not in settings.compensations or not neurons.has_spread:
+        return None if neurons is None else neurons.ranking
+    return ranking_from_scores(neurons.spread())
+
+
+def _sparse_layers(settings: PartInferConfig, num_layers: int, fit: FitFile | None) -> list[int]:
+    if settings.budget != "per_layer":
+        return list(settings.resolve_layers(num_layers))
+    if fit is None or not fit.layer_sparsity:
+        raise PartInferError(
+            "budget per_layer needs a fit file with a share for every layer: make one with "
+            "python -m profiler fit --budget per_layer"
+        )
+    return sorted(fit.layers)
+
+
+def _plan_layer(
+    settings: PartInferConfig, size: int, matrices: int, base_ranking: torch.Tensor, other_ranking: torch.Tensor
+) -> LayerPlan:
+    base_count = neuron_count(settings.base_neurons_percent, size)
+    if settings.use_partial_loading:
+        loaded = neuron_count(settings.loaded_neurons_percent, size)
+        neurons = _base_then_others(base_ranking, other_ranking, base_count, loaded)
+    else:
+        neurons = torch.arange(size)  # the checkpoint's own order reads fastest
+    return _with_counts(settings, settings.sparsity, size, matrices, neurons, base_ranking, base_count)
+
+
+def _plan_fitted_layer(
+    settings: PartInferConfig, size: int, matrices: int, base_ranking: torch.Tensor, fit: FitFile, layer: int
+) -> LayerPlan:
+    """The fit's neurons in the fit's order, which is that of its weights. Its low-rank map is paid for by phi."""
+    fitted = fit.layers[layer]
+    sparsity = fit.layer_sparsity.get(layer, settings.sparsity) if settings.budget == "per_layer" else settings.sparsity
+    paid = 2 * fitted.rank / (matrices * size)
+    neurons = fitted.neurons.long()
+    base_count = min(
+        neuron_count(settings.base_neurons_percent, size), neuron_count(max(0.0, sparsity - paid), size), len(neurons)
+    )
+    return _with_counts(settings, sparsity, size, matrices, neurons, base_ranking, base_count, paid)
+
+
+def _with_counts(
+    settings: PartInferConfig,
+    sparsity: float,
+    size: int,
+    matrices: int,
+    neurons: torch.Tensor,
+    base_ranking: torch.Tensor,
+    base_count: int,
+    paid: float = 0.0,
+) -> LayerPlan:
+    """paid: share of the FFN's bytes that something else than neurons takes from the budget."""
+    place = torch.empty(size, dtype=torch.int64)
+    place[base_ranking] = torch.arange(size)
+    priority, loaded = place[neurons], len(neurons)
+    if settings.method == "dense":
+        return LayerPlan(neurons, loaded, loaded, priority)
+    base_count = base_count if settings.method == "partinfer" else 0
+    if not settings.selects_per_token:
+        return LayerPlan(neurons, base_count, min(neuron_count(max(0.0, sparsity - paid), size), loaded), priority)
+    candidates = candidate_count(sparsity, loaded, size, settings.candidates)
+    kept = kept_count(sparsity - paid, candidates, size, matrices)
+    return LayerPlan(neurons, min(base_count, candidates), kept, priority, candidates)
+
+
+def candidate_count(sparsity: float, loaded: int, intermediate_size: int, candidates: float | None = None) -> int:
+    """How many of the loaded neurons a token chooses among. candidates: fraction of N, None: in proportion to sparsity."""
+    share = min(1.0, CANDIDATES * sparsity) if candidates is None else candidates
+    return min(neuron_count(share, intermediate_size), loaded)
+
+
+def kept_count(sparsity: float, candidates: int, intermediate_size: int, matrices: int) -> int:
+    """How many of the candidates a token computes, so that decoding reads `sparsity` of the FFN's bytes.
+
+    One of `matrices` (3 gated, 2 plain) equally large projections is read for the candidates, the others for the kept:
+    candidates / matrices + kept (matrices - 1) / matrices = sparsity N. At most all candidates. Raises
+    PartInferError if not even one can be kept.
+    """
+    kept = round((matrices * sparsity * intermediate_size - candidates) / (matrices - 1))
+    if kept < 1:
+        raise PartInferError(
+            f"reading one projection of {candidates} candidates takes all of sparsity {sparsity:g}: "
+            "give fewer --candidates or more --sparsity"
+        )
+    return min(kept, candidates)
+
+
+def _base_then_others(base_ranking, other_ranking, base_count: int, loaded_count: int) -> torch.Tensor:
+    """int64 [loaded_count]: the first base_count of one ranking, then what the other ranking has best besides."""
+    base = base_ranking[:base_count]
+    is_base = torch.zeros(len(base_ranking), dtype=torch.bool)
+    is_base[base] = True
+    others = other_ranking[~is_base[other_ranking]]
+    return torch.cat([base, others[: loaded_count - base_count]])

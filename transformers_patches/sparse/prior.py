@@ -1,0 +1,55 @@
+"""What is known about a layer's loaded neurons before a prompt comes."""
+
+from __future__ import annotations
+
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.kernels import QuantizedTensor, Weight
+from transformers_patches.neurons.fit_file import LayerFit
+from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.plan.load_plan import LayerPlan
+
+NORM_ROWS = 1024  # rows whose norms are taken at a time, so that float copies stay small
+
+
+class Prior:
+    """Statistics of the loaded neurons of one layer: float32 [L] each, None where no file has them.
+
+    mean_abs: mean |h|; mean: mean h; gate_size: root of the mean act(gate)^2. threshold: of a token's scores, or None.
+    """
+
+    def __init__(
+        self,
+        mean_abs: torch.Tensor | None = None,
+        mean: torch.Tensor | None = None,
+        gate_size: torch.Tensor | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        self.mean_abs, self.mean, self.gate_size, self.threshold = mean_abs, mean, gate_size, threshold
+        self._down_norm: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, plan: LayerPlan, layer: int, neurons: NeuronFile | None, fit: LayerFit | None, *, with_threshold: bool
+    ) -> Prior:
+        """The statistics of a neuron file and a fit, by storage position; its threshold only if asked for."""
+
+        def pick(name: str) -> torch.Tensor | None:
+            values = None if neurons is None else neurons.statistics.get(name)
+            return None if values is None else values[layer][plan.neurons].float()
+
+        size = None if fit is None or fit.gate_size is None else fit.gate_size.float()
+        threshold = float(fit.threshold) if with_threshold and fit is not None and fit.threshold is not None else None
+        return cls(pick("mean_abs"), pick("mean"), size, threshold)
+
+    def down_norm(self, down: Weight) -> torch.Tensor:
+        """||W_down[:, i]||_2 of the rows `down` [L, H]: float32 [L], computed once."""
+        if self._down_norm is None:
+            norms = []
+            for start in range(0, len(down), NORM_ROWS):
+                rows = down[start : start + NORM_ROWS]
+                floats = kernels.dequantize(rows) if isinstance(rows, QuantizedTensor) else rows.float()
+                norms.append(torch.linalg.vector_norm(floats, dim=1))
+            self._down_norm = torch.cat(norms)
+        return self._down_norm

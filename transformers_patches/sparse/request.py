@@ -1,0 +1,91 @@
+"""Whether a forward pass is prefill or decode, and which of its tokens count: the state of the running request.
+
+The phase follows the cache, not the number of tokens: one-token prompts are prompts, and several tokens scored
+over a filled cache are decoding. A prompt that is prefilled in several passes (a chat's later turn, chunks) says its
+length first, with `expect_prompt`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from transformers_patches.sparse.sparse_ffn import SparseFFN
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+class RequestState:
+    """The request that a model is working on; every SparseFFN of the model refers to the same one.
+
+    phase: PREFILL or DECODE of the current pass; batch, tokens: its [B, T]; cached: tokens before it; token_mask: bool [B, T], False where
+    padding, or None if nothing is padded. A pass over an empty cache begins a new request: what the
+    layers know of the one before is dropped, however it ended.
+    """
+
+    def __init__(self) -> None:
+        self.phase = PREFILL
+        self.batch = self.tokens = self.cached = 0
+        self.token_mask: torch.Tensor | None = None
+        self.layers: list[SparseFFN] = []
+        self._prompt_length: int | None = None
+        self._watching: RemovableHandle | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Follow the passes of a transformers causal language model."""
+        self._watching = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def is_only_watcher(self, model: nn.Module) -> bool:
+        """Whether nobody else's hook waits for the model's passes, so that `begin_pass` may be called in their place."""
+        return set(model._forward_pre_hooks) <= {self._watching.id} if self._watching else False
+
+    def reset(self) -> None:
+        """Forget the request: selections, evidence of the prompt, copies made for it."""
+        self.phase, self.token_mask = PREFILL, None
+        for layer in self.layers:
+            layer.reset()
+
+    @contextmanager
+    def expect_prompt(self, length: int) -> Iterator[None]:
+        """Within this block, passes are prefill until the cache holds `length` tokens (padding included)."""
+        self._prompt_length = length
+        try:
+            yield
+        finally:
+            self._prompt_length = None
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        # families order their parameters differently: positional arguments get their names first
+        given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs if args else kwargs
+        inputs, cache = given.get("input_ids"), given.get("past_key_values")
+        if inputs is None:
+            inputs = given["inputs_embeds"]
+        cached = 0 if cache is None else int(cache.get_seq_length())
+        self.begin_pass(inputs.shape[0], inputs.shape[1], cached, given.get("attention_mask"))
+
+    def begin_pass(self, batch: int, tokens: int, cached: int, attention_mask: torch.Tensor | None) -> None:
+        """Set the phase for a pass over [batch, tokens] ids with `cached` tokens before them.
+
+        attention_mask: [batch, cached + tokens] or None. Raises ValueError for masks of another rank and for a
+        batch that is not the one that was prefilled.
+        """
+        if cached == 0:
+            self.reset()
+        prompt_length = 1 if self._prompt_length is None else self._prompt_length
+        self.phase = PREFILL if cached < prompt_length else DECODE
+        if cached and batch != self.batch:
+            raise ValueError(f"the cache was prefilled for {self.batch} sequences, this pass has {batch}")
+        self.batch, self.tokens, self.cached = batch, tokens, cached
+        self.token_mask = None
+        if attention_mask is not None and self.phase == PREFILL:
+            if attention_mask.ndim != 2:
+                raise ValueError(f"attention_mask must be [batch, tokens], got shape {list(attention_mask.shape)}")
+            current = attention_mask[:, cached : cached + tokens].bool()
+            self.token_mask = None if bool(current.all()) else current

@@ -1,0 +1,279 @@
+"""TokenSelection: a choice of neurons for every token, inside what is loaded.
+
+One projection is read for all candidates, the other rows only for the best. With C candidates, of which K are kept:
+
+`up`:   s_i = |up_i·x| a_i ||W_down[:, i]||, a_i = root mean square of act(gate_i·x)
+`gate`: s_i = |act(gate_i·x)| u_i ||W_down[:, i]||, u_i = root mean square of up_i·x
+
+The typical sizes a_i (u_i) are taken over the prompt's tokens, blended with those of the fit file, which weigh as much
+as PRIOR_TOKENS tokens. Choosing by the gate is CATS' idea (arXiv 2404.08763) with an exact count instead of a threshold;
+choosing by `up` was measured to be the better evidence (docs/quality.md). A plain FFN has one input projection, and
+both mean |act(up_i·x)| ||W_down[:, i]||.
+
+A token keeps its K best (`--token_count exact`), or all above a threshold of the layer (`average`, as CATS has it): the
+one above which the last prompt tokens, and those of the fit file, had K neurons on average. Hard tokens may then read more than easy ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.modules.fast_linear import FEW_TOKENS
+from transformers_patches.sparse.prompt_evidence import Blend
+from transformers_patches.sparse.prompt_selection import Decoded, SequenceActivations
+
+if TYPE_CHECKING:
+    from transformers_patches.sparse.sparse_ffn import Rows, SparseFFN
+
+PRIOR_TOKENS = 256
+SAMPLE_TOKENS = 64  # prompt tokens that a threshold is taken from
+MIN_SAMPLE = 8  # with fewer, tokens keep their exact count
+
+
+class TypicalSize:
+    """Root mean square over a prompt's tokens of the projection that is not read for all candidates."""
+
+    def __init__(self, prior: torch.Tensor | None, device: torch.device) -> None:
+        """prior: float32 [L], the fit file's typical sizes, or None."""
+        self.prior = None if prior is None else prior.to(device, torch.float32)
+        self.sums: torch.Tensor | None = None  # of squares: float32 [L]
+        self.tokens = 0
+
+    def observe(self, values: torch.Tensor) -> None:
+        """values: [T, L] of prompt tokens, no padding."""
+        sums = kernels.sum_of_squares(values)
+        self.sums = sums if self.sums is None else sums.add_(self.sums)
+        self.tokens += len(values)
+
+    def times(self, norms: torch.Tensor) -> torch.Tensor:
+        """The sizes times norms: float32 [L] each. Without a prior one token's worth of the mean over the neurons keeps
+        every neuron above 0."""
+        weight = 1 if self.prior is None else PRIOR_TOKENS
+        return kernels.typical_scale(self.sums, self.tokens, self.prior, weight, norms)
+
+
+class ScoreSample:
+    """A prompt's last tokens: the projection that is read for all candidates."""
+
+    def __init__(self) -> None:
+        self.values: torch.Tensor | None = None  # [n, L]
+
+    def observe(self, values: torch.Tensor) -> None:
+        """values: [T, L] of prompt tokens, no padding."""
+        known = values if self.values is None else torch.cat([self.values, values])
+        self.values = known[-SAMPLE_TOKENS:].clone()  # not a view of all tokens
+
+    def threshold(self, scale: torch.Tensor, index: torch.Tensor | None, count: int) -> float | None:
+        """Above which the tokens have `count` scores on average; None if there are too few tokens to tell.
+
+        scale: float32 [L]; index: int [C], the candidates, None for all.
+        """
+        if self.values is None or len(self.values) < MIN_SAMPLE:
+            return None
+        scores = self.values.float().abs() * scale
+        return score_threshold(scores if index is None else scores[:, index.long()], count)
+
+
+def score_threshold(scores: torch.Tensor, count: int) -> float:
+    """Above which tokens have `count` scores on average. scores: [T, C]."""
+    kept = count * len(scores)
+    if kept >= scores.numel():
+        return -1.0
+    # between the last that is kept and the first that is not: rounding must not tell them apart
+    return float(scores.flatten().topk(kept + 1).values[-2:].mean())
+
+
+class TokenSelection:
+    """Decodes with neurons chosen for every token; the candidates of B sequences are each one's own.
+
+    by: `up` or `gate`. Where the plan has fewer candidates than loaded neurons, a prompt chooses them, as selection
+    `blend` does. average: keep all above a threshold instead of an exact count.
+    """
+
+    compensates = False  # for loaded neurons: what the others write while they are small is in the fitted bias
+    observes = True
+
+    def __init__(self, ffn: SparseFFN, by: str, *, average: bool = False) -> None:
+        self.ffn, self.by = ffn, by if ffn.gated else "plain"
+        plan = ffn.plan
+        self.average = average
+        self.all_are_candidates = plan.candidate_count == plan.loaded_count
+        self._candidate_plan = replace(plan, computed_count=plan.candidate_count)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the request."""
+        self.sizes: list[TypicalSize] | None = None
+        self.evidence: list[Blend] | None = None
+        self.selected: list[torch.Tensor] | None = None  # candidates per sequence beside the base: int32
+        self.scales: list[torch.Tensor] = []  # per sequence: float32 [L]
+        self._norms: torch.Tensor | None = None  # of down's rows: float32 [L]
+        self.samples: list[ScoreSample] | None = None
+        self.thresholds: list[float | None] = []  # per sequence; None: the exact count
+        self._gathered: dict[int, Rows] = {}
+
+    @property
+    def started(self) -> bool:
+        return self.sizes is not None
+
+    def begin(self, batch: int, device: torch.device) -> None:
+        """Evidence of `batch` sequences, none so far."""
+        ffn = self.ffn
+        down = ffn.weight("down")
+        self._norms = ffn.prior.down_norm(down).to(device)
+        prior = ffn.prior.gate_size if self.by == "up" else None
+        self.sizes = [TypicalSize(prior, device) for _ in range(batch)]
+        self.samples = [ScoreSample() for _ in range(batch)] if self.average else None
+        if not self.all_are_candidates:
+            plan = self._candidate_plan
+            self.evidence = [Blend(plan, ffn.prior, down, ffn.token_sparsity, device) for _ in range(batch)]
+
+    def observe(self, sequence: int, activations: SequenceActivations) -> None:
+        if self.by != "plain":
+            self.sizes[sequence].observe(activations.first if self.by == "up" else activations.up)
+        if self.samples is not None:
+            self.samples[sequence].observe(activations.up if self.by == "up" else activations.first)
+        if self.evidence is not None:
+            self.evidence[sequence].observe(activations.h)
+
+    def choose(self) -> None:
+        """Choose candidates, and fix what a unit of the projection read for them is worth."""
+        self._gathered = {}
+        norms = self._norms
+        self.scales = [norms if self.by == "plain" else size.times(norms) for size in self.sizes]
+        if self.evidence is not None:
+            self.selected = [evidence.choose() for evidence in self.evidence]
+        if self.samples is None:
+            self.thresholds = [None] * len(self.scales)
+            return
+        self.thresholds = [self._threshold(sequence) for sequence in range(len(self.scales))]
+
+    def _threshold(self, sequence: int) -> float | None:
+        """The prompt's and the fit file's, which weighs as much as SAMPLE_TOKENS tokens; of scores, so geometrically."""
+        scale, sample = self.scales[sequence], self.samples[sequence]
+        index = self._candidate_index(sequence, scale.device)
+        found, known = sample.threshold(scale, index, self.ffn.plan.computed_count), self.ffn.prior.threshold
+        if found is None or known is None or min(found, known) <= 0:
+            return found if known is None else known
+        weight = SAMPLE_TOKENS / (SAMPLE_TOKENS + len(sample.values))
+        return known**weight * found ** (1 - weight)
+
+    def decode(self, x: torch.Tensor) -> Decoded:
+        """x: [B, T, H]."""
+        if not self.scales:
+            raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
+        one = self._native if self._kernel_fits(x) else self._few if x.shape[1] <= FEW_TOKENS else self._many
+        parts, kept = zip(*(one(sequence, part) for sequence, part in enumerate(x)), strict=True)
+        y = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+        computed, tokens = sum(kept), x.shape[0] * x.shape[1]
+        return Decoded(y, computed, self.rows_read(computed) + (tokens - 1) * self.ffn.plan.candidate_count)
+
+    def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
+        """Of a single sequence, for the native decoder; None if it can't choose so, or nothing was chosen yet. x: any
+        hidden states."""
+        ffn = self.ffn
+        if not self._made_for_kernels or len(self.scales) != 1:
+            return None
+        choice, rest = self._choice(0)
+        return kernels.ActiveNeurons(ffn.projections(), ffn.kernel_activation, *choice, **rest)
+
+    def rows_read(self, computed: int) -> int:
+        """By one token that computes so many neurons."""
+        return self.ffn.plan.candidate_count + computed * (self.ffn.matrices - 1)
+
+    def _choice(self, sequence: int) -> tuple[tuple[int, torch.Tensor | None, torch.Tensor], dict]:
+        """Candidates and sizes, and how many are kept, as the kernels take them."""
+        plan = self.ffn.plan
+        prefix, index = plan.candidate_count, None
+        if self.selected is not None:
+            prefix, index = plan.base_count, self.selected[sequence]
+        threshold = self.thresholds[sequence]
+        rest = {"keep_count": plan.computed_count} if threshold is None else {"threshold": threshold}
+        return (prefix, index, self.scales[sequence]), rest
+
+    @property
+    def _made_for_kernels(self) -> bool:
+        return self.by == "plain" or (self.by == "up" and not self.ffn.input_bias)
+
+    def _kernel_fits(self, x: torch.Tensor) -> bool:
+        return self._made_for_kernels and self.ffn.native_fits(x)
+
+    def _native(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Output [T, H] and neurons computed for one sequence's x [T, H]; nothing is gathered."""
+        ffn = self.ffn
+        choice, rest = self._choice(sequence)
+        rest["activation"] = ffn.kernel_activation
+        up, down = ffn.weight("up"), ffn.weight("down")
+        if self.by == "plain":
+            bias = ffn.weight("up_bias") if ffn.input_bias else None
+            y, computed = kernels.sparse_ffn_plain_by_size(x, up, bias, down, *choice, **rest)
+        else:
+            y, computed = kernels.sparse_ffn_by_up(x, ffn.weight("gate"), up, down, *choice, **rest)
+        return y, int(computed.sum())
+
+    def _few(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """As _native; per token, the rows of the kept neurons are gathered."""
+        rows, scale = self._candidates(sequence, x.device)
+        outputs, kept = zip(
+            *(self._one(token[None], rows, scale, self.thresholds[sequence]) for token in x), strict=True
+        )
+        return torch.cat(outputs), sum(kept)
+
+    def _one(
+        self, x: torch.Tensor, rows: Rows, scale: torch.Tensor, threshold: float | None
+    ) -> tuple[torch.Tensor, int]:
+        """[1, H] for x [1, H], and how many neurons it took."""
+        ffn = self.ffn
+        read_for_all = "gate" if self.by == "gate" else "up"
+        values = ffn.project(x, rows, read_for_all)
+        if self.by != "up":
+            values = ffn.act_fn(values)
+        scores = (values.float().abs() * scale)[0]
+        if threshold is None:
+            best = scores.topk(ffn.plan.computed_count, sorted=False).indices
+            best = best[scores[best] > 0]  # what ReLU left at 0 adds nothing
+        else:
+            best = (scores > threshold).nonzero()[:, 0]
+        kept = {name: weight.index_select(0, best) for name, weight in rows.items() if name != read_for_all}
+        h = values[:, best]
+        if self.by == "up":
+            h = ffn.act_fn(ffn.project(x, kept, "gate")) * h
+        elif self.by == "gate":
+            h = h * ffn.project(x, kept, "up")
+        return ffn.combine(h, kept), len(best)
+
+    def _many(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """As _native for many tokens, which together would read nearly all rows: the others' activations are set to 0."""
+        ffn, kept = self.ffn, self.ffn.plan.computed_count
+        rows, scale = self._candidates(sequence, x.device)
+        values = ffn.activations(x, rows)
+        chosen_by = values.up if self.by == "up" else values.first
+        scores, threshold = chosen_by.float().abs() * scale, self.thresholds[sequence]
+        chosen = keep_best(scores, scores, kept) > 0 if threshold is None else scores > threshold
+        return ffn.combine(values.h * chosen, rows), int(chosen.sum())
+
+    def _candidates(self, sequence: int, device: torch.device) -> tuple[Rows, torch.Tensor]:
+        """The candidates' rows and scales; rows of chosen candidates are gathered once per prompt."""
+        index = self._candidate_index(sequence, device)
+        if index is None:
+            return self.ffn.all_rows(device), self.scales[sequence]
+        if sequence not in self._gathered:
+            self._gathered[sequence] = self.ffn.gathered_rows(index, device)
+        return self._gathered[sequence], self.scales[sequence][index.long()]
+
+    def _candidate_index(self, sequence: int, device: torch.device) -> torch.Tensor | None:
+        """int32 [C], or None where every loaded neuron is a candidate."""
+        if self.selected is None:
+            return None
+        base = torch.arange(self.ffn.plan.base_count, dtype=torch.int32, device=device)
+        return torch.cat([base, self.selected[sequence]])
+
+
+def keep_best(h: torch.Tensor, scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """h [..., n] with all but the `kept` best scores [..., n] of every token set to 0."""
+    best = scores.topk(kept, dim=-1, sorted=False).indices
+    return torch.zeros_like(h).scatter_(-1, best, h.gather(-1, best))

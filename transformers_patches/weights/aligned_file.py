@@ -1,0 +1,43 @@
+"""Writing safetensors files whose tensors can be used where they are mapped: they start at multiples of 64 bytes.
+
+The format (a length, a JSON header that spaces may fill up, the bytes of all tensors without gaps) allows that, with tensors
+that fill the gaps; its own writer orders tensors by type and name, and leaves the alignment to chance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from transformers_patches.weights.mapped_files import ALIGNMENT
+from transformers_patches.weights.safetensors_folder import DTYPES
+
+PADDING = "padding."  # what fills a gap is called so
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write contiguous CPU tensors in their order, and sync the file."""
+    ordered = []
+    for name, values in tensors.items():
+        ordered.append((name, values))
+        if gap := -values.nbytes % ALIGNMENT:
+            ordered.append((f"{PADDING}{len(ordered)}", torch.zeros(gap, dtype=torch.uint8)))
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, values in ordered:
+        start, end = end, end + values.nbytes
+        header[name] = {"dtype": _NAMES[values.dtype], "shape": list(values.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, values in ordered:
+            if values.nbytes:
+                file.write(values.reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())

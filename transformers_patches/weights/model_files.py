@@ -1,0 +1,37 @@
+"""What belongs to a model on disk, a checkpoint folder or one GGUF file: its name, its tokenizer, its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.weights.gguf import GGUFCheckpoint
+from transformers_patches.weights.gguf_config import gguf_model_name, gguf_tokenizer, is_gguf
+from transformers_patches.weights.pack import Pack, is_pack
+from transformers_patches.weights.safetensors_folder import Checkpoint
+from transformers_patches.weights.source import WeightSource
+
+
+def model_name(path: str | Path) -> str:
+    """The folder's name, or a GGUF file's without its type; neuron files are looked up by it."""
+    path = Path(path).resolve()
+    return gguf_model_name(path) if is_gguf(path) else path.name
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, without network; PartInferError if it has none that can be used."""
+    try:
+        if is_gguf(path):
+            return gguf_tokenizer(Path(path))
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PartInferError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def open_weights(path: str | Path) -> WeightSource:
+    """The tensors of a checkpoint folder, pack or GGUF file; PartInferError if they are not there or damaged."""
+    if is_gguf(path):
+        return GGUFCheckpoint(path)
+    return Pack(path) if is_pack(path) else Checkpoint(path)

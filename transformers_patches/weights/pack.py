@@ -1,0 +1,316 @@
+"""Packs: a model folder that holds only the neurons of a load plan, in the plan's order and neuron-major.
+
+A pack is read like the checkpoint that it was made from (it is a WeightSource with the same names), but what loading asks
+for lies there as one piece. Files: safetensors shards with their index, config, tokenizer, the neuron files in neurons/, and
+pack.json. Tensors: those read whole under their own names; `packed.<name>` [L, …] the planned rows, or columns as rows;
+`left_out.<name>` [H] what was summed up of the columns that are not there; `neurons.<number>` [L] which neurons those are.
+In a pack of quantised weights each of these, and each matrix that is read whole, is `data.<name>` and `scales.<name>`
+instead, as QuantizedTensor has them, down rows as a fit changed them, with their `column_scales.<name>`; else
+`largest.<name>` [H] is what column scales are made of, should they be quantised while loading. Two weights whose rows take turns in memory are one
+tensor [L, 2, …] under the name of the first, and both have its `pair`. Names that no weight asks for are passed over, so
+later versions can add more. Tensors are aligned, so weights can be used where their files are mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.weights.aligned_file import PADDING
+from transformers_patches.weights.mapped_files import MappedFiles
+from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.weights.safetensors_folder import Checkpoint, Place
+from transformers_patches.weights.source import Source, WeightedSum, put, put_fitted
+
+FORMAT, VERSION, READABLE = "partinfer-pack", 5, (1, 2, 3, 4, 5)
+DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
+ROPE_FACTORS = "rope_factors"
+COLUMN_SCALES, LARGEST = "column_scales", "largest"
+_ADDED = (
+    *("packed.", "data.", "scales.", f"{COLUMN_SCALES}.", f"{LARGEST}.", "left_out.", "neurons."),
+    PADDING,
+    ROPE_FACTORS,
+)
+# settings that decide which neurons are there
+FIXED = (
+    *("loaded_neurons_percent", "base_neurons_percent", "base_neurons_type", "start_num", "end_num", "compensation"),
+    "budget",
+)
+
+
+def is_pack(folder: str | Path) -> bool:
+    return (Path(folder) / DESCRIPTION).is_file()
+
+
+def pack_type(folder: str | Path) -> str:
+    """The type of a pack's weights, as --dtype names it; PartInferError if its description can't be read."""
+    return _description(Path(folder))["dtype"]
+
+
+def pack_settings(folder: str | Path) -> dict:
+    """The values of FIXED that a pack was made with; PartInferError if its description can't be read."""
+    return _description(Path(folder))["settings"]
+
+
+def _description(folder: Path) -> dict:
+    path = folder / DESCRIPTION
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT or content["version"] not in READABLE:
+            raise ValueError(f"format {content['format']!r} {content['version']!r}, expected {FORMAT!r} {VERSION}")
+        for name in FIXED:
+            content["settings"][name]
+        content["packed"].items(), content["elsewhere"], content["bytes_dense"], content["dtype"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PartInferError(f"{path} can't be used: {error}; make the pack again") from None
+    return content
+
+
+class Pack(Checkpoint):
+    """The weights of a pack. Raises PartInferError where others are asked for than those that it has."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._description = _description(Path(folder))
+        super().__init__(folder)
+        self._packed: dict[str, dict] = self._description["packed"]
+        self._elsewhere: dict[str, list[int]] = self._description["elsewhere"]  # a fit file's, or tied
+        self._neurons: dict[int, torch.Tensor] = {}
+        self._mapped = MappedFiles()
+
+    def with_own_type(self, settings: PartInferConfig) -> PartInferConfig:
+        """The settings with the pack's type for `auto`. PartInferError if quantised weights are asked for in another."""
+        ours = self._description["dtype"]
+        if settings.dtype not in ("auto", ours) and ours.startswith("int"):
+            raise PartInferError(
+                f"{self.source} holds {ours} weights, got --dtype {settings.dtype}: leave it out, or pack the model "
+                f"again with --dtype {settings.dtype}"
+            )
+        if settings.dtype == "auto":
+            settings = replace(settings, dtype=ours)
+        if not ours.startswith("int"):
+            return settings
+        head = self._description.get("head_dtype", "auto")
+        if "int4" in (head, settings.head_dtype) and settings.head_dtype not in ("auto", head):
+            raise PartInferError(
+                f"{self.source} holds its output projection in {'int8' if head == 'auto' else head}, got --head_dtype "
+                f"{settings.head_dtype}: leave it out, or pack the model again"
+            )
+        return replace(settings, head_dtype=head)
+
+    def neuron_files(self) -> dict[str, NeuronFile]:
+        """The neuron files that the pack was made with, as load_model takes them."""
+        paths = {name: self.folder / NEURONS / f"{name}.safetensors" for name in ("dataset_neurons", "model_neurons")}
+        return {name: NeuronFile.load(path) for name, path in paths.items() if path.is_file()}
+
+    def names(self) -> set[str]:
+        return {name for name in super().names() if not name.startswith(_ADDED)} | {*self._packed, *self._elsewhere}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+        if name in self._elsewhere:
+            return tuple(self._elsewhere[name])
+        return tuple(self._packed[name]["shape"]) if name in self._packed else super().shape(name)
+
+    def total_bytes(self) -> int:
+        """Size of the whole checkpoint."""
+        return self._description["bytes_dense"]
+
+    def rope_factors(self) -> torch.Tensor | None:
+        if ROPE_FACTORS not in self._files:
+            return None
+        factors = torch.empty(super().shape(ROPE_FACTORS))
+        self.read_into(ROPE_FACTORS, factors)
+        return factors
+
+    def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
+        name, entry = source.name, self._packed.get(source.name)
+        if entry is None:
+            if source.how == "columns" and not (source.fit and source.fit.down is not None):
+                raise self._other_neurons(name)
+            yield from super()._reads(source, out)
+            return
+        if source.how != entry["how"]:
+            raise self._other_neurons(name)
+        part = None if source.how == "whole" else self._part(name, entry["neurons"], source.neurons)
+        if entry.get("bits"):
+            if not isinstance(out, QuantizedTensor) or out.bits != entry["bits"]:
+                raise PartInferError(
+                    f"{self.source} holds {name} in {entry['bits']} bits only: give the model that it was made from"
+                )
+            if entry["refitted"] != (source.fit is not None) or (source.fit and source.fit.changes_rows):
+                raise self._other_neurons(name)
+            for kind, values in (("data", out.data), ("scales", out.scales)):
+                place = self._stored(kind, name, entry)
+                if kind == "data" and out.in_planes != (len(place.shape) == 3):
+                    yield from self._other_layout_reads(name, out)
+                    continue
+                rows = len(values) if part is None else part.stop
+                if (place.dtype, place.shape[1:]) != (values.dtype, values.shape[1:]) or place.rows < rows:
+                    raise PartInferError(f"{self.source} has no int{out.bits} in {kind}.{name}: make the pack again")
+                yield from self._packed_reads(kind, name, values, part)
+            yield from self._column_scale_reads(name, out)
+        else:
+            yield from self._float_reads(source, out, part)
+        if source.left_out is not None:
+            if entry["left_out"] != sum_of(source.left_out):
+                raise self._other_neurons(name)
+            yield from self._row_reads(f"left_out.{name}", source.left_out.out)
+
+    def _column_scale_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
+        """Packs before version 5 have none: there all are 1."""
+        if out.column_scales is None:
+            return
+        if f"{COLUMN_SCALES}.{name}" in self._files:
+            yield from self._row_reads(f"{COLUMN_SCALES}.{name}", out.column_scales)
+        else:
+            out.column_scales.fill_(1)
+
+    def _other_layout_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
+        """A head in planes where they are not used, or the other way round."""
+        stored = self._place(f"data.{name}")
+        held = scratch(stored.shape, stored.dtype)
+        convert = kernels.split_planes if out.in_planes else kernels.join_planes
+        yield from self._row_reads(f"data.{name}", held)
+        yield after_all(lambda: out.data.copy_(convert(QuantizedTensor(held, out.scales, 8)).data))
+
+    def _float_reads(self, source: Source, out: torch.Tensor | QuantizedTensor, part: slice) -> Iterator[Read]:
+        quantized = isinstance(out, QuantizedTensor)
+        if source.fit is None and not (quantized and out.column_scales is not None):
+            yield from self._packed_reads("packed", source.name, out, part, source.column_weights)
+            return
+        stored, largest = self._stored("packed", source.name, self._packed[source.name]), None
+        held = scratch(out.shape, stored.dtype) if quantized else out
+        if f"{LARGEST}.{source.name}" in self._files:
+            largest = torch.empty(out.shape[1])
+            yield from self._row_reads(f"{LARGEST}.{source.name}", largest)
+        yield from self._packed_reads("packed", source.name, held, part)
+        yield after_all(lambda: put_fitted(source.fit, out, held, largest))
+
+    def mapped(
+        self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
+    ) -> torch.Tensor | QuantizedTensor | None:
+        entry = self._packed.get(source.name, {})
+        if bool(entry.get("pair")) != paired or (source.neurons is not None and not entry):
+            return None
+        if isinstance(like, QuantizedTensor):
+            if entry.get("bits") != like.bits:
+                return None
+            data, scales = self._in_file("data", source, like.data), self._in_file("scales", source, like.scales)
+            return None if data is None or scales is None else like.over(data, scales)
+        if entry.get("bits") or source.fit is not None:
+            return None
+        return self._in_file("packed" if entry else "", source, like)
+
+    def _in_file(self, kind: str, source: Source, like: torch.Tensor) -> torch.Tensor | None:
+        """A stored tensor where its file is mapped, if all of it is wanted."""
+        entry = self._packed.get(source.name, {})
+        place = self._stored(kind, source.name, entry)
+        if (place.dtype, place.shape) != (like.dtype, tuple(like.shape)):
+            return None
+        values = self._mapped.tensor(place.path, place.start, place.nbytes)
+        if values is None:
+            return None
+        values = values.view(place.dtype)
+        pair = entry.get("pair")
+        if pair is None:
+            return values.view(place.shape)
+        return values.view(place.rows, 2, *place.shape[1:])[:, pair["half"]]
+
+    def _stored(self, kind: str, name: str, entry: dict) -> Place:
+        """Where a weight lies; of one that takes turns with another, the shape is its own, and the bytes are both's."""
+        pair = entry.get("pair")
+        if pair is None:
+            return self._place(f"{kind}.{name}" if kind else name)
+        both = self._place(f"{kind}.{pair['first']}")
+        return replace(both, shape=(both.rows, *both.shape[2:]))
+
+    def _packed_reads(
+        self,
+        kind: str,
+        name: str,
+        out: torch.Tensor | QuantizedTensor,
+        part: slice | None,
+        column_weights: torch.Tensor | None = None,
+    ) -> Iterator[Read]:
+        """part: rows of the pack, None for all."""
+        pair = self._packed[name].get("pair")
+        if pair is None:
+            yield from self._row_reads(f"{kind}.{name}", out, part, column_weights)
+            return
+        stored = f"{kind}.{pair['first']}"
+        place = self._stored(kind, name, self._packed[name])
+        row_bytes, columns = place.row_bytes, math.prod(place.shape[1:])
+        if isinstance(out, torch.Tensor) and out.stride() == (2 * columns, 1) and out.dtype == place.dtype:
+            if pair["half"] == 0:  # both are read at once, to where they take turns as well
+                both = out.as_strided((len(out), 2, columns), (2 * columns, columns, 1))
+                yield from self._row_reads(stored, both, part)
+            return
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(part.start, part.stop, step):
+            stop = min(start + step, part.stop)
+            places = slice(start - part.start, stop - part.start)
+            take = partial(_take_half, place, pair["half"], out, column_weights, places)
+            yield Read(place.path, place.start + start * row_bytes, (stop - start) * row_bytes, take=take)
+        self.bytes_read += row_bytes * (part.stop - part.start) // 2
+
+    def _is_mapped(self, out: torch.Tensor) -> bool:
+        return self._mapped.holds(out)
+
+    def _place(self, name: str) -> Place:
+        if name not in self._files:
+            raise PartInferError(f"{self.source} lacks {name}: make the pack again")
+        return super()._place(name)
+
+    def _part(self, name: str, number: int, wanted: torch.Tensor) -> slice:
+        """Where in the pack's neurons those that are wanted lie, in their order."""
+        ours = self._neurons_of(number)
+        first = int((ours == wanted[0]).nonzero()[0]) if bool((ours == wanted[0]).any()) else len(ours)
+        if not torch.equal(ours[first : first + len(wanted)], wanted):
+            raise self._other_neurons(name)
+        return slice(first, first + len(wanted))
+
+    def _neurons_of(self, number: int) -> torch.Tensor:
+        if number not in self._neurons:
+            name = f"neurons.{number}"
+            self._neurons[number] = torch.empty(super().shape(name), dtype=torch.int64)
+            self.read_into(name, self._neurons[number])
+        return self._neurons[number]
+
+    def _other_neurons(self, name: str) -> PartInferError:
+        made = self._description["settings"]
+        used = " ".join(f"--{key} {value}" for key, value in made.items() if value is not None)
+        return PartInferError(
+            f"{self.source} holds other neurons of {name} than these settings need: it was packed with {used}; "
+            "use these, or pack the model again"
+        )
+
+
+def _take_half(
+    place: Place,
+    half: int,
+    out: torch.Tensor | QuantizedTensor,
+    column_weights: torch.Tensor | None,
+    places: slice,
+    block: torch.Tensor,
+) -> None:
+    """Put one of two weights, whose rows take turns in a block, into its place."""
+    put(out, places, block.view(place.dtype).view(-1, 2, *place.shape[1:])[:, half], column_weights)
+
+
+def sum_of(rest: WeightedSum | None) -> int | None:
+    """Tells sums over other columns or with other weights apart."""
+    return (
+        None if rest is None else zlib.crc32(rest.weights.numpy().tobytes(), zlib.crc32(rest.columns.numpy().tobytes()))
+    )

@@ -1,0 +1,103 @@
+"""Reading pieces of files, several at a time and ahead of their use.
+
+One thread that reads block after block leaves a solid-state disk idle most of the time; four keep it busy. The page cache is
+used, so that a second load is served from memory.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.weights.mapped_files import bring
+
+BLOCK_BYTES = 2 * 2**20  # of one read, where rows are not longer
+MAPPED_BLOCK_BYTES = 16 * 2**20  # of a mapped file that a thread brings at once
+THREADS = 4
+AHEAD = 8  # reads that are under way or waiting to be taken; bounds the memory of their buffers
+
+
+@dataclass(frozen=True)
+class Read:
+    """Bytes of a file. into: memory that they go to; or take: called with them (uint8 [size]), gone afterwards.
+
+    mapped: `into` is where the file is mapped. Reads are taken in order, `take` in the caller's thread.
+    """
+
+    path: Path
+    start: int
+    size: int
+    into: torch.Tensor | None = None
+    mapped: bool = False
+    take: Callable[[torch.Tensor], None] | None = None
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a while, which goes back to the system when it is dropped: the C library would keep it."""
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(dtype).view(shape)
+
+
+def after_all(act: Callable[[], None]) -> Read:
+    """A read of nothing, that is taken once all before it are."""
+    return Read(Path(os.devnull), 0, 0, take=lambda _: act())
+
+
+def run(reads: Iterable[Read]) -> None:
+    """Do the reads, of which only the next few are looked at. Raises PartInferError for files that are too short."""
+    running: deque[tuple[Read, torch.Tensor, Future]] = deque()
+    free: list[torch.Tensor] = []
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for read in reads:
+            if len(running) == AHEAD:
+                _finish(*running.popleft(), free)
+            memory = read.into if read.into is not None else _buffer(free, read.size)
+            running.append((read, memory, pool.submit(_read, read, memory)))
+        while running:
+            _finish(*running.popleft(), free)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _buffer(free: list[torch.Tensor], size: int) -> torch.Tensor:
+    """One that is free and long enough, else a new one."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    place = next((place for place, buffer in enumerate(free) if len(buffer) >= size), None)
+    return free.pop(place) if place is not None else scratch((max(size, BLOCK_BYTES),), torch.uint8)
+
+
+def _finish(read: Read, memory: torch.Tensor, future: Future, free: list[torch.Tensor]) -> None:
+    future.result()
+    if read.take is not None:
+        read.take(memory[: read.size])
+    if read.into is None and read.size:
+        free.append(memory)
+
+
+def _read(read: Read, memory: torch.Tensor) -> None:
+    if read.mapped:
+        bring(memory)
+        return
+    view = memoryview(memory.numpy())[: read.size]
+    try:
+        with open(read.path, "rb", buffering=0) as file:
+            file.seek(read.start)
+            done = 0
+            while done < read.size:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise OSError("it ends too early")
+                done += count
+    except OSError as error:
+        raise PartInferError(f"{read.path} can't be read (truncated?): {error}; fetch the model again") from None

@@ -1,0 +1,255 @@
+"""Reading a Hugging Face checkpoint folder tensor by tensor, and counting the bytes that were read.
+
+Files are not mapped: a safetensors handle or view that stays alive keeps the whole file mapped, and mapped pages count as
+memory. (Packs, which hold nothing but what is needed, can be.) Blocks of them are read by several threads instead, straight into their place where nothing is chosen or converted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from transformers_patches.errors import PartInferError
+from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.weights import parallel_reads
+from transformers_patches.weights.parallel_reads import BLOCK_BYTES, MAPPED_BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.weights.source import (
+    Source,
+    WeightSource,
+    largest_in_columns,
+    put,
+    put_fitted,
+    takes_whole_rows,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: its file, its first byte there, its size in bytes, its type and shape."""
+
+    path: Path
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // max(1, self.rows)
+
+
+class Checkpoint(WeightSource):
+    """The tensors of a folder with model.safetensors, or shards and their index.
+
+    bytes_read counts the rows that were asked for, and of columns the whole tensor. Raises PartInferError for folders
+    without such files and for damaged ones.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.source = str(folder)
+        self.bytes_read = 0
+        self._files = self._find_files()
+        self._headers: dict[Path, dict[str, Place]] = {}
+
+    def _find_files(self) -> dict[str, Path]:
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if index.is_file():
+            try:
+                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = {name: self.folder / shard for name, shard in shards.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise PartInferError(f"{index} can't be read (truncated?): {error}; fetch the model again") from None
+            missing = sorted({str(path) for path in files.values() if not path.is_file()})
+            if missing:
+                raise PartInferError(f"{index} names {missing[0]}, which is not there: fetch the model again")
+            return files
+        if single.is_file():
+            with self._open(single) as file:
+                return dict.fromkeys(file.keys(), single)
+        if list(self.folder.glob("pytorch_model*.bin")):
+            raise PartInferError(
+                f"{self.folder} has only pytorch_model*.bin: python download.py converts such models to safetensors"
+            )
+        raise PartInferError(f"{self.folder} has no model.safetensors: fetch a model with python download.py")
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator:
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise PartInferError(f"{path} can't be read (truncated?): {error}; fetch the model again") from None
+
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._place(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._place(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor in the file."""
+        return self._place(name).nbytes
+
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(self.nbytes(name) for name in self._files)
+
+    def _place(self, name: str) -> Place:
+        path = self._files[name]
+        if path not in self._headers:
+            self._headers[path] = self._read_header(path)
+        if name not in self._headers[path]:
+            raise PartInferError(f"{path} lacks {name}, which the index says it has: fetch the model again")
+        return self._headers[path][name]
+
+    def _read_header(self, path: Path) -> dict[str, Place]:
+        with self._open(path), open(path, "rb") as file:  # safetensors checks the header first
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        places = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise PartInferError(f"{path} has {name} in {entry['dtype']}: PyTorch has no such type")
+            first, last = entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            places[name] = Place(path, 8 + size + first, last - first, dtype, shape)
+        return places
+
+    def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        self.fill([(Source(name, "whole" if rows is None else "rows", rows), out)])
+
+    def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
+        self.fill([(replace(source, how="columns", fit=None), out)])
+
+    def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
+        """As WeightSource.fill, the next tensors being read while one is worked on."""
+        parallel_reads.run(read for source, out in requests for read in self._reads(source, out))
+
+    def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
+        """What has to be read of the files, and what is done with it."""
+        if takes_whole_rows(source):
+            put_fitted(source.fit, out)
+        elif source.how == "columns":
+            yield from self._column_reads(source, out)
+        else:
+            yield from self._row_reads(source.name, out, source.neurons, source.column_weights)
+
+    def _row_reads(
+        self,
+        name: str,
+        out: torch.Tensor | QuantizedTensor,
+        rows: torch.Tensor | slice | None = None,
+        column_weights: torch.Tensor | None = None,
+    ) -> Iterator[Read]:
+        """rows: None for all, a slice of them, or int64 indices, which are read in the order of the file."""
+        place = self._place(name)
+        if not place.nbytes:
+            return
+        order = None
+        if isinstance(rows, torch.Tensor):
+            rows, order = rows.sort()
+        first, count = (0, place.rows) if rows is None or order is not None else (rows.start, rows.stop - rows.start)
+        self.bytes_read += place.row_bytes * (count if order is None else len(order))
+        if order is None and _holds_bytes_of(out, place):
+            memory, mapped = out.view(-1).view(torch.uint8), self._is_mapped(out)
+            step = MAPPED_BLOCK_BYTES if mapped else BLOCK_BYTES
+            for start in range(0, len(memory), step):
+                part = memory[start : start + step]
+                yield Read(place.path, place.start + first * place.row_bytes + start, len(part), part, mapped)
+            return
+        step = max(1, BLOCK_BYTES // place.row_bytes)
+        for start in range(first, first + count, step):
+            stop = min(start + step, first + count)
+            if order is None:
+                take = partial(_take_rows, place, out, column_weights, slice(start - first, stop - first), None)
+            else:
+                low, high = torch.searchsorted(rows, torch.tensor([start, stop])).tolist()
+                if low == high:
+                    continue
+                start, stop = int(rows[low]), int(rows[high - 1]) + 1
+                take = partial(_take_rows, place, out, column_weights, order[low:high], rows[low:high] - start)
+            yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
+
+    def _is_mapped(self, out: torch.Tensor) -> bool:
+        """Whether memory is where the file itself is mapped, so that nothing has to be copied."""
+        return False
+
+    def _column_reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
+        """A row of the file is shorter than the gaps that could be skipped, so all of the tensor is read."""
+        place, held = self._place(source.name), out
+        if isinstance(out, QuantizedTensor):
+            held = scratch(out.shape, place.dtype)
+            source = replace(source, largest=torch.empty(out.shape[1]))
+        step = max(1, BLOCK_BYTES // place.row_bytes)
+        for start in range(0, place.rows, step):
+            stop = min(start + step, place.rows)
+            take = partial(_take_columns, place, held, slice(start, stop), source)
+            yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
+        self.bytes_read += place.nbytes
+        if held is not out or source.fit is not None:
+            yield after_all(lambda: put_fitted(source.fit, out, held, source.largest))
+
+
+def _holds_bytes_of(out: torch.Tensor | QuantizedTensor, place: Place) -> bool:
+    """Whether the bytes of the file are those of `out`."""
+    return (
+        isinstance(out, torch.Tensor) and out.dtype == place.dtype and out.device.type == "cpu" and out.is_contiguous()
+    )
+
+
+def _take_rows(
+    place: Place,
+    out: torch.Tensor | QuantizedTensor,
+    column_weights: torch.Tensor | None,
+    places: slice | torch.Tensor,
+    chosen: torch.Tensor | None,
+    block: torch.Tensor,
+) -> None:
+    """Put the rows of a block, or the chosen of them, into their places."""
+    values = block.view(place.dtype).view(-1, *place.shape[1:])
+    values = values if chosen is None else values.index_select(0, chosen)
+    put(out if place.shape else out.view(1), places, values, column_weights)
+
+
+def _take_columns(place: Place, out: torch.Tensor, rows: slice, source: Source, block: torch.Tensor) -> None:
+    # turned first: choosing rows of a contiguous matrix is several times as fast as choosing columns
+    values = block.view(place.dtype).view(-1, place.shape[1]).t().contiguous()
+    if source.left_out is not None:
+        others = values.index_select(0, source.left_out.columns).float()
+        source.left_out.out[rows] = source.left_out.weights @ others
+    if source.largest is not None:
+        source.largest[rows] = largest_in_columns(values)
+    out[:, rows] = values.index_select(0, source.neurons).to(out.device, out.dtype)
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}

@@ -1,0 +1,191 @@
+"""WeightSource: where weights come from, tensor by tensor, and what loading asks of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from transformers_patches import kernels
+from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.kernels.quantization import column_scales
+from transformers_patches.neurons.fit_file import LayerFit
+from transformers_patches.weights.parallel_reads import scratch
+
+QUANTIZED_AT_ONCE = 2**21  # values that are floats for a moment, in row chunks
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """What is summed up over columns that are not kept: sum over i of weights[i] W[:, columns[i]], into out [H].
+
+    columns: int64 [n]; weights, out: float32.
+    """
+
+    columns: torch.Tensor
+    weights: torch.Tensor
+    out: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight of the model comes from: a tensor of the source, of which rows, columns, or the whole is read.
+
+    neurons: which rows or columns (these become rows); left_out: what to sum up of the other columns; fit: what to do
+    to the columns then; column_weights: float32 [columns], what quantising rows weights errors with; largest: float32 [H],
+    filled with the largest size in each row of the tensor whose columns are read, whichever they are.
+    """
+
+    name: str
+    how: str = "whole"
+    neurons: torch.Tensor | None = None
+    left_out: WeightedSum | None = None
+    fit: LayerFit | None = None
+    column_weights: torch.Tensor | None = None
+    largest: torch.Tensor | None = None
+
+
+class WeightSource(ABC):
+    """The tensors of a model. source: what to call it in messages; bytes_read: what was asked for so far."""
+
+    source: str
+    bytes_read: int
+
+    @abstractmethod
+    def names(self) -> set[str]: ...
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """A float type that holds the tensor as it is."""
+
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """Size of all tensors."""
+
+    @abstractmethod
+    def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Copy a tensor, or some rows of it, into `out`, converted to its dtype and device.
+
+        out: the tensor's shape, or [len(rows), …]; rows: int64 indices into dimension 0, checked by the caller.
+        """
+
+    @abstractmethod
+    def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
+        """Copy a source's columns of a [H, N] tensor, transposed, into out [len(neurons), H]; fill what its `left_out` and
+        `largest` ask for."""
+
+    def mapped(
+        self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
+    ) -> torch.Tensor | QuantizedTensor | None:
+        """A weight where it lies in a file that is mapped, for fill() to bring there; None if it has to be copied.
+
+        like: shape and type of the weight. paired: whether its rows are to take turns with another's, as
+        WeightMemory.empty_paired has them.
+        """
+        return None
+
+    def rope_factors(self) -> torch.Tensor | None:
+        """float32 [head_dim / 2], what the rotary frequencies are divided by; None if they are as the config says."""
+        return None
+
+    def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
+        """Read weights, one after the other, and quantise those that go into quantised memory.
+
+        Nothing but one tensor's columns, or a few rows, is there as floats meanwhile.
+        """
+        for source, out in requests:
+            if isinstance(out, QuantizedTensor):
+                self._quantize(source, out)
+            else:
+                self._read(source, out)
+
+    def _read(self, source: Source, out: torch.Tensor) -> None:
+        if takes_whole_rows(source):
+            put_fitted(source.fit, out)
+        elif source.how == "columns":
+            self.read_columns_into(source, out)
+            if source.fit is not None:
+                put_fitted(source.fit, out, out)
+        else:
+            self.read_into(source.name, out, source.neurons)
+
+    def _quantize(self, source: Source, out: QuantizedTensor) -> None:
+        if takes_whole_rows(source):
+            put_fitted(source.fit, out)
+        elif source.how == "columns":
+            values, largest = scratch(out.shape, self.dtype(source.name)), torch.empty(out.shape[1])
+            self.read_columns_into(replace(source, largest=largest), values)
+            put_fitted(source.fit, out, values, largest)
+        else:
+            rows = torch.arange(len(out)) if source.neurons is None else source.neurons
+            for piece in pieces(out):
+                values = torch.empty(len(rows[piece]), out.shape[1])
+                self.read_into(source.name, values, rows[piece])
+                put(out, piece, values, source.column_weights)
+
+
+def takes_whole_rows(source: Source) -> bool:
+    """Whether the rows are the fit's own, so that nothing is read."""
+    return source.fit is not None and source.fit.down is not None
+
+
+def put_fitted(
+    fit: LayerFit | None,
+    out: torch.Tensor | QuantizedTensor,
+    down: torch.Tensor | None = None,
+    largest: torch.Tensor | None = None,
+) -> None:
+    """Down rows [L, H], as a fit changes them, into `out`, which may be `down` itself. down: None if the fit has its own.
+
+    Those are gone afterwards: layer by layer, memory moves from the fit to the model. largest: float32 [H], the largest sizes
+    in each column of all neurons' rows, which column scales are made of; None: those of these rows.
+    """
+    if isinstance(out, QuantizedTensor) and out.column_scales is not None:
+        rows = down if fit is None or fit.down is None else fit.down
+        largest = largest_in_columns(rows) if largest is None else largest
+        out.column_scales.copy_(column_scales(largest.to(out.device)))
+    if fit is None or fit.down is not None:
+        down = down if fit is None else fit.down
+        for piece in pieces(out):
+            put(out, piece, down[piece])
+        if fit is not None:
+            fit.down = None
+        return
+    quantized = isinstance(out, QuantizedTensor)  # then nothing is rounded in between
+    for piece in pieces(out):
+        put(out, piece, fit.refitted(down[piece].float() if quantized else down[piece], piece))
+
+
+def largest_in_columns(rows: torch.Tensor) -> torch.Tensor:
+    """The largest sizes in each column: float32 [H] of rows [n, H]."""
+    rows = rows.float() if rows.dtype.itemsize == 1 else rows
+    lowest, highest = rows.aminmax(dim=0)
+    return torch.maximum(-lowest, highest).float()
+
+
+def pieces(out: torch.Tensor | QuantizedTensor) -> list[slice]:
+    """Its rows, QUANTIZED_AT_ONCE values at a time."""
+    step = max(1, QUANTIZED_AT_ONCE // out.shape[1])
+    return [slice(start, min(start + step, len(out))) for start in range(0, len(out), step)]
+
+
+def put(
+    out: torch.Tensor | QuantizedTensor,
+    places: slice | torch.Tensor,
+    values: torch.Tensor,
+    column_weights: torch.Tensor | None = None,
+) -> None:
+    """Rows into some places of `out`, converted to its type and device, quantised (with column_weights) if it is."""
+    if isinstance(places, torch.Tensor):
+        places = places.to(out.device)
+    if isinstance(out, QuantizedTensor):
+        exact = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.float()
+        packed = kernels.quantize(exact.to(out.device), out.bits, column_weights, out.column_scales)
+        out.put(places, kernels.split_planes(packed) if out.in_planes else packed)
+    else:
+        out[places] = values.to(out.device, out.dtype)

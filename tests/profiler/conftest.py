@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from byte_tokenizer import END, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.profiler.byte_tokenizer import END, byte_tokenizer
 
 
 def tiny_llama() -> LlamaForCausalLM:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from byte_tokenizer import byte_tokenizer
 
 from profiler.sequences import Encoder, windows
 from profiler.templates import Prompt, Template
 from profiler.texts import BUILTIN_FOLDER, HUB_DATASETS, TextSource
+from tests.profiler.byte_tokenizer import byte_tokenizer
 from transformers_patches.errors import PartInferError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers_patches.errors import PartInferError
 
-NEURON_FILES = Path(__file__).resolve().parent.parent / "neuron_files"
+NEURON_FILES = Path(__file__).resolve().parents[2] / "neuron_files"
 TASK_TYPES = ("QA", "Summarize", "translate_de_en")
 _MODEL_STEMS = ("model", "model_neurons")  # the second is what the original called it
 # A task's own file comes before that of its group.

@@ -15,7 +15,7 @@ from transformers_patches.neurons.fingerprint import fingerprint_of_model
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.parallel_reads import AHEAD, BLOCK_BYTES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FRACTION_THAT_MUST_FALL = 0.9
 
 # dense or partial, one forward pass over 16 tokens; prints bytes. (Decoding in PyTorch, without the kernels, then

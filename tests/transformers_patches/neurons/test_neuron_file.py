@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.neuron_file import FORMAT, STATISTICS, VERSION, NeuronFile, ranking_from_scores
 
-SAMPLES = Path(__file__).parents[3] / "shared" / "neuron_files"
+SAMPLES = Path(__file__).parents[4] / "shared" / "neuron_files"
 ROWS = [[2, 0, 1, 3], [3, 1, 0, 2], [0, 1, 2, 3]]
 
 

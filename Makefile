@@ -16,6 +16,7 @@ fast: install  ## the tests that need no model
 
 lint: install
 	$(RUN) -m ruff check .
+	.venv/bin/lint-imports
 
 install: .venv/installed
 

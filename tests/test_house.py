@@ -1,0 +1,86 @@
+"""The house's rules that no linter knows, and proof that the contract of the imports (pyproject.toml) can break."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ["transformers_patches", "downloads", "profiler", "evaluation", "benchmarks"]
+LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+
+@pytest.fixture
+def sources(tmp_path) -> Path:
+    """A copy of the packages' Python files, with the contract."""
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def lint_imports(folder: Path) -> tuple[int, str]:
+    """Exit code of lint-imports in `folder`, and what it printed in one line."""
+    command = [sys.executable, "-c", LINT, "--no-cache", "--no-logo"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def test_the_import_contract_holds(sources):
+    code, printed = lint_imports(sources)
+    assert code == 0, printed
+    assert "0 broken" in printed
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "named"),
+    [
+        (
+            "transformers_patches/modules/quantized.py",
+            "from transformers_patches.load.loader import load_model",
+            "transformers_patches.modules.quantized -> transformers_patches.load.loader",
+        ),
+        (
+            "transformers_patches/plan/load_plan.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from transformers_patches.sparse.prior import Prior",
+            "transformers_patches.plan.load_plan -> transformers_patches.sparse.prior",
+        ),
+        (
+            "transformers_patches/weights/source.py",
+            "from transformers_patches.weights.pack import Pack",
+            "No cycles are allowed in transformers_patches.weights",
+        ),
+        (
+            "transformers_patches/generate/runner.py",
+            "from evaluation.methods import METHODS",
+            "transformers_patches.generate.runner -> evaluation.methods",
+        ),
+        ("profiler/texts.py", "from evaluation.methods import METHODS", "profiler.texts -> evaluation.methods"),
+        ("evaluation/models.py", "from partinfer import main", "evaluation.models -> partinfer"),
+        (
+            "evaluation/models.py",
+            "from evaluation.evaluate_task import main",
+            "evaluation.models -> evaluation.evaluate_task",
+        ),
+    ],
+    ids=["upward", "upward for type checking", "circle", "evaluation", "siblings", "script", "script in a package"],
+)
+def test_an_import_against_the_contract_is_named(sources, file, line, named):
+    path = sources / file
+    path.write_text(path.read_text(encoding="utf-8") + f"\n\n{line}\n", encoding="utf-8")
+    code, printed = lint_imports(sources)
+    assert code == 1, printed
+    assert named in printed
+
+
+def test_few_modules_lie_directly_in_transformers_patches():
+    """A concept with several modules gets a package of its own."""
+    modules = [path.name for path in (ROOT / "transformers_patches").glob("*.py")]
+    assert len(modules) <= 12, sorted(modules)

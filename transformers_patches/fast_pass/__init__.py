@@ -1,0 +1,1 @@
+"""One token through all layers in one native call, and its KV cache."""

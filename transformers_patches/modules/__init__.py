@@ -1,0 +1,1 @@
+"""Linear layers, embeddings and output layers over plain or quantized weights."""

@@ -1,0 +1,1 @@
+"""What is loaded and what is computed, decided before a weight is read."""

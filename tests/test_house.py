@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["transformers_patches", "downloads", "profiler", "evaluation", "benchmarks"]
+MOST_LINES = 60  # of a function, its signature and docstring included
+# Functions that may be longer, with a reason; for now, these are being taken apart.
+LONGER = {
+    "transformers_patches/load/ffn_swap.py swap_ffns",
+    "transformers_patches/load/loader.py load_from",
+    "transformers_patches/load/loader.py _stream_weights",
+}
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 
@@ -84,3 +92,31 @@ def test_few_modules_lie_directly_in_transformers_patches():
     """A concept with several modules gets a package of its own."""
     modules = [path.name for path in (ROOT / "transformers_patches").glob("*.py")]
     assert len(modules) <= 12, sorted(modules)
+
+
+def python_files() -> list[Path]:
+    """The project's Python files, without what an environment or a build folder holds."""
+    folders = [*PACKAGES, "docs", "tests"]
+    return [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+
+
+def long_functions(path: Path) -> list[str]:
+    """`name (lines)` of each function that is too long."""
+    sizes = [
+        (node.name, node.end_lineno - node.lineno + 1)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [f"{name} ({lines} lines)" for name, lines in sizes if lines > MOST_LINES]
+
+
+def test_functions_are_short():
+    found = [f"{path.relative_to(ROOT)} {text}" for path in python_files() for text in long_functions(path)]
+    assert len(python_files()) > 100
+    assert [text for text in found if text.rsplit(" (", 1)[0] not in LONGER] == []
+
+
+def test_a_long_function_is_found(tmp_path):
+    path = tmp_path / "long.py"
+    path.write_text("def short():\n" + "    x = 1\n" * 59 + "\n\ndef long():\n" + "    x = 1\n" * 60)
+    assert long_functions(path) == ["long (61 lines)"]

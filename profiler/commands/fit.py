@@ -25,7 +25,7 @@ from profiler.commands.run import default_output, profiled_settings, text_sequen
 from profiler.fit_run import FitCheckpoint, FitRun, prepare_texts
 from profiler.fitting import FitSettings
 from profiler.layerwise import Batch, LayerwiseModel
-from profiler.placement import load_for_profiling
+from profiler.placement import ProfiledModel, load_for_profiling
 from profiler.ranking import SCORES, score_neurons
 from profiler.store import exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
@@ -166,16 +166,8 @@ def _fit(
     *,
     resume: bool,
 ) -> FitFile:
-    loaded = load_for_profiling(
-        arguments.checkpoint_path,
-        arguments.device,
-        arguments.dtype,
-        arguments.batch_size,
-        arguments.max_length + arguments.max_new_tokens,
-    )
+    loaded = _load(arguments)
     model = loaded.model
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PartInferError("the model does not fit on the GPUs: use --device cpu")
     identity = profiled_settings(arguments, source, loaded)
     neurons.check_fits(model.config, identity["fingerprint"], loaded.name)
     layers = PartInferConfig(start_num=arguments.start_num, end_num=arguments.end_num).resolve_layers(
@@ -190,43 +182,68 @@ def _fit(
         new_tokens=0 if source.dataset == SELF else arguments.max_new_tokens,
         quiet=arguments.quiet,
     )
-    shares = dict.fromkeys(layers)
-    if arguments.budget == "per_layer":
-        shares = _spread(model, texts.batches, layers, fit_settings)
-        if not shares:
-            raise PartInferError("nothing would be left out: lower --loaded_neurons_percent or --sparsity")
-    settings = {
-        **identity,
-        **_named(fit_settings),
-        "choose": arguments.choose,
-        "start_num": layers[0],
-        "end_num": layers[-1],
-        "budget": arguments.budget,
-        "texts_sha256": texts.digest,
-    }
     run = FitRun(
         model=model,
         texts=texts,
-        layers=shares,
+        layers=_shares(arguments.budget, model, texts.batches, layers, fit_settings),
         fit_settings=fit_settings,
         ranking=_ranking(arguments.choose, neurons),
         checkpoint=FitCheckpoint(output),
-        settings=settings,
+        settings={
+            **identity,
+            **_named(fit_settings),
+            "choose": arguments.choose,
+            "start_num": layers[0],
+            "end_num": layers[-1],
+            "budget": arguments.budget,
+            "texts_sha256": texts.digest,
+        },
         quiet=arguments.quiet,
     )
     fit = run.run(resume=resume)
-    fit.metadata = {name: str(value) for name, value in settings.items() if value is not None} | {
-        "texts": str(texts.texts),
-        "tokens": str(texts.tokens),
-        "error_before": f"{_mean(run.errors, 0):.4f}",
-        "error_after": f"{_mean(run.errors, 1):.4f}",
-    }
-    if arguments.budget == "per_layer":
-        fit.metadata["layer_sparsity"] = json.dumps({layer: share.sparsity for layer, share in shares.items()})
+    fit.metadata = _metadata(run)
     with interrupts_deferred():
         fit.save(output)
         run.checkpoint.remove()
     return fit
+
+
+def _load(arguments: argparse.Namespace) -> ProfiledModel:
+    loaded = load_for_profiling(
+        arguments.checkpoint_path,
+        arguments.device,
+        arguments.dtype,
+        arguments.batch_size,
+        arguments.max_length + arguments.max_new_tokens,
+    )
+    if any(parameter.is_meta for parameter in loaded.model.parameters()):
+        raise PartInferError("the model does not fit on the GPUs: use --device cpu")
+    return loaded
+
+
+def _shares(
+    budget: str, model: PreTrainedModel, batches: list[Batch], layers: range, settings: FitSettings
+) -> dict[int, Share | None]:
+    """The sparse layers, each with its share (None: that of the settings)."""
+    if budget == "uniform":
+        return dict.fromkeys(layers)
+    shares = _spread(model, batches, layers, settings)
+    if not shares:
+        raise PartInferError("nothing would be left out: lower --loaded_neurons_percent or --sparsity")
+    return shares
+
+
+def _metadata(run: FitRun) -> dict[str, str]:
+    """What the fit file says of how it was made, and how well it fits."""
+    metadata = {name: str(value) for name, value in run.settings.items() if value is not None} | {
+        "texts": str(run.texts.texts),
+        "tokens": str(run.texts.tokens),
+        "error_before": f"{_mean(run.errors, 0):.4f}",
+        "error_after": f"{_mean(run.errors, 1):.4f}",
+    }
+    if run.settings["budget"] == "per_layer":
+        metadata["layer_sparsity"] = json.dumps({layer: share.sparsity for layer, share in run.layers.items()})
+    return metadata
 
 
 def _spread(

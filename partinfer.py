@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     cli.wait_briefly()
     # heavy imports only now: --help and wrong usage answer at once
-    from transformers_patches.generate.runner import Runner, generation_options
+    from transformers_patches.generation.runner import Runner, generation_options
 
     try:
         options = generation_options(arguments)

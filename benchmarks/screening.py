@@ -21,7 +21,7 @@ from evaluation.models import find_model  # noqa: E402
 from evaluation.tables import markdown_table  # noqa: E402
 from transformers_patches import kernels  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
-from transformers_patches.generate.decoding_loop import NUCLEUS_TOLERANCE  # noqa: E402
+from transformers_patches.generation.decoding_loop import NUCLEUS_TOLERANCE  # noqa: E402
 from transformers_patches.kernels import SOFTMAX, Needed  # noqa: E402
 from transformers_patches.load.loader import load_model  # noqa: E402
 from transformers_patches.modules.screened_head import ScreenedHead  # noqa: E402

@@ -66,9 +66,9 @@ def test_the_import_contract_holds(sources):
             "No cycles are allowed in transformers_patches.weights",
         ),
         (
-            "transformers_patches/generate/runner.py",
+            "transformers_patches/generation/runner.py",
             "from evaluation.methods import METHODS",
-            "transformers_patches.generate.runner -> evaluation.methods",
+            "transformers_patches.generation.runner -> evaluation.methods",
         ),
         ("profiler/texts.py", "from evaluation.methods import METHODS", "profiler.texts -> evaluation.methods"),
         ("evaluation/models.py", "from partinfer import main", "evaluation.models -> partinfer"),

@@ -17,7 +17,7 @@ from evaluation.speed.job import Job, Stopwatch, Timing
 from evaluation.speed.random_weights import RandomWeights, random_ranking, shape_config
 from evaluation.weights import weight_counts
 from transformers_patches.families import ffn_spec
-from transformers_patches.generate.generation import generate_ids
+from transformers_patches.generation.generate import generate_ids
 from transformers_patches.load.loader import LoadedModel, build_on_meta, load_from, resolve_device
 
 DEFAULT, BEST = "transformers (default)", "transformers (best)"

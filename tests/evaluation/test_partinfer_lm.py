@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from evaluation.partinfer_lm import PartInferLM, rolling_windows
 from tests.evaluation.conftest import SETTINGS
 from transformers_patches.errors import PartInferError
-from transformers_patches.generate.generation import GenerationOptions, generate
+from transformers_patches.generation.generate import GenerationOptions, generate
 
 SPARSE = [
     {"method": "partinfer"},

@@ -11,7 +11,7 @@ from tests.transformers_patches.made_up_files import with_statistics
 from tests.transformers_patches.model_passes import MODEL
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
-from transformers_patches.generate.generation import generate_ids
+from transformers_patches.generation.generate import generate_ids
 from transformers_patches.load.loader import LoadedModel, load_model
 
 CONTEXT, TARGET = list(range(3, 24)), [90, 40, 77, 41, 5, 60, 61, 3]

@@ -11,8 +11,8 @@ from evaluation.weights import weight_counts
 from tests.conftest import FAMILY_CONFIGS, HIDDEN, random_neuron_file
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
-from transformers_patches.generate.decoding_loop import NUCLEUS_TOLERANCE, _needed
-from transformers_patches.generate.generation import generate_ids
+from transformers_patches.generation.decoding_loop import NUCLEUS_TOLERANCE, _needed
+from transformers_patches.generation.generate import generate_ids
 from transformers_patches.kernels import SOFTMAX, Needed
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack

@@ -11,9 +11,9 @@ from tests.tiny_tokenizer import tiny_tokenizer
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.fast_pass.one_token import OneTokenPass, new_cache
-from transformers_patches.generate import generation
-from transformers_patches.generate.decoding_loop import _Loop
-from transformers_patches.generate.generation import generate_ids
+from transformers_patches.generation import generate as generating
+from transformers_patches.generation.decoding_loop import _Loop
+from transformers_patches.generation.generate import generate_ids
 from transformers_patches.load.loader import load_model
 
 PROMPT = torch.tensor([[5, 17, 33, 40, 21, 9]])
@@ -72,7 +72,7 @@ def both(monkeypatch, taken, loaded, **arguments):
     for ours in (True, False):
         with monkeypatch.context() as patch:
             if not ours:
-                patch.setattr(generation, "one_sequence_loop", lambda *_: None)
+                patch.setattr(generating, "one_sequence_loop", lambda *_: None)
             streamer, before = Puts(), len(taken)
             ids = run(loaded, streamer, **arguments)
             assert (len(taken) > before) == ours
@@ -111,7 +111,7 @@ def test_other_criteria_and_a_cache_that_holds_a_part(tiny_checkpoints, monkeypa
     for loop in (True, False):
         with monkeypatch.context() as patch:
             if not loop:
-                patch.setattr(generation, "one_sequence_loop", lambda *_: None)
+                patch.setattr(generating, "one_sequence_loop", lambda *_: None)
             cache = new_cache(loaded.model)
             first = run(loaded, cache=cache)
             longer = torch.cat([first[:, :-1], PROMPT], dim=1)

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.fast_pass.one_token import new_cache
-from transformers_patches.generate.decoding_loop import one_sequence_loop
+from transformers_patches.generation.decoding_loop import one_sequence_loop
 from transformers_patches.load.loader import LoadedModel
 
 Sink = Callable[[str], None]

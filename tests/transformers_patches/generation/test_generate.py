@@ -8,7 +8,7 @@ import torch
 from tests.tiny_tokenizer import tiny_tokenizer
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.generate.generation import Conversation, GenerationOptions, generate
+from transformers_patches.generation.generate import Conversation, GenerationOptions, generate
 from transformers_patches.load.loader import load_model
 
 PROMPT = [5, 17, 33, 40, 21]

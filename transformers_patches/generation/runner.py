@@ -13,8 +13,8 @@ import transformers
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.generate.generation import Conversation, GenerationOptions, GenerationResult, generate
-from transformers_patches.generate.prompts import (
+from transformers_patches.generation.generate import Conversation, GenerationOptions, GenerationResult, generate
+from transformers_patches.generation.prompts import (
     TEMPLATES,
     chat_ids,
     predefined_prompts,

@@ -1,1 +1,0 @@
-"""From a prompt to text: templates, the decoding loop, generation, the runner."""

@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""The table at the top of the README: tokens/s, memory and loss of each way to run the demo model, measured in one go."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS  # noqa: E402
+from transformers_patches import cli  # noqa: E402
+from transformers_patches.config import PartInferConfig  # noqa: E402
+from transformers_patches.errors import PartInferError  # noqa: E402
+from transformers_patches.files import write_text_atomic  # noqa: E402
+
+BEGIN, END = "<!-- readme_table: begin -->", "<!-- readme_table: end -->"
+DEFAULT = {"loaded": PartInferConfig().loaded_neurons_percent, "sparsity": PartInferConfig().sparsity}
+WHOLE = {"loaded": 1.0, "sparsity": 0.7}  # every neuron in memory, fewer read for each token
+LLAMA_CPP_NLL = re.compile(r"^llama\.cpp \S+: NLL (\S+),", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table. loss: nats per token over the dense model; None if it was not measured."""
+
+    name: str
+    tokens_per_second: float
+    resident_bytes: int
+    loss: float | None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model_name", default="smollm2-135m", help="a checkpoint folder, short name or hub id (smollm2-135m)")
+    add(
+        "--dataset",
+        required=True,
+        metavar="FILE",
+        help="the text on which the loss is measured (wikitext-2's test text)",
+    )
+    add("--limit", type=int, default=40, help="windows of the text (40)")
+    add("--repetitions", type=int, default=7, help="rounds of the speed measurement (7)")
+    add("--task_type", help="task whose neuron file is looked up (the model's own file)")
+    add("--update", metavar="FILE", help=f"put the table between {BEGIN} and {END} of this file, such as README.md")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    for name in ("dataset", "model_name"):  # the scripts run in the repository's folder
+        if Path(getattr(options, name)).exists():
+            setattr(options, name, str(Path(getattr(options, name)).resolve()))
+    if options.update:
+        replaced(_read(options.update), "")  # without markers there is no use in measuring
+    compare = importlib.util.find_spec("llama_cpp") is not None
+    if not compare:
+        print("llama.cpp is left out: pip install llama-cpp-python adds it", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="partinfer-table-") as scratch:
+        speed = _json_of(speed_command(options, compare), Path(scratch) / "speed.json")
+        quality = _json_of(quality_command(options), Path(scratch) / "quality.json")
+    nll = None
+    if compare:
+        nll = llama_cpp_nll(_output_of(llama_cpp_command(options, str(speed["rows"][0]["dtype"]))))
+    text = f"{table(lines(speed['rows'], quality['rows'], nll))}\n\n{caption(speed, quality)}"
+    print(text)
+    if options.update:
+        write_text_atomic(options.update, replaced(_read(options.update), text))
+    return cli.DONE
+
+
+def speed_command(options: argparse.Namespace, compare: bool) -> list[str]:
+    """evaluate_speed.py with all methods in one run: only rounds of one run can be compared."""
+    command = ["evaluation/evaluate_speed.py", "--method", "dense,partinfer,transformers", *_common(options)]
+    command += ["--repetitions", str(options.repetitions)]
+    return [*command, "--compare", "llama.cpp"] if compare else command
+
+
+def quality_command(options: argparse.Namespace) -> list[str]:
+    """evaluate_perplexity.py with the same settings."""
+    command = ["evaluation/evaluate_perplexity.py", "--method", "dense,partinfer", *_common(options)]
+    return [*command, "--dataset", options.dataset, "--limit", str(options.limit)]
+
+
+def llama_cpp_command(options: argparse.Namespace, dtype: str) -> list[str]:
+    """benchmarks/llama_cpp_perplexity.py on the same windows, with weights of the same type."""
+    command = ["benchmarks/llama_cpp_perplexity.py", "--model_name", options.model_name, "--types", dtype]
+    return [*command, "--dataset", options.dataset, "--limit", str(options.limit)]
+
+
+def _common(options: argparse.Namespace) -> list[str]:
+    swept = {"--loaded_neurons_percent": "loaded", "--sparsity": "sparsity"}
+    flags = ["--model_name", options.model_name]
+    for flag, name in swept.items():
+        flags += [flag, ",".join(f"{value:g}" for value in dict.fromkeys((DEFAULT[name], WHOLE[name])))]
+    return flags + (["--task_type", options.task_type] if options.task_type else [])
+
+
+def _output_of(command: Sequence[str]) -> str:
+    """What a script of the repository prints; PartInferError if it fails, whose reason it has told by itself."""
+    print("running", " ".join(command), file=sys.stderr)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise PartInferError(f"{command[0]} ended with code {done.returncode}: see above")
+    return done.stdout
+
+
+def _json_of(command: Sequence[str], path: Path) -> dict:
+    _output_of([*command, "--json", str(path)])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def llama_cpp_nll(printed: str) -> float:
+    """Nats per token, from what benchmarks/llama_cpp_perplexity.py prints for one type."""
+    found = LLAMA_CPP_NLL.search(printed)
+    if found is None:
+        raise PartInferError(f"llama_cpp_perplexity.py printed no NLL: {printed.strip()[:200]!r}")
+    return float(found[1])
+
+
+def lines(speed: Sequence[dict], quality: Sequence[dict], llama_cpp: float | None) -> list[Line]:
+    """The lines of the table, from the rows of the two scripts and llama.cpp's NLL, if it was measured.
+
+    Of transformers the faster of its two rows is taken. Raises PartInferError if a row is missing.
+    """
+    dense = _one(quality, "dense")
+    found = []
+    plain = [row for row in speed if row["method"] == "transformers"]
+    if plain:
+        best = max(plain, key=lambda row: row["decode_tokens_per_second"])
+        found.append(_line("transformers, at its best", best, None))
+    compared = [row for row in speed if row["method"] == "llama.cpp"]
+    found += [_line("llama.cpp", row, None if llama_cpp is None else llama_cpp - dense["nll"]) for row in compared]
+    found.append(_line("`--method dense`", _one(speed, "dense"), dense["excess_nll"]))
+    flags = {
+        "`partinfer`, the default": DEFAULT,
+        "`partinfer --loaded_neurons_percent {loaded:g} --sparsity {sparsity:g}`": WHOLE,
+    }
+    for name, point in flags.items():
+        loss = _one(quality, "partinfer", **point)["excess_nll"]
+        found.append(_line(name.format(**point), _one(speed, "partinfer", **point), loss))
+    return found
+
+
+def _line(name: str, row: dict, loss: float | None) -> Line:
+    return Line(name, row["decode_tokens_per_second"], row["weight_bytes_resident"], loss)
+
+
+def _one(rows: Sequence[dict], method: str, **point: float) -> dict:
+    """The row of a method whose label has these settings. Labels tell only settings that differ within a run."""
+    for row in rows:
+        told = dict(part.split("=") for part in row["label"].split() if "=" in part)
+        if row["method"] == method and all(float(told.get(name, point[name])) == point[name] for name in point):
+            return row
+    settings = " ".join(f"{name}={value:g}" for name, value in point.items())
+    raise PartInferError(f"no row of {method} {settings}".rstrip() + f" among {[row['label'] for row in rows]}")
+
+
+def table(found: Sequence[Line]) -> str:
+    """The lines as a Markdown table."""
+    text = ["| | tokens/s | MB of weights | loss, nats/token |", "|---|---|---|---|"]
+    for line in found:
+        loss = "–" if line.loss is None else f"{line.loss:.3f}".replace("-0.000", "0.000")
+        text.append(f"| {line.name} | {_rounded(line.tokens_per_second)} | {line.resident_bytes / 1e6:.0f} | {loss} |")
+    return "\n".join(text)
+
+
+def _rounded(value: float) -> str:
+    """Three digits, as many as such a measurement has."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def caption(speed: dict, quality: dict) -> str:
+    """The conditions of the measurement, in one paragraph."""
+    return (
+        f"{speed['model']} in {speed['rows'][0]['dtype']}, {speed['threads']} threads, {speed['kernels']} kernels. "
+        f"Speed: medians of {speed['repetitions']} interleaved rounds, {speed['prompt_length']} prompt tokens, "
+        f"{speed['new_tokens']} generated. Loss over dense: {quality['examples']} windows of {PREFILL_TOKENS} + "
+        f"{SCORED_TOKENS} tokens."
+    )
+
+
+def replaced(text: str, new: str) -> str:
+    """The text with `new` between the markers, which stay. PartInferError unless each is there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise PartInferError(f"expected one {BEGIN} and one {END} after it: put them where the table belongs")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{new}\n{END}{rest.partition(END)[2]}"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PartInferError(f"{path} can't be read: {error}") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -159,10 +159,10 @@ class Ffn:
     def paths(self) -> list[Measured]:
         name = str(self.dtype).removeprefix("torch.")
         paths = [*self.torch_paths(), *self.native_paths(name, self.float_layers)]
-        for bits in (8, 4):
-            one = [kernels.quantize(w, bits) for w in self.float_layers[0]]
+        for name, weight_format in kernels.FORMATS.items():
+            one = [kernels.quantize(w, weight_format) for w in self.float_layers[0]]
             copies = range(self.count(sum(w.nbytes for w in one)))
-            paths += self.native_paths(f"int{bits}", [[self.copy(w) for w in one] for _ in copies])
+            paths += self.native_paths(name, [[self.copy(w) for w in one] for _ in copies])
         return paths
 
     def copy(self, weight: kernels.QuantizedTensor) -> kernels.QuantizedTensor:
@@ -191,10 +191,10 @@ def linear_paths(ffn: Ffn) -> list[Measured]:
         Measured(shape, "torch linear, oneDNN off", without_onednn, nbytes, len(weights), []),
         Measured(shape, "native linear", lambda i: kernels.linear(ffn.x, weights[i]), nbytes, len(weights), []),
     ]
-    for bits in (8, 4):
-        packed = [kernels.quantize(w, bits) for w in weights]
+    for name, weight_format in kernels.FORMATS.items():
+        packed = [kernels.quantize(w, weight_format) for w in weights]
         run = lambda i, packed=packed: kernels.linear(ffn.x, packed[i])  # noqa: E731
-        paths.append(Measured(shape, f"native int{bits} linear", run, packed[0].nbytes, len(packed), []))
+        paths.append(Measured(shape, f"native {name} linear", run, packed[0].nbytes, len(packed), []))
     return paths
 
 

@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -87,7 +87,7 @@ def whole_weight(head: ScreenedHead) -> kernels.Weight:
         return head.packed
     data = WeightMemory(huge_pages=True).empty(head.packed.shape, torch.int8, torch.device("cpu"))
     data.copy_(kernels.join_planes(head.packed).data)
-    return kernels.QuantizedTensor(data, head.packed.scales, 8)
+    return replace(head.packed, data=data)
 
 
 def main() -> int:

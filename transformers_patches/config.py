@@ -10,8 +10,9 @@ from transformers_patches.errors import PartInferError
 METHODS = ("partinfer", "coreinfer", "dense")
 BASE_NEURONS_TYPES = ("dataset", "model")
 FLOAT_DTYPES = ("auto", "float32", "bfloat16", "float16")
-DTYPES = (*FLOAT_DTYPES, "int8", "int4")
-QUANTIZED_DTYPES = DTYPES[len(FLOAT_DTYPES) :]
+QUANTIZED_DTYPES = ("int8", "int4")  # the names of kernels.FORMATS, which is not imported because that takes seconds
+DTYPES = (*FLOAT_DTYPES, *QUANTIZED_DTYPES)
+HEAD_DTYPE = "int8"  # of a quantised output projection unless told: every token passes it, and 4 bits cost most there
 KERNELS = ("auto", "native", "torch")
 SCREENING = ("auto", "on", "off")
 PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass")  # once per prompt; formulas in prompt_evidence.py
@@ -119,12 +120,14 @@ class PartInferConfig:
         action="store_true",
     )
     dtype: str = _option(
-        "auto", "weights and arithmetic; auto: as the checkpoint says; int8, int4: quantised weights", choices=DTYPES
+        "auto",
+        f"weights and arithmetic; auto: as the checkpoint says; {', '.join(QUANTIZED_DTYPES)}: quantised weights",
+        choices=DTYPES,
     )
     head_dtype: str = _option(
         "auto",
         "with int4 weights: type of output projection and embeddings; int4 reads fewer bytes for each token, and costs "
-        "more quality than elsewhere (int8)",
+        f"more quality than elsewhere ({HEAD_DTYPE})",
         choices=("auto", *QUANTIZED_DTYPES),
     )
     screen_head: str = _option(
@@ -143,9 +146,9 @@ class PartInferConfig:
         self._check_choice("base_neurons_type", BASE_NEURONS_TYPES)
         self._check_choice("dtype", DTYPES)
         self._check_choice("head_dtype", ("auto", *QUANTIZED_DTYPES))
-        if self.head_dtype == "int4" and self.dtype not in ("auto", "int4"):
+        if self.head_dtype not in ("auto", HEAD_DTYPE) and self.dtype not in ("auto", self.head_dtype):
             raise PartInferError(
-                f"head_dtype int4 belongs to dtype int4, got dtype {self.dtype}: leave one of them out"
+                f"head_dtype {self.head_dtype} belongs to dtype {self.head_dtype}, got dtype {self.dtype}: leave one of them out"
             )
         self._check_choice("screen_head", SCREENING)
         self._check_choice("kernels", KERNELS)

@@ -21,6 +21,7 @@ from evaluation.speed.random_weights import RandomWeights, shape_config
 from evaluation.speed.rows import measured_row, speedup
 from evaluation.speed.workers import Worker
 from transformers_patches import kernels
+from transformers_patches.config import QUANTIZED_DTYPES
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import build_on_meta, read_config, resolve_device
 from transformers_patches.weights.model_files import load_tokenizer, open_weights
@@ -118,8 +119,8 @@ class Measurement:
     def _float_dtype(self) -> str:
         """The type of what is not quantised."""
         given = self.arguments.dtype or "auto"
-        own = self._dtype("auto" if given.startswith("int") else given)
-        return "bfloat16" if own.startswith("int") else own
+        own = self._dtype("auto" if given in QUANTIZED_DTYPES else given)
+        return "bfloat16" if own in QUANTIZED_DTYPES else own
 
     def _llama_cpp_jobs(self, compared: list[str | None]) -> list[Job]:
         if not compared:

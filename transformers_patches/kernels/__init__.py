@@ -17,12 +17,16 @@ from transformers_patches.kernels import native as _native
 from transformers_patches.kernels import probe as _probe
 from transformers_patches.kernels.blockwise import multiplies_fast
 from transformers_patches.kernels.decoder import ActiveNeurons, Decoder
+from transformers_patches.kernels.formats import FORMATS, GROUP, INT4, INT8, WeightFormat, format_named
 from transformers_patches.kernels.layer import AttentionLayer, Projections
-from transformers_patches.kernels.quantization import GROUP, QuantizedTensor
+from transformers_patches.kernels.quantization import QuantizedTensor
 from transformers_patches.kernels.screening import SOFTMAX, Needed, Screen
 
 __all__ = [
+    "FORMATS",
     "GROUP",
+    "INT4",
+    "INT8",
     "SOFTMAX",
     "ActiveNeurons",
     "AttentionLayer",
@@ -32,6 +36,7 @@ __all__ = [
     "QuantizedTensor",
     "Screen",
     "Weight",
+    "WeightFormat",
     "add_norm",
     "advise_huge_pages",
     "attention_step",
@@ -41,6 +46,7 @@ __all__ = [
     "core_counts",
     "dense_ffn",
     "dequantize",
+    "format_named",
     "join_planes",
     "linear",
     "most_marked",
@@ -65,6 +71,14 @@ __all__ = [
 Weight = Tensor | QuantizedTensor
 
 _LIBRARY = _native.Library()
+
+
+def _ops_for(x: Tensor, weight: Weight):
+    """The native operations; None where PyTorch has to do the work, for lack of a library, a CPU, or a kernel for the format."""
+    ops = _LIBRARY.get()
+    if ops is None or not x.is_cpu or (isinstance(weight, QuantizedTensor) and weight.format.native is None):
+        return None
+    return ops
 
 
 def available() -> bool:
@@ -112,12 +126,12 @@ def sparse_ffn(
     each >= prefix, no copy is made); activation silu, gelu, gelu_tanh or relu (rows of down are skipped where h is 0).
     Returns a tensor like x, `out` if given. Sums are kept in float32. Raises ValueError for arguments that don't fit.
     """
-    ops = _LIBRARY.get()
-    if ops is None or not x.is_cpu:
+    ops = _ops_for(x, gate)
+    if ops is None:
         result = reference.sparse_ffn(x, gate, up, down, prefix, index, activation, bias_gate, bias_up)
     elif isinstance(gate, QuantizedTensor):
         result = ops.quant_sparse_ffn(
-            x, gate.data, gate.scales, up.data, up.scales, down.data, down.scales, down.column_scales, gate.bits, prefix,
+            x, gate.data, gate.scales, up.data, up.scales, down.data, down.scales, down.column_scales, gate.native_code, prefix,
             index, activation, bias_gate, bias_up,
         )  # fmt: skip
     elif out is not None:
@@ -141,12 +155,22 @@ def sparse_ffn_plain(
 
     fc1, fc2 [L, H] (fc2 transposed), bias1 [L] or None; else as in sparse_ffn. fc2's own bias is the caller's.
     """
-    ops = _LIBRARY.get()
-    if ops is None or not x.is_cpu:
+    ops = _ops_for(x, fc1)
+    if ops is None:
         return reference.sparse_ffn(x, fc1, None, fc2, prefix, index, activation, bias1)
     if isinstance(fc1, QuantizedTensor):
         return ops.quant_sparse_ffn_plain(
-            x, fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc2.column_scales, fc1.bits, prefix, index, activation
+            x,
+            fc1.data,
+            fc1.scales,
+            bias1,
+            fc2.data,
+            fc2.scales,
+            fc2.column_scales,
+            fc1.native_code,
+            prefix,
+            index,
+            activation,
         )
     return ops.sparse_ffn_plain(x, fc1, bias1, fc2, prefix, index, activation)
 
@@ -170,8 +194,8 @@ def sparse_ffn_by_up(
     keep_count: how many are computed, exactly; None: all whose product is above `threshold`. Zeros are never computed.
     Returns the output like x and the number of neurons computed per token, int64 [T].
     """
-    ops = _LIBRARY.get()
-    if ops is None or not x.is_cpu:
+    ops = _ops_for(x, gate)
+    if ops is None:
         return reference.sparse_ffn_by_up(
             x, gate, up, down, candidates_prefix, candidates_index, scale, keep_count, threshold, activation
         )
@@ -186,7 +210,7 @@ def sparse_ffn_by_up(
             down.data,
             down.scales,
             down.column_scales,
-            gate.bits,
+            gate.native_code,
             *choice,
             activation,
         )
@@ -210,37 +234,37 @@ def sparse_ffn_plain_by_size(
     fc1 is read for all candidates, fc2 only for the chosen; neurons that ReLU leaves at 0 are never among them. Else as
     in sparse_ffn_by_up and sparse_ffn_plain.
     """
-    ops = _LIBRARY.get()
-    if ops is None or not x.is_cpu:
+    ops = _ops_for(x, fc1)
+    if ops is None:
         return reference.sparse_ffn_plain_by_size(
             x, fc1, bias1, fc2, candidates_prefix, candidates_index, scale, keep_count, threshold, activation
         )
     choice = (candidates_prefix, candidates_index, scale, -1 if keep_count is None else keep_count, threshold)
     if isinstance(fc1, QuantizedTensor):
-        weights = (fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc2.column_scales, fc1.bits)
+        weights = (fc1.data, fc1.scales, bias1, fc2.data, fc2.scales, fc2.column_scales, fc1.native_code)
         return ops.quant_sparse_ffn_plain_by_size(x, *weights, *choice, activation)
     return ops.sparse_ffn_plain_by_size(x, fc1, bias1, fc2, *choice, activation)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] plus bias [out]: [..., out], like F.linear, but made for a few tokens."""
-    ops = _LIBRARY.get()
-    if ops is None or not x.is_cpu:
+    ops = _ops_for(x, weight)
+    if ops is None:
         return reference.linear(x, weight, bias)
     if isinstance(weight, QuantizedTensor):
         if weight.in_planes:
             return project(x, weight, bias)
-        return ops.quant_linear(x, weight.data, weight.scales, weight.bits, bias)
+        return ops.quant_linear(x, weight.data, weight.scales, weight.native_code, bias)
     return ops.linear(x, weight, bias)
 
 
 def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
     """h [..., n] times weight [n, H]: [..., H], the weighted sums of the rows, like `combine`, but made for a few tokens."""
-    ops = _LIBRARY.get()
-    if ops is None or not h.is_cpu:
+    ops = _ops_for(h, weight)
+    if ops is None:
         return reference.weighted_rows(h, weight)
     if isinstance(weight, QuantizedTensor):
-        return ops.quant_weighted_rows(h, weight.data, weight.scales, weight.column_scales, weight.bits)
+        return ops.quant_weighted_rows(h, weight.data, weight.scales, weight.column_scales, weight.native_code)
     return ops.weighted_rows(h, weight)
 
 
@@ -265,7 +289,7 @@ def split_planes(weight: QuantizedTensor) -> QuantizedTensor:
         return quantization.split_planes(weight)
     data = torch.empty(2, len(weight), weight.shape[1] // 2, dtype=torch.uint8)
     ops.split_planes(weight.data, data)
-    return QuantizedTensor(data, weight.scales, 8)
+    return replace(weight, data=data)
 
 
 def join_planes(weight: QuantizedTensor) -> QuantizedTensor:
@@ -275,7 +299,7 @@ def join_planes(weight: QuantizedTensor) -> QuantizedTensor:
         return quantization.join_planes(weight)
     data = torch.empty(weight.shape, dtype=torch.int8)
     ops.join_planes(weight.data, data)
-    return QuantizedTensor(data, weight.scales, 8)
+    return replace(weight, data=data)
 
 
 def project(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -292,37 +316,40 @@ def combine(h: Tensor, weight: Weight) -> Tensor:
 
 
 def quantize(
-    weight: Tensor, bits: int, column_weights: Tensor | None = None, column_scales: Tensor | None = None
+    weight: Tensor,
+    weight_format: WeightFormat,
+    column_weights: Tensor | None = None,
+    column_scales: Tensor | None = None,
 ) -> QuantizedTensor:
-    """A float weight [rows, columns] in 8 or 4 bits.
+    """A float weight [rows, columns] in one of the FORMATS.
 
-    8 bits: a group's largest value is exact; with column_weights (float32 [columns]) scales from 0.992 to 1.056 times the
-    one that makes it so are tried, and the one with the least square error weighted with them is taken. 4 bits: scales from
+    int8: a group's largest value is exact; with column_weights (float32 [columns]) scales from 0.992 to 1.056 times the
+    one that makes it so are tried, and the one with the least square error weighted with them is taken. int4: scales from
     0.8 to 1.04 times the exact one (as -8, so a scale may be negative), errors weighted with |value| too. column_scales
-    (float32 [columns]): what is quantised is the weight divided by them. Raises PartInferError if columns is no multiple of 32,
-    bits is neither 8 nor 4, or the column weights are others.
+    (float32 [columns]): what is quantised is the weight divided by them. Raises PartInferError if columns are no multiple of
+    the format's group, or the column weights are others.
     """
     if column_scales is not None:
-        return replace(quantize(weight / column_scales, bits, column_weights), column_scales=column_scales)
+        return replace(quantize(weight / column_scales, weight_format, column_weights), column_scales=column_scales)
     ops = _LIBRARY.get()
-    if ops is None or not weight.is_cpu or weight.ndim != 2:
-        return quantization.quantize(weight, bits, column_weights)
+    if ops is None or not weight.is_cpu or weight.ndim != 2 or weight_format.native is None:
+        return quantization.quantize(weight, weight_format, column_weights)
     quantization.check_column_weights(column_weights, weight.shape[1])
-    packed = QuantizedTensor.empty(*weight.shape, bits)
+    packed = QuantizedTensor.empty(*weight.shape, weight_format)
     weights = None if column_weights is None else column_weights.cpu().contiguous()
-    ops.quantize(weight.contiguous(), bits, weights, packed.data, packed.scales)
+    ops.quantize(weight.contiguous(), packed.native_code, weights, packed.data, packed.scales)
     return packed
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """The float weight [rows, columns] that a quantised one stands for, in `out` if given."""
-    ops = _LIBRARY.get()
-    if ops is None or not weight.data.is_cpu:
+    ops = _ops_for(weight.data, weight)
+    if ops is None:
         floats = quantization.dequantize(weight, dtype)
         return floats if out is None else out.copy_(floats)
     weight = join_planes(weight) if weight.in_planes else weight
     out = torch.empty(weight.shape, dtype=dtype) if out is None else out
-    ops.dequantize(weight.data, weight.scales, weight.bits, out)
+    ops.dequantize(weight.data, weight.scales, weight.native_code, out)
     return out if weight.column_scales is None else out.mul_(weight.column_scales)
 
 
@@ -344,7 +371,7 @@ def attention_step(
     """
     ops = _LIBRARY.get()
     position = (cosine, sine, keys, values, length)
-    if ops is None or not x.is_cpu:
+    if ops is None or not x.is_cpu or not layer.projections.are_native:
         return _layer.attention_step(x, delta, layer, *position)
     p = layer.projections
     weights = (p.weights, p.scales, p.biases, p.bits)
@@ -354,7 +381,7 @@ def attention_step(
 def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
     """The FFN of a layer that is computed whole, for one token x [1, 1, H]; projections: gate, up and down, or fc1 and fc2."""
     ops = _LIBRARY.get()
-    if ops is None or not x.is_cpu:
+    if ops is None or not x.is_cpu or not projections.are_native:
         return _layer.dense_ffn(x, projections, activation)
     return ops.dense_ffn(x, projections.weights, projections.scales, projections.biases, projections.bits, activation)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transformers_patches.kernels import reference
+from transformers_patches.kernels.formats import WeightFormat
 from transformers_patches.kernels.quantization import QuantizedTensor
 
 Linear = tuple[Tensor | QuantizedTensor, Tensor | None]  # weight [out, in] and bias
@@ -17,15 +18,19 @@ Linear = tuple[Tensor | QuantizedTensor, Tensor | None]  # weight [out, in] and 
 
 @dataclass(frozen=True)
 class Projections:
-    """Linear layers of one kind of weights, as the operations take them; bits is 0 and scales empty for floats.
+    """Linear layers of one kind of weights, as the operations take them.
 
+    weights: floats [out, in], or the data of quantised weights.
+    scales: of each quantised weight; empty for floats.
+    biases: [out] each, or None.
+    format: of the quantised weights; None for floats.
     column_scales: those of the last one, down rows that are summed up.
     """
 
     weights: list[Tensor]
     scales: list[Tensor]
     biases: list[Tensor | None]
-    bits: int
+    format: WeightFormat | None
     column_scales: Tensor | None = None
 
     @classmethod
@@ -34,19 +39,29 @@ class Projections:
         if any(linear is None for linear in linears):
             return None
         weights, biases = [weight for weight, _ in linears], [bias for _, bias in linears]
-        kinds = {weight.bits if isinstance(weight, QuantizedTensor) else weight.dtype for weight in weights}
+        kinds = {weight.format if isinstance(weight, QuantizedTensor) else weight.dtype for weight in weights}
         if len(kinds) != 1:
             return None
         if isinstance(weights[0], QuantizedTensor):
             columns = weights[-1].column_scales
-            return cls([w.data for w in weights], [w.scales for w in weights], biases, weights[0].bits, columns)
-        return cls([weight.detach() for weight in weights], [], biases, 0)
+            return cls([w.data for w in weights], [w.scales for w in weights], biases, weights[0].format, columns)
+        return cls([weight.detach() for weight in weights], [], biases, None)
+
+    @property
+    def are_native(self) -> bool:
+        """Whether the native operations know the format."""
+        return self.format is None or self.format.native is not None
+
+    @property
+    def bits(self) -> int:
+        """What native operations call the format, 0 for floats."""
+        return 0 if self.format is None else self.format.native.code
 
     def linear(self, number: int, x: Tensor) -> Tensor:
         """One of them in PyTorch."""
         weight = self.weights[number]
-        if self.bits:
-            weight = QuantizedTensor(weight, self.scales[number], self.bits)
+        if self.format is not None:
+            weight = QuantizedTensor(weight, self.scales[number], self.format)
         return reference.linear(x, weight, self.biases[number])
 
 

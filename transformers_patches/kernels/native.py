@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.kernels.quantization import GROUP
+from transformers_patches.kernels.formats import GROUP
 
 ENVIRONMENT = "PARTINFER_KERNELS"
 

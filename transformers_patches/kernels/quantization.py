@@ -1,4 +1,4 @@
-"""int8 and int4 weights: symmetric, one float16 scale per group of 32 columns, every row on its own."""
+"""QuantizedTensor: a weight in one of the formats of formats.py, and the same in PyTorch that kernels do with it."""
 
 from __future__ import annotations
 
@@ -9,40 +9,42 @@ import torch
 from torch import Tensor
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.kernels.formats import GROUP, WeightFormat
 
-GROUP = 32
 _VALUES_AT_ONCE = 2**20  # bounds the float32 copies that quantising makes
-_CANDIDATES = {  # by bits: times the scale that makes the largest value exact
-    8: [0.992 + 0.008 * step for step in range(9)],
-    4: [0.8 + 0.02 * step for step in range(13)],
-}
 # How large a column's largest value is beside its scale: so that the scales of groups are normal float16s.
 COLUMN_RANGE = 64.0
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A [rows, columns] weight in 8 or 4 bits.
+    """A [rows, columns] weight in few bits.
 
-    data: int8 [rows, columns], or uint8 [rows, columns / 2]: value + 8 in four bits, byte k of a group's 16 holding
-    column k (low bits) and column k + 16 (high bits). scales: float16 [rows, columns / 32]. Weight = scale * value.
-    8 bits may also be in two planes of such nibbles, data uint8 [2, rows, columns / 2]: value + 128 = 16 high + low.
-    column_scales: float32 [columns] or None, what each column is multiplied with besides: where columns are the outputs of
-    what is summed up row by row, one large column would take the range of its whole group.
+    data: the packed values, [rows, …] as the format has them, or [2, rows, …] in planes.
+    scales: [rows, columns / group, …] as the format has them.
+    format: how values are packed, and what they stand for.
+    column_scales: float32 [columns] or None, a factor of each column besides. Where rows are summed up, columns are outputs,
+        and a large one would take up the range of its whole group.
     """
 
     data: Tensor
     scales: Tensor
-    bits: int
+    format: WeightFormat
     column_scales: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         """[rows, columns] of the weight that this stands for."""
-        return torch.Size((self.scales.shape[0], self.scales.shape[1] * GROUP))
+        return torch.Size((self.scales.shape[0], self.scales.shape[1] * self.format.group))
+
+    @property
+    def native_code(self) -> int:
+        """What native operations call the format, which must be one that they know."""
+        return self.format.native.code
 
     @property
     def in_planes(self) -> bool:
+        """Whether 8 bits are in two planes of four: high ones and low ones."""
         return self.data.ndim == 3
 
     @property
@@ -76,7 +78,7 @@ class QuantizedTensor:
         return self if moved.data is self.data else moved
 
     def like(self, empty: Callable[[Tensor], Tensor]) -> QuantizedTensor:
-        """One of the same shape and bits in memory that `empty` gives for its data and its scales."""
+        """One of the same shape and format in memory that `empty` gives for its data and its scales."""
         return self.over(empty(self.data), empty(self.scales))
 
     def over(self, data: Tensor, scales: Tensor) -> QuantizedTensor:
@@ -97,7 +99,7 @@ class QuantizedTensor:
         self.data[..., rows, :], self.scales[rows] = values.data, values.scales
 
     def copy_(self, other: QuantizedTensor) -> None:
-        """Take over the values of another one of the same shape and bits."""
+        """Take over the values of another one of the same shape and format."""
         for own, others in zip(self.parts, other.parts, strict=True):
             own.copy_(others)
 
@@ -106,46 +108,39 @@ class QuantizedTensor:
         cls,
         rows: int,
         columns: int,
-        bits: int,
+        weight_format: WeightFormat,
         device: torch.device | str = "cpu",
         *,
         in_planes: bool = False,
         column_scales: bool = False,
     ) -> QuantizedTensor:
-        """Memory for a [rows, columns] weight. Raises PartInferError if columns is no multiple of 32 or bits not 4 or 8."""
-        if bits not in (4, 8):
-            raise PartInferError(f"bits must be 4 or 8, got {bits}")
-        if columns % GROUP:
+        """Memory for a [rows, columns] weight. Raises PartInferError if columns don't make up whole groups."""
+        if columns % weight_format.group:
             raise PartInferError(
-                f"a weight to quantise must be [rows, columns] with columns a multiple of {GROUP}, "
+                f"a weight to quantise must be [rows, columns] with columns a multiple of {weight_format.group}, "
                 f"got [{rows}, {columns}]: keep it in bfloat16"
             )
-        if bits == 8 and not in_planes:
-            data = torch.empty(rows, columns, dtype=torch.int8, device=device)
-        else:
-            planes = (2,) if in_planes else ()
-            data = torch.empty(*planes, rows, columns // 2, dtype=torch.uint8, device=device)
-        scales = torch.empty(rows, columns // GROUP, dtype=torch.float16, device=device)
-        return cls(data, scales, bits, torch.empty(columns, device=device) if column_scales else None)
+        if in_planes and not weight_format.splits:
+            raise ValueError(f"{weight_format.name} weights can't be in planes")
+        data, scales = weight_format.empty(rows, columns, device)
+        if in_planes:
+            data = torch.empty(2, rows, columns // 2, dtype=torch.uint8, device=device)
+        return cls(data, scales, weight_format, torch.empty(columns, device=device) if column_scales else None)
 
 
-def quantize(weight: Tensor, bits: int, column_weights: Tensor | None = None) -> QuantizedTensor:
+def quantize(weight: Tensor, weight_format: WeightFormat, column_weights: Tensor | None = None) -> QuantizedTensor:
     """`kernels.quantize` in PyTorch."""
     if weight.ndim != 2:
         raise PartInferError(f"a weight to quantise must be [rows, columns], got {list(weight.shape)}")
     rows, columns = weight.shape
     check_column_weights(column_weights, columns)
-    result = QuantizedTensor.empty(rows, columns, bits, weight.device)
+    result, group = QuantizedTensor.empty(rows, columns, weight_format, weight.device), weight_format.group
     step = max(1, _VALUES_AT_ONCE // columns)
-    important = None if column_weights is None else column_weights.to(weight.device).view(-1, GROUP)
+    important = None if column_weights is None else column_weights.to(weight.device).view(-1, group)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
-        groups = weight[piece].float().view(-1, columns // GROUP, GROUP)
-        scale = _exact_scale(groups, bits)
-        if bits == 4 or important is not None:
-            scale = _best_scale(groups, scale, bits, important)
-        result.scales[piece] = scale
-        result.data[piece] = _pack(_round(groups, scale, bits), bits)
+        groups = weight[piece].float().view(-1, columns // group, group)
+        result.data[piece], result.scales[piece] = weight_format.quantize(groups, important)
     return result
 
 
@@ -164,7 +159,7 @@ def split_planes(weight: QuantizedTensor) -> QuantizedTensor:
     groups = (weight.data.view(torch.uint8) ^ 128).view(len(weight), -1, 2, GROUP // 2)
     first, second = groups[:, :, 0], groups[:, :, 1]
     planes = [first >> 4 | second & 0xF0, first & 15 | second << 4]
-    return QuantizedTensor(torch.stack([plane.flatten(1) for plane in planes]), weight.scales, 8)
+    return replace(weight, data=torch.stack([plane.flatten(1) for plane in planes]))
 
 
 def join_planes(weight: QuantizedTensor) -> QuantizedTensor:
@@ -172,60 +167,16 @@ def join_planes(weight: QuantizedTensor) -> QuantizedTensor:
     high, low = weight.data.view(2, len(weight), -1, GROUP // 2)
     first, second = (high & 15) << 4 | low & 15, high & 0xF0 | low >> 4
     values = torch.stack([first, second], dim=2).flatten(1) ^ 128
-    return QuantizedTensor(values.view(torch.int8), weight.scales, 8)
+    return replace(weight, data=values.view(torch.int8))
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The float weight [rows, columns] that a quantised one stands for."""
     weight = join_planes(weight) if weight.in_planes else weight
-    rows, columns = weight.shape
-    if weight.bits == 8:
-        values = weight.data.view(rows, -1, GROUP)
-    else:
-        packed = weight.data.view(rows, -1, GROUP // 2)
-        values = torch.cat((packed & 15, packed >> 4), dim=-1).to(torch.int8) - 8
-    floats = (values * weight.scales.float().unsqueeze(-1)).view(rows, columns)
+    floats = weight.format.unpack(weight.data, weight.scales).view(weight.shape)
     return (floats if weight.column_scales is None else floats * weight.column_scales).to(dtype)
 
 
 def column_scales(largest: Tensor) -> Tensor:
     """The column scales of a weight whose columns have these largest sizes: float32 [columns] each."""
     return torch.where(largest > 0, largest / COLUMN_RANGE, 1.0)
-
-
-def _exact_scale(groups: Tensor, bits: int) -> Tensor:
-    """float16 scales [rows, groups] that keep each group's largest value."""
-    if bits == 8:
-        return (groups.abs().amax(-1) / 127).half()
-    lowest, highest = groups.aminmax(dim=-1)
-    return (torch.where(highest > -lowest, highest, lowest) / -8).half()
-
-
-def _round(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
-    scale = scale.float().unsqueeze(-1)
-    values = groups * torch.where(scale == 0, 0.0, 1 / scale)
-    return (values.clamp_(-127, 127) if bits == 8 else values.clamp_(-8, 7)).round_()
-
-
-def _best_scale(groups: Tensor, scale: Tensor, bits: int, column_weights: Tensor | None) -> Tensor:
-    """With 4 bits large values, of which there are few, count most, in the error and in what a layer computes.
-
-    column_weights: [groups, 32], what the errors of a column count besides.
-    """
-    importance = groups.abs() if bits == 4 else torch.ones_like(groups)
-    importance = importance if column_weights is None else importance * column_weights
-    best, least = scale, torch.full_like(scale, torch.inf, dtype=torch.float32)
-    for factor in _CANDIDATES[bits]:
-        candidate = (scale.float() * factor).half()
-        restored = _round(groups, candidate, bits) * candidate.float().unsqueeze(-1)
-        error = ((groups - restored).square_() * importance).sum(-1)
-        better = error < least
-        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
-    return best
-
-
-def _pack(values: Tensor, bits: int) -> Tensor:
-    if bits == 8:
-        return values.to(torch.int8).flatten(1)
-    nibbles = (values + 8).to(torch.uint8)
-    return (nibbles[..., : GROUP // 2] | nibbles[..., GROUP // 2 :] << 4).flatten(1)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transformers_patches.kernels.quantization import GROUP, QuantizedTensor, dequantize
+from transformers_patches.kernels.formats import GROUP, INT4
+from transformers_patches.kernels.quantization import QuantizedTensor, dequantize
 
 LOW_MIDDLE, LOW_VARIANCE = 7.5, 255 / 12  # of low nibbles, which are 0 … 15: what the high plane alone takes them for
 DEVIATIONS, DEVIATIONS_OF_SEVERAL = 8.0, 4.0
@@ -63,7 +64,7 @@ class Screen:
 
     def coarse(self) -> Tensor:
         """What the high plane alone stands for: float32 [V, H]."""
-        high = QuantizedTensor(self.data if self.data.ndim == 2 else self.data[0], self.scales, 4)
+        high = QuantizedTensor(self.data if self.data.ndim == 2 else self.data[0], self.scales, INT4)
         return 16 * dequantize(high) + LOW_MIDDLE * self.scales.float().repeat_interleave(GROUP, dim=1)
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import FFNSpec
+from transformers_patches.kernels import WeightFormat
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.load_plan import LayerPlan, LoadPlan
@@ -27,7 +28,7 @@ def swap_ffns(
     settings: PartInferConfig,
     state: RequestState,
     dtype: torch.dtype,
-    bits: int | None,
+    weight_format: WeightFormat | None,
     *,
     native: bool,
     neurons: NeuronFile | None = None,
@@ -55,7 +56,7 @@ def swap_ffns(
                 output_bias=down.bias is not None,
                 token_sparsity=settings.token_sparsity,
                 native=native,
-                bits=bits,
+                weight_format=weight_format,
                 selection=settings.selection,
                 prior=Prior.of(layer_plan, layer, neurons, layer_fit, with_threshold=with_threshold),
                 compensate_loaded=bool(settings.compensations),

@@ -13,16 +13,15 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from transformers_patches.config import PartInferConfig
+from transformers_patches.config import HEAD_DTYPE, PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 from transformers_patches.fast_pass.one_token import speed_up_one_token
-from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.kernels import FORMATS, QuantizedTensor, WeightFormat
 from transformers_patches.load.column_weights import column_weights
 from transformers_patches.load.ffn_swap import attach_compensation, swap_ffns
 from transformers_patches.modules.fast_linear import native_kernels_wanted, replace_linears
 from transformers_patches.modules.quantized import (
-    HEAD_BITS,
     QuantizedEmbedding,
     QuantizedWeight,
     quantize_modules,
@@ -176,8 +175,8 @@ def load_from(
     settings, fit = resolve_settings(settings, base, fit, config.num_hidden_layers)
     plan = build_load_plan(settings, config, dataset_neurons, model_neurons, fit)
     fit_bytes = 0 if fit is None else sum(layer.nbytes for layer in fit.layers.values())
-    device, (dtype, bits) = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
-    if bits is None and settings.head_dtype != "auto":
+    device, (dtype, weight_format) = resolve_device(settings.device), _resolve_dtype(settings.dtype, config)
+    if weight_format is None and settings.head_dtype != "auto":
         raise PartInferError(
             f"head_dtype {settings.head_dtype} belongs to quantised weights: give --dtype int4 with it"
         )
@@ -187,12 +186,13 @@ def load_from(
     model = build_on_meta(config, dtype)
     state = RequestState()
     native = native_kernels_wanted(settings.kernels, device, dtype)
-    sources = swap_ffns(model, spec, plan, settings, state, dtype, bits, native=native, neurons=base, fit=fit)
-    if bits is not None:
-        head_bits = HEAD_BITS if settings.head_dtype == "auto" else int(settings.head_dtype.removeprefix("int"))
-        in_planes = native and settings.screen_head != "off" and head_bits == 8
+    native &= weight_format is None or weight_format.native is not None
+    sources = swap_ffns(model, spec, plan, settings, state, dtype, weight_format, native=native, neurons=base, fit=fit)
+    if weight_format is not None:
+        head_format = FORMATS[HEAD_DTYPE if settings.head_dtype == "auto" else settings.head_dtype]
+        in_planes = native and settings.screen_head != "off" and head_format.splits
         in_planes &= can_be_screened(model.get_output_embeddings())
-        quantize_modules(model, bits, head_bits, dtype, native=native, head_in_planes=in_planes)
+        quantize_modules(model, weight_format, head_format, dtype, native=native, head_in_planes=in_planes)
     memory = WeightMemory(huge_pages=native)
     _stream_weights(
         model,
@@ -200,7 +200,7 @@ def load_from(
         names,
         sources,
         device,
-        known_inputs=None if bits is None else base,
+        known_inputs=None if weight_format is None else base,
         intermediate_size=plan.intermediate_size,
         keep_on_cpu=settings.memory_limit,
         memory=memory,
@@ -221,10 +221,10 @@ def load_from(
     return LoadedModel(model, settings, plan, state, report)
 
 
-def _resolve_dtype(name: str, config: PretrainedConfig) -> tuple[torch.dtype, int | None]:
-    """The type of arithmetic and of what is not quantised, and the bits of what is (None: nothing)."""
-    if name.startswith("int"):
-        return torch.bfloat16, int(name.removeprefix("int"))
+def _resolve_dtype(name: str, config: PretrainedConfig) -> tuple[torch.dtype, WeightFormat | None]:
+    """The type of arithmetic and of what is not quantised, and the format of what is (None: nothing)."""
+    if name in FORMATS:
+        return torch.bfloat16, FORMATS[name]
     return ((config.dtype or torch.float32) if name == "auto" else getattr(torch, name)), None
 
 

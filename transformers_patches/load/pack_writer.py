@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import sync_folder, write_text_atomic
@@ -124,7 +125,7 @@ class _Recorder(WeightSource):
     def _describe(self, source: Source, out: torch.Tensor | QuantizedTensor, **more: object) -> None:
         """Note down a weight that is not simply there under its name."""
         if isinstance(out, QuantizedTensor):
-            more |= {"bits": out.bits, "refitted": source.fit is not None}
+            more |= {"format": out.format.name, "refitted": source.fit is not None}
             if out.column_scales is not None:
                 self.keep(f"{COLUMN_SCALES}.{source.name}", out.column_scales)
         number = None
@@ -220,7 +221,7 @@ def _fill(folder: Path, source: Path, settings: PartInferConfig, *neurons: Neuro
     if factors is not None:
         recorder.keep(ROPE_FACTORS, factors)
     recorder.finish()
-    quantized = settings.dtype.startswith("int")
+    quantized = settings.dtype in kernels.FORMATS
     _save_neurons(folder / NEURONS, neurons, find_fit(settings, *neurons), loaded, quantized=quantized)
     _copy_rest(source, folder)
     layers = list(loaded.plan.layers)

@@ -13,18 +13,20 @@ from transformers_patches import kernels
 from transformers_patches.kernels import QuantizedTensor, Weight
 
 FEW_TOKENS = 8  # that the kernels read a weight once for
-# Up to how many tokens the kernels win, by the bits of a weight: over PyTorch's matrix products, and over unpacking for
-# them (docs/speed.md); and the same where these have no fast path for 16 bits.
-_WINS = {16: 8, 8: 32, 4: 32}
-_WINS_OVER_FLOAT32 = {16: 48, 8: 48, 4: 128}
-# The same for weighted sums of rows, of any type.
-_ROWS_WIN, _ROWS_WIN_OVER_FLOAT32 = FEW_TOKENS, 48
+# Up to how many tokens the kernels beat PyTorch's matrix products with float weights, and weighted sums of rows of any type
+# (docs/speed.md); and the same where these have no fast path for 16 bits. kernels/formats.py has it for quantised weights.
+_WIN, _WIN_OVER_FLOAT32 = FEW_TOKENS, 48
 
 
 def few_tokens(weight: Weight, dtype: torch.dtype) -> int:
     """Up to how many tokens of a type the native kernels multiply faster than `kernels.project`."""
-    bits = weight.bits if isinstance(weight, QuantizedTensor) else 16
-    return (_WINS if kernels.multiplies_fast(dtype) else _WINS_OVER_FLOAT32)[bits]
+    fast = kernels.multiplies_fast(dtype)
+    if not isinstance(weight, QuantizedTensor):
+        return _WIN if fast else _WIN_OVER_FLOAT32
+    native = weight.format.native
+    if native is None:
+        return 0
+    return native.few_tokens if fast else native.few_tokens_over_float32
 
 
 def multiply(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -35,7 +37,7 @@ def multiply(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torc
 
 def combine(h: torch.Tensor, weight: Weight) -> torch.Tensor:
     """h [..., n] times weight [n, H]: [..., H], by the native kernels if h has few tokens."""
-    most = _ROWS_WIN if kernels.multiplies_fast(h.dtype) else _ROWS_WIN_OVER_FLOAT32
+    most = _WIN if kernels.multiplies_fast(h.dtype) else _WIN_OVER_FLOAT32
     few = h.numel() <= most * len(weight)
     return (kernels.weighted_rows if few else kernels.combine)(h, weight)
 

@@ -1,4 +1,4 @@
-"""Modules that hold int8 and int4 weights: what `--dtype int8` and `--dtype int4` put in place of nn.Linear and nn.Embedding."""
+"""Modules that hold quantised weights: what `--dtype int8` and the like put in place of nn.Linear and nn.Embedding."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from torch import nn
 
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
-from transformers_patches.kernels import GROUP, QuantizedTensor
+from transformers_patches.kernels import QuantizedTensor, WeightFormat
 from transformers_patches.modules.fast_linear import multiply
-
-HEAD_BITS = 8  # of output projection and embeddings, unless told: every token passes them, and 4 bits cost most there
 
 
 class QuantizedWeight(nn.Module):
-    """A [rows, columns] weight in 8 or 4 bits, where an nn.Parameter would be: buffers `data`, `scales` and `column_scales`.
+    """A [rows, columns] quantised weight, where an nn.Parameter would be: buffers `data`, `scales` and `column_scales`.
 
     `packed` is the same as the kernels take it. Moves with its module, but keeps its types.
     """
 
     def __init__(
-        self, rows: int, columns: int, bits: int, *, in_planes: bool = False, column_scales: bool = False
+        self,
+        rows: int,
+        columns: int,
+        weight_format: WeightFormat,
+        *,
+        in_planes: bool = False,
+        column_scales: bool = False,
     ) -> None:
         super().__init__()
-        empty = QuantizedTensor.empty(rows, columns, bits, "meta", in_planes=in_planes, column_scales=column_scales)
-        self.fill(empty)
+        self.fill(
+            QuantizedTensor.empty(
+                rows, columns, weight_format, "meta", in_planes=in_planes, column_scales=column_scales
+            )
+        )
 
     def fill(self, packed: QuantizedTensor) -> None:
         """Hold this weight from now on."""
@@ -54,7 +61,7 @@ class QuantizedWeight(nn.Module):
         return self.packed.device
 
     def extra_repr(self) -> str:
-        return f"{list(self.shape)}, int{self.packed.bits}"
+        return f"{list(self.shape)}, {self.packed.format.name}"
 
 
 def weight_of(held: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedTensor:
@@ -92,29 +99,36 @@ class QuantizedEmbedding(nn.Module):
 
 
 def quantize_modules(
-    model: nn.Module, bits: int, head_bits: int, dtype: torch.dtype, *, native: bool, head_in_planes: bool = False
+    model: nn.Module,
+    weight_format: WeightFormat,
+    head_format: WeightFormat,
+    dtype: torch.dtype,
+    *,
+    native: bool,
+    head_in_planes: bool = False,
 ) -> None:
     """Put quantised modules, still without memory, in place of a meta model's nn.Linears, embeddings and head.
 
-    bits: of the linears; head_bits: of embeddings and head, which stay tied if they are; head_in_planes: as screening
-    wants a head of 8 bits. Weights whose columns are no multiple of 32 stay floats; PartInferError if that is so for the
-    hidden size.
+    weight_format: of the linears; head_format: of embeddings and head, which stay tied if they are; head_in_planes: as
+    screening wants a head. Weights whose columns don't make up whole groups stay floats; PartInferError if that is so for
+    the hidden size.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if model.config.hidden_size % GROUP:
-        raise PartInferError(
-            f"--dtype int{bits} needs a hidden size that is a multiple of {GROUP}, this model has "
-            f"{model.config.hidden_size}: use --dtype bfloat16"
-        )
+    for needed in (weight_format, head_format):
+        if model.config.hidden_size % needed.group:
+            raise PartInferError(
+                f"--dtype {needed.name} needs a hidden size that is a multiple of {needed.group}, this model has "
+                f"{model.config.hidden_size}: use --dtype bfloat16"
+            )
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module.in_features % GROUP == 0 and module is not head:
-            weight = QuantizedWeight(*module.weight.shape, bits)
+        if type(module) is nn.Linear and module.in_features % weight_format.group == 0 and module is not head:
+            weight = QuantizedWeight(*module.weight.shape, weight_format)
             model.set_submodule(name, QuantizedLinear(weight, module.bias, native=native))
     tied = model.config.tie_word_embeddings
-    packed = QuantizedWeight(*embedding.weight.shape, head_bits, in_planes=head_in_planes and tied)
+    packed = QuantizedWeight(*embedding.weight.shape, head_format, in_planes=head_in_planes and tied)
     scale = getattr(embedding, "scalar_embed_scale", None)
     model.set_input_embeddings(QuantizedEmbedding(packed, dtype, scale))
-    weight = packed if tied else QuantizedWeight(*head.weight.shape, head_bits, in_planes=head_in_planes)
+    weight = packed if tied else QuantizedWeight(*head.weight.shape, head_format, in_planes=head_in_planes)
     model.set_output_embeddings(QuantizedLinear(weight, head.bias, native=native))
 
 

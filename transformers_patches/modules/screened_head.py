@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_patches import kernels
-from transformers_patches.kernels import GROUP, QuantizedTensor
+from transformers_patches.kernels import INT4, INT8, QuantizedTensor
 from transformers_patches.modules.fast_linear import FastLinear
 from transformers_patches.modules.quantized import QuantizedLinear, QuantizedWeight, weight_of
 from transformers_patches.weights.memory import WeightMemory
@@ -78,7 +78,7 @@ class ScreenedHead(nn.Module):
 
 def can_be_screened(head: nn.Linear) -> bool:
     """Whether a model's head is one that screening is made for; with 8 bits it is then to be in planes."""
-    return head.bias is None and head.in_features % GROUP == 0
+    return head.bias is None and head.in_features % INT8.group == 0
 
 
 def screen_head(model: PreTrainedModel, *, float_too: bool, memory: WeightMemory) -> None:
@@ -94,9 +94,9 @@ def screen_head(model: PreTrainedModel, *, float_too: bool, memory: WeightMemory
 
 
 def _high_plane(weight: torch.Tensor, memory: WeightMemory) -> QuantizedWeight:
-    high = QuantizedWeight(*weight.shape, 4)
+    high = QuantizedWeight(*weight.shape, INT4)
     high.fill(high.packed.like(lambda like: memory.empty(like.shape, like.dtype, torch.device("cpu"))))
     for rows in pieces(weight):
-        packed = kernels.split_planes(kernels.quantize(weight[rows], 8))
-        high.packed.put(rows, QuantizedTensor(packed.data[0], packed.scales, 4))
+        packed = kernels.split_planes(kernels.quantize(weight[rows], INT8))
+        high.packed.put(rows, QuantizedTensor(packed.data[0], packed.scales, INT4))
     return high

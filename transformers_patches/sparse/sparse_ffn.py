@@ -75,7 +75,7 @@ class SparseFFN(nn.Module):
         output_bias: bool,
         token_sparsity: float,
         native: bool = False,
-        bits: int | None = None,
+        weight_format: kernels.WeightFormat | None = None,
         selection: str = "core",
         prior: Prior | None = None,
         compensate_loaded: bool = False,
@@ -96,10 +96,10 @@ class SparseFFN(nn.Module):
         self.row_names = self.weight_names + ([f"{name}_bias" for name in inputs] if input_bias else [])
         for name in self.row_names:
             shape = (plan.loaded_count,) if name.endswith("_bias") else (plan.loaded_count, hidden_size)
-            if bits is None or len(shape) == 1:
+            if weight_format is None or len(shape) == 1:
                 setattr(self, name, nn.Parameter(torch.empty(shape), False))
             else:  # columns of down are outputs, of which some are much larger than others
-                setattr(self, name, QuantizedWeight(*shape, bits, column_scales=name == "down"))
+                setattr(self, name, QuantizedWeight(*shape, weight_format, column_scales=name == "down"))
         self.output_bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if output_bias else None
         self.compensation: Compensation | None = None
         self.prior = prior or Prior()

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from transformers_patches import kernels
-from transformers_patches.config import PartInferConfig
+from transformers_patches.config import HEAD_DTYPE, PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.neurons.neuron_file import NeuronFile
@@ -34,7 +34,7 @@ from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, after
 from transformers_patches.weights.safetensors_folder import Checkpoint, Place
 from transformers_patches.weights.source import Source, WeightedSum, put, put_fitted
 
-FORMAT, VERSION, READABLE = "partinfer-pack", 5, (1, 2, 3, 4, 5)
+FORMAT, VERSION, READABLE = "partinfer-pack", 6, (1, 2, 3, 4, 5, 6)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
 ROPE_FACTORS = "rope_factors"
 COLUMN_SCALES, LARGEST = "column_scales", "largest"
@@ -72,7 +72,12 @@ def _description(folder: Path) -> dict:
             raise ValueError(f"format {content['format']!r} {content['version']!r}, expected {FORMAT!r} {VERSION}")
         for name in FIXED:
             content["settings"][name]
-        content["packed"].items(), content["elsewhere"], content["bytes_dense"], content["dtype"]
+        content["elsewhere"], content["bytes_dense"], content["dtype"]
+        for entry in content["packed"].values():
+            if entry.get("bits"):  # before version 6
+                entry["format"] = f"int{entry['bits']}"
+            if entry.get("format"):
+                kernels.format_named(entry["format"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PartInferError(f"{path} can't be used: {error}; make the pack again") from None
     return content
@@ -92,19 +97,20 @@ class Pack(Checkpoint):
     def with_own_type(self, settings: PartInferConfig) -> PartInferConfig:
         """The settings with the pack's type for `auto`. PartInferError if quantised weights are asked for in another."""
         ours = self._description["dtype"]
-        if settings.dtype not in ("auto", ours) and ours.startswith("int"):
+        if settings.dtype not in ("auto", ours) and ours in kernels.FORMATS:
             raise PartInferError(
                 f"{self.source} holds {ours} weights, got --dtype {settings.dtype}: leave it out, or pack the model "
                 f"again with --dtype {settings.dtype}"
             )
         if settings.dtype == "auto":
             settings = replace(settings, dtype=ours)
-        if not ours.startswith("int"):
+        if ours not in kernels.FORMATS:
             return settings
         head = self._description.get("head_dtype", "auto")
-        if "int4" in (head, settings.head_dtype) and settings.head_dtype not in ("auto", head):
+        held = HEAD_DTYPE if head == "auto" else head
+        if settings.head_dtype not in ("auto", held):
             raise PartInferError(
-                f"{self.source} holds its output projection in {'int8' if head == 'auto' else head}, got --head_dtype "
+                f"{self.source} holds its output projection in {held}, got --head_dtype "
                 f"{settings.head_dtype}: leave it out, or pack the model again"
             )
         return replace(settings, head_dtype=head)
@@ -144,10 +150,10 @@ class Pack(Checkpoint):
         if source.how != entry["how"]:
             raise self._other_neurons(name)
         part = None if source.how == "whole" else self._part(name, entry["neurons"], source.neurons)
-        if entry.get("bits"):
-            if not isinstance(out, QuantizedTensor) or out.bits != entry["bits"]:
+        if entry.get("format"):
+            if not isinstance(out, QuantizedTensor) or out.format.name != entry["format"]:
                 raise PartInferError(
-                    f"{self.source} holds {name} in {entry['bits']} bits only: give the model that it was made from"
+                    f"{self.source} holds {name} in {entry['format']} only: give the model that it was made from"
                 )
             if entry["refitted"] != (source.fit is not None) or (source.fit and source.fit.changes_rows):
                 raise self._other_neurons(name)
@@ -158,7 +164,9 @@ class Pack(Checkpoint):
                     continue
                 rows = len(values) if part is None else part.stop
                 if (place.dtype, place.shape[1:]) != (values.dtype, values.shape[1:]) or place.rows < rows:
-                    raise PartInferError(f"{self.source} has no int{out.bits} in {kind}.{name}: make the pack again")
+                    raise PartInferError(
+                        f"{self.source} has no {out.format.name} in {kind}.{name}: make the pack again"
+                    )
                 yield from self._packed_reads(kind, name, values, part)
             yield from self._column_scale_reads(name, out)
         else:
@@ -183,7 +191,7 @@ class Pack(Checkpoint):
         held = scratch(stored.shape, stored.dtype)
         convert = kernels.split_planes if out.in_planes else kernels.join_planes
         yield from self._row_reads(f"data.{name}", held)
-        yield after_all(lambda: out.data.copy_(convert(QuantizedTensor(held, out.scales, 8)).data))
+        yield after_all(lambda: out.data.copy_(convert(replace(out, data=held)).data))
 
     def _float_reads(self, source: Source, out: torch.Tensor | QuantizedTensor, part: slice) -> Iterator[Read]:
         quantized = isinstance(out, QuantizedTensor)
@@ -205,11 +213,11 @@ class Pack(Checkpoint):
         if bool(entry.get("pair")) != paired or (source.neurons is not None and not entry):
             return None
         if isinstance(like, QuantizedTensor):
-            if entry.get("bits") != like.bits:
+            if entry.get("format") != like.format.name:
                 return None
             data, scales = self._in_file("data", source, like.data), self._in_file("scales", source, like.scales)
             return None if data is None or scales is None else like.over(data, scales)
-        if entry.get("bits") or source.fit is not None:
+        if entry.get("format") or source.fit is not None:
             return None
         return self._in_file("packed" if entry else "", source, like)
 

@@ -185,7 +185,7 @@ def put(
         places = places.to(out.device)
     if isinstance(out, QuantizedTensor):
         exact = values if values.dtype in (torch.float32, torch.bfloat16, torch.float16) else values.float()
-        packed = kernels.quantize(exact.to(out.device), out.bits, column_weights, out.column_scales)
+        packed = kernels.quantize(exact.to(out.device), out.format, column_weights, out.column_scales)
         out.put(places, kernels.split_planes(packed) if out.in_planes else packed)
     else:
         out[places] = values.to(out.device, out.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from transformers_patches import kernels
 
+OF_BITS = {8: kernels.INT8, 4: kernels.INT4}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -37,7 +38,10 @@ def quantized_ffn(floats: list[Tensor], bits: int) -> list[kernels.QuantizedTens
     """The last one, whose rows are summed up, with column scales of very different sizes."""
     *inputs, down = floats
     scales = torch.logspace(-2, 2, down.shape[1])[torch.randperm(down.shape[1])]
-    return [*(kernels.quantize(weight, bits) for weight in inputs), kernels.quantize(down * scales, bits, None, scales)]
+    return [
+        *(kernels.quantize(weight, OF_BITS[bits]) for weight in inputs),
+        kernels.quantize(down * scales, OF_BITS[bits], None, scales),
+    ]
 
 
 def double(*tensors: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from transformers_patches import kernels
 from transformers_patches.kernels import blockwise
 from transformers_patches.modules.fast_linear import FastLinear
 
-from .helpers import TOLERANCE, double, error, weights
+from .helpers import OF_BITS, TOLERANCE, double, error, weights
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -44,7 +44,7 @@ def test_quantised_weights_become_floats_of_the_type_that_is_fast(fast, bits, dt
     seen = set()
     dequantize = kernels.dequantize
     monkeypatch.setattr(kernels, "dequantize", lambda *a: seen.add(a[1]) or dequantize(*a))
-    packed, x = kernels.quantize(weights(1, 45, 64)[0], bits), torch.randn(9, 64).to(dtype)
+    packed, x = kernels.quantize(weights(1, 45, 64)[0], OF_BITS[bits]), torch.randn(9, 64).to(dtype)
     exact = dequantize(packed).double()
     assert error(kernels.project(x, packed), x.double() @ exact.T) < TOLERANCE[dtype]
     h = torch.randn(9, 45).to(dtype)

@@ -12,7 +12,7 @@ from transformers_patches.kernels import ActiveNeurons, AttentionLayer, Decoder,
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, NEURONS, LENGTH = 64, 4, 2, 16, 96, 5
 native = pytest.mark.skipif(not kernels.available(), reason="no native kernels")
-KINDS = {"float32": None, "bfloat16": None, "int8": 8, "int4": 4}
+KINDS = {"float32": None, "bfloat16": None, "int8": kernels.INT8, "int4": kernels.INT4}
 
 
 @pytest.fixture(params=KINDS)
@@ -91,7 +91,7 @@ class Model:
 
     def __init__(self, kind: str) -> None:
         torch.manual_seed(0)
-        self.bits = KINDS[kind]
+        self.format = KINDS[kind]
         self.dtype = torch.float32 if kind == "float32" else torch.bfloat16
         queries, keys = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
         self.layers = [
@@ -120,9 +120,9 @@ class Model:
     def projections(self, *shapes: tuple[int, int], summed: bool = False) -> Projections:
         """summed: the last one's rows are, so it has column scales if it is quantised."""
         weights = [torch.randn(shape) * shape[1] ** -0.5 for shape in shapes]
-        kept = [kernels.quantize(w, self.bits) if self.bits else w.to(self.dtype) for w in weights]
-        if summed and self.bits:
-            kept[-1] = kernels.quantize(weights[-1], self.bits, None, torch.rand(HIDDEN) + 0.5)
+        kept = [kernels.quantize(w, self.format) if self.format else w.to(self.dtype) for w in weights]
+        if summed and self.format:
+            kept[-1] = kernels.quantize(weights[-1], self.format, None, torch.rand(HIDDEN) + 0.5)
         return Projections.of([(weight, None) for weight in kept])
 
     def native(self) -> Decoder:
@@ -142,11 +142,11 @@ class Model:
     def one_by_one(self, caches) -> tuple[torch.Tensor, torch.Tensor]:
         x, delta = self.x, self.first_delta
         weights = [
-            kernels.QuantizedTensor(w, s, self.bits)
+            kernels.QuantizedTensor(w, s, self.format)
             for w, s in zip(self.rows.weights, self.rows.scales or [None] * 3, strict=True)
         ]
         weights[2] = replace(weights[2], column_scales=self.rows.column_scales)
-        rows = weights if self.bits else self.rows.weights
+        rows = weights if self.format else self.rows.weights
         ffns = [
             lambda x: kernels.dense_ffn(x, self.whole, "silu"),
             lambda x: kernels.sparse_ffn(x, *rows, 30, self.index, "silu") + self.added[0] + self.added[1],
@@ -186,8 +186,8 @@ def test_logits_are_those_of_embeddings_layers_and_head(model):
     decoder.set_ends(embedding, head)
     logits, computed, exact = decoder.logits(7, None, *model.turns, *(list(part) for part in cache), LENGTH)
     assert exact == 13
-    rows, columns = (_weight(part, model.bits) for part in (embedding, head))
-    x = (kernels.dequantize(rows, model.dtype) if model.bits else rows)[7].view(1, 1, HIDDEN)
+    rows, columns = (_weight(part, model.format) for part in (embedding, head))
+    x = (kernels.dequantize(rows, model.dtype) if model.format else rows)[7].view(1, 1, HIDDEN)
     _, hidden, expected = model.run(decoder, range(3), x, None, expected_cache)
     assert torch.equal(logits, kernels.linear(hidden, columns))
     assert torch.equal(computed, expected)
@@ -196,7 +196,7 @@ def test_logits_are_those_of_embeddings_layers_and_head(model):
 
 def test_logits_of_ends_in_planes_are_screened(model):
     generator = torch.Generator().manual_seed(5)
-    values = kernels.quantize(torch.randn(900, HIDDEN, generator=generator), 8)
+    values = kernels.quantize(torch.randn(900, HIDDEN, generator=generator), kernels.INT8)
     packed = kernels.split_planes(values)
     screen, ends = kernels.Screen.of(packed), Projections.of([(packed, None)])
     decoder, cache, expected_cache = model.native(), model.caches.clone(), model.caches.clone()
@@ -211,7 +211,7 @@ def test_logits_of_ends_in_planes_are_screened(model):
         assert torch.equal(computed, expected)
     with pytest.raises(ValueError, match="head must have two dimensions"):
         decoder.set_ends(ends, ends)
-    if model.bits is None:
+    if model.format is None:
         floats = kernels.dequantize(values, model.dtype)
         high = kernels.Screen(screen.data[0], screen.scales, screen.errors)
         decoder.set_ends(Projections.of([(floats, None)]), Projections.of([(floats, None)]), high)
@@ -221,8 +221,8 @@ def test_logits_of_ends_in_planes_are_screened(model):
         assert exact == int(count)
 
 
-def _weight(part: Projections, bits: int | None):
-    return kernels.QuantizedTensor(part.weights[0], part.scales[0], bits) if bits else part.weights[0]
+def _weight(part: Projections, weight_format: kernels.WeightFormat | None):
+    return kernels.QuantizedTensor(part.weights[0], part.scales[0], weight_format) if weight_format else part.weights[0]
 
 
 def test_what_a_layer_computes_can_be_set_again(model):

@@ -8,7 +8,7 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.kernels import AttentionLayer, Projections, layer
 
-from .helpers import TOLERANCE, error
+from .helpers import OF_BITS, TOLERANCE, error
 
 DTYPES = list(TOLERANCE)
 # query heads, key-value heads, head size, hidden size, tokens in the cache, window
@@ -88,7 +88,7 @@ def test_attention_step(variant, dtype, size):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_projections(variant, bits):
     step = Step((4, 2, 32, 64, 20, 0), torch.bfloat16)
-    packed = [(kernels.quantize(weight, bits), bias) for weight, bias in step.linears]
+    packed = [(kernels.quantize(weight, OF_BITS[bits]), bias) for weight, bias in step.linears]
     plain = [(kernels.dequantize(weight).double(), bias) for weight, bias in packed]
     result = step.run(kernels.attention_step, Projections.of(packed), lambda part: part)
     expected = step.run(layer.attention_step, Projections.of(plain), torch.Tensor.double)
@@ -245,5 +245,5 @@ def test_what_does_not_fit_is_refused():
 
 def test_kinds_of_weights_are_not_mixed():
     weight = torch.randn(32, 32)
-    assert Projections.of([(weight, None), (kernels.quantize(weight, 8), None)]) is None
+    assert Projections.of([(weight, None), (kernels.quantize(weight, kernels.INT8), None)]) is None
     assert Projections.of([(weight, None), None]) is None

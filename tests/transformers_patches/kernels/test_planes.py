@@ -13,7 +13,7 @@ SHAPES = [(1, 32), (5, 64), (700, 96), (40, 1088)]
 
 def quantized(rows: int, columns: int, seed: int = 0) -> kernels.QuantizedTensor:
     generator = torch.Generator().manual_seed(seed)
-    return kernels.quantize(torch.randn(rows, columns, generator=generator), 8)
+    return kernels.quantize(torch.randn(rows, columns, generator=generator), kernels.INT8)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -36,7 +36,7 @@ def test_planes_hold_the_same_weight(variant, shape):
 
 def test_rows_can_be_put_one_after_the_other():
     weight = quantized(9, 64)
-    packed = kernels.QuantizedTensor.empty(9, 64, 8, in_planes=True)
+    packed = kernels.QuantizedTensor.empty(9, 64, kernels.INT8, in_planes=True)
     packed.put(slice(3, 9), kernels.split_planes(weight[3:]))
     packed.put(torch.tensor([2, 0, 1]), kernels.split_planes(weight[torch.tensor([2, 0, 1])]))
     assert torch.equal(kernels.join_planes(packed).data, weight.data)

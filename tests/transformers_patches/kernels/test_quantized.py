@@ -11,7 +11,7 @@ from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import blockwise, quantization, reference
 
-from .helpers import double, error, paired, quantized_ffn, unsorted_index, weights
+from .helpers import OF_BITS, double, error, paired, quantized_ffn, unsorted_index, weights
 
 SIZES = [
     (1, 576, 300, 90, 30),
@@ -33,21 +33,21 @@ def seed():
 @pytest.mark.parametrize(("bits", "largest"), [(8, 0.012), (4, 0.11)])
 def test_quantise_and_back(bits, largest):
     (weight,) = weights(1, 50, 192)
-    packed = kernels.quantize(weight, bits)
+    packed = kernels.quantize(weight, OF_BITS[bits])
     assert packed.shape == weight.shape
     assert packed.nbytes == 50 * (192 * bits // 8 + 192 // 32 * 2)
     assert error(kernels.dequantize(packed), weight) < largest
     # Values that 4 or 8 bits can hold come back exactly.
     exact = torch.randint(-7, 7, (50, 192)).float()
     exact[:, ::32] = -8 if bits == 4 else 127
-    assert torch.equal(kernels.dequantize(kernels.quantize(exact / 64, bits)), exact / 64)
+    assert torch.equal(kernels.dequantize(kernels.quantize(exact / 64, OF_BITS[bits])), exact / 64)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_groups_of_zeros(bits):
     weight = torch.zeros(3, 64)
     weight[1, 40] = 1.0
-    assert error(kernels.dequantize(kernels.quantize(weight, bits)), weight) < 1e-3
+    assert error(kernels.dequantize(kernels.quantize(weight, OF_BITS[bits])), weight) < 1e-3
 
 
 @pytest.mark.parametrize("hidden", [96, 160, 576, 1056])
@@ -56,7 +56,7 @@ def test_a_few_large_inputs_do_not_make_int8_coarse(variant, hidden):
     x, (weight,) = torch.randn(9, hidden), weights(1, 40, hidden)
     for token in range(9):
         x[token, [(7 * token) % hidden, hidden - 1 - token]] *= 40
-    packed = kernels.quantize(weight, 8)
+    packed = kernels.quantize(weight, kernels.INT8)
     exact = x.double() @ kernels.dequantize(packed).double().T
     assert error(kernels.linear(x, packed), exact) < 5e-3
     for one, expected in zip(x[:, None], exact, strict=True):
@@ -66,7 +66,7 @@ def test_a_few_large_inputs_do_not_make_int8_coarse(variant, hidden):
 @pytest.mark.parametrize("hidden", [64, 96])
 def test_two_terms_for_all_groups_are_nearly_exact(variant, hidden):
     x, (weight,) = torch.randn(3, hidden), weights(1, 17, hidden)
-    packed = kernels.quantize(weight, 8)
+    packed = kernels.quantize(weight, kernels.INT8)
     assert error(kernels.linear(x, packed), x.double() @ kernels.dequantize(packed).double().T) < 1e-4
     assert not kernels.linear(torch.zeros(1, hidden), packed).any()
 
@@ -77,7 +77,7 @@ def test_the_search_for_scales_lowers_the_weighted_error():
     groups = weight.view(-1, 32)
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
     exact = ((groups / (largest / -8)).round().clamp(-8, 7) * (largest / -8)).view_as(weight)
-    ours = kernels.dequantize(kernels.quantize(weight, 4))
+    ours = kernels.dequantize(kernels.quantize(weight, kernels.INT4))
     cost = [((values - weight).square() * weight.abs()).sum() for values in (ours, exact)]
     assert cost[0] < 0.9 * cost[1]
 
@@ -87,7 +87,7 @@ def test_the_search_for_scales_lowers_the_weighted_error():
 def test_converting_is_the_same_everywhere(variant, bits, dtype):
     weight = weights(1, 21, 160)[0].to(dtype)
     weight[3, 32:64] = 0
-    ours, expected = kernels.quantize(weight, bits), quantization.quantize(weight, bits)
+    ours, expected = kernels.quantize(weight, OF_BITS[bits]), quantization.quantize(weight, OF_BITS[bits])
     assert torch.equal(ours.scales, expected.scales)
     assert torch.equal(ours.data, expected.data)
     out = torch.empty(21, 160, dtype=dtype)
@@ -100,10 +100,13 @@ def test_converting_is_the_same_everywhere(variant, bits, dtype):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_column_weights_are_the_same_everywhere(variant, bits, dtype):
     weight, columns = weights(1, 200, 160)[0].to(dtype), torch.randn(160).mul(2).exp()
-    ours, expected = kernels.quantize(weight, bits, columns), quantization.quantize(weight, bits, columns)
+    ours, expected = (
+        kernels.quantize(weight, OF_BITS[bits], columns),
+        quantization.quantize(weight, OF_BITS[bits], columns),
+    )
     assert torch.equal(ours.scales, expected.scales)
     assert torch.equal(ours.data, expected.data)
-    assert not torch.equal(ours.scales, kernels.quantize(weight, bits).scales)
+    assert not torch.equal(ours.scales, kernels.quantize(weight, OF_BITS[bits]).scales)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -111,7 +114,7 @@ def test_column_scales_keep_large_columns_from_small_ones(variant, bits):
     (weight,) = weights(1, 64, 96)
     weight[:, ::32] *= 100
     scales = quantization.column_scales(weight.abs().amax(dim=0))
-    packed, plain = kernels.quantize(weight, bits, None, scales), kernels.quantize(weight, bits)
+    packed, plain = kernels.quantize(weight, OF_BITS[bits], None, scales), kernels.quantize(weight, OF_BITS[bits])
     assert packed.column_scales is scales
     assert packed.nbytes == plain.nbytes + 4 * 96
     restored = kernels.dequantize(packed)
@@ -133,7 +136,7 @@ def test_column_scales_keep_large_columns_from_small_ones(variant, bits):
 
 def test_rows_that_take_turns_in_memory_are_unpacked(variant):
     for bits in (8, 4):
-        first, second = (kernels.quantize(weight, bits) for weight in weights(2, 37, 96))
+        first, second = (kernels.quantize(weight, OF_BITS[bits]) for weight in weights(2, 37, 96))
         for apart, together in zip((first, second), paired(first, second), strict=True):
             assert torch.equal(kernels.dequantize(together), kernels.dequantize(apart))
 
@@ -145,7 +148,7 @@ def test_column_weights_lower_the_error_where_it_counts(bits, lower):
     columns[::16] = 1000
     errors = {}
     for name, counts in (("plain", None), ("even", torch.ones(256)), ("weighted", columns)):
-        restored = kernels.dequantize(kernels.quantize(weight, bits, counts))
+        restored = kernels.dequantize(kernels.quantize(weight, OF_BITS[bits], counts))
         errors[name] = float(((restored - weight).square() * columns).sum())
     assert errors["weighted"] < lower * errors["plain"]
     if bits == 4:  # without weights the same search; 8 bits then have exact scales
@@ -155,32 +158,34 @@ def test_column_weights_lower_the_error_where_it_counts(bits, lower):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_quantised_already_stays_as_it_is(variant, bits):
     """With weights of columns, too: GGUF files of the same format lose nothing."""
-    first = kernels.quantize(weights(1, 64, 256)[0], bits)
-    again = kernels.quantize(kernels.dequantize(first), bits, torch.randn(256).exp())
+    first = kernels.quantize(weights(1, 64, 256)[0], OF_BITS[bits])
+    again = kernels.quantize(kernels.dequantize(first), OF_BITS[bits], torch.randn(256).exp())
     assert torch.equal(kernels.dequantize(again), kernels.dequantize(first))
 
 
 def test_other_column_weights_are_refused():
     for wrong in (torch.ones(32), torch.ones(64, dtype=torch.float64), torch.ones(1, 64)):
         with pytest.raises(PartInferError, match="column weights must be float32"):
-            kernels.quantize(torch.randn(4, 64), 4, wrong)
+            kernels.quantize(torch.randn(4, 64), kernels.INT4, wrong)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_products_of_many_tokens(variant, bits, monkeypatch):
     """In blocks, the last of them smaller, exactly the products with the dequantised weights."""
     monkeypatch.setattr(blockwise, "BLOCK_VALUES", 7 * 64)
-    packed, x, bias = kernels.quantize(weights(1, 45, 64)[0], bits), torch.randn(2, 9, 64), torch.randn(45)
+    packed, x, bias = kernels.quantize(weights(1, 45, 64)[0], OF_BITS[bits]), torch.randn(2, 9, 64), torch.randn(45)
     floats = kernels.dequantize(packed)
     assert error(kernels.project(x, packed, bias), torch.nn.functional.linear(x, floats, bias)) < 1e-5
     h = torch.randn(2, 9, 45)
     assert error(kernels.combine(h, packed), h @ floats) < 1e-5
 
 
-@pytest.mark.parametrize(("columns", "bits", "message"), [(48, 8, "multiple of 32"), (64, 5, "bits must be 4 or 8")])
-def test_what_cannot_be_quantised(columns, bits, message):
-    with pytest.raises(PartInferError, match=message):
-        kernels.quantize(torch.randn(4, columns), bits)
+@pytest.mark.parametrize("weight_format", [kernels.INT8, kernels.INT4])
+def test_what_cannot_be_quantised(weight_format):
+    with pytest.raises(PartInferError, match="multiple of 32"):
+        kernels.quantize(torch.randn(4, 48), weight_format)
+    with pytest.raises(PartInferError, match="must be one of int8, int4, got 'int5'"):
+        kernels.format_named("int5")
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -189,7 +194,7 @@ def test_sparse_ffn(variant, bits, size):
     tokens, columns, rows, prefix, listed = size
     x, index = torch.randn(tokens, columns), unsorted_index(prefix, rows, listed)
     floats = weights(3, rows, columns)
-    for packed in ([kernels.quantize(weight, bits) for weight in floats], quantized_ffn(floats, bits)):
+    for packed in ([kernels.quantize(weight, OF_BITS[bits]) for weight in floats], quantized_ffn(floats, bits)):
         exact = double(*map(kernels.dequantize, packed))
         for activation in ("silu", "relu"):
             result = kernels.sparse_ffn(x, *packed, prefix, index, activation)
@@ -218,14 +223,14 @@ def test_integers_are_exact(variant, bits):
     x[:, ::32] = 127
     weight = torch.randint(-7, 7, (40, 96)).float()
     weight[:, ::32] = -8 if bits == 4 else 127
-    assert error(kernels.linear(x, kernels.quantize(weight, bits)), x @ weight.t()) < 1e-6
+    assert error(kernels.linear(x, kernels.quantize(weight, OF_BITS[bits])), x @ weight.t()) < 1e-6
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_variants_agree(native, bits):
     """All variants do the same arithmetic on the same rounded activations."""
     x, index = torch.randn(2, 608), unsorted_index(50, 200, 60)
-    packed = [kernels.quantize(weight, bits) for weight in weights(3, 200, 608)]
+    packed = [kernels.quantize(weight, OF_BITS[bits]) for weight in weights(3, 200, 608)]
     results = {}
     for name in kernels.variants():
         with kernels.use_variant(name):
@@ -234,7 +239,7 @@ def test_variants_agree(native, bits):
 
 
 def test_bad_arguments(native):
-    packed = [kernels.quantize(weight, 8) for weight in weights(3, 40, 64)]
+    packed = [kernels.quantize(weight, kernels.INT8) for weight in weights(3, 40, 64)]
     with pytest.raises(ValueError, match=r"gate must be \[40, 32\]"):
         kernels.sparse_ffn(torch.randn(1, 32), *packed, 40, None, "silu")
     with pytest.raises(ValueError, match="groups of 32 columns"):
@@ -242,6 +247,6 @@ def test_bad_arguments(native):
     scaled = replace(packed[2], column_scales=torch.ones(32))
     with pytest.raises(ValueError, match=r"column scales must be contiguous float32 \[64\], got Float \[32\]"):
         kernels.sparse_ffn(torch.randn(1, 64), *packed[:2], scaled, 40, None, "silu")
-    mixed = kernels.QuantizedTensor(packed[0].data, packed[0].scales, 4)
+    mixed = kernels.QuantizedTensor(packed[0].data, packed[0].scales, kernels.INT4)
     with pytest.raises(ValueError, match="gate must be uint8"):
         kernels.sparse_ffn(torch.randn(1, 64), mixed, *packed[1:], 40, None, "silu")

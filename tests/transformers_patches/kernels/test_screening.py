@@ -13,14 +13,16 @@ ROWS, HIDDEN = 700, 96  # rows: more than a piece of the outputs, and no multipl
 
 def quantized(rows: int, columns: int, seed: int = 0) -> kernels.QuantizedTensor:
     generator = torch.Generator().manual_seed(seed)
-    return kernels.quantize(torch.randn(rows, columns, generator=generator), 8)
+    return kernels.quantize(torch.randn(rows, columns, generator=generator), kernels.INT8)
 
 
 def head(spread: float = 3.0, rows: int = ROWS, columns: int = HIDDEN):
     """(x [1, H] float32, weight [rows, H]): logits of that standard deviation, as of a trained model."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(rows, columns, generator=generator)
-    return torch.randn(1, columns, generator=generator) * (spread / columns**0.5), kernels.quantize(weight, 8)
+    return torch.randn(1, columns, generator=generator) * (spread / columns**0.5), kernels.quantize(
+        weight, kernels.INT8
+    )
 
 
 def screened(x, weight, needed=kernels.SOFTMAX):
@@ -87,8 +89,8 @@ def test_float_weights_are_screened_by_their_high_plane(variant, dtype, needed):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(3000, HIDDEN, generator=generator).to(dtype)
     x = (torch.randn(2, HIDDEN, generator=generator) * (3 / HIDDEN**0.5)).to(dtype)
-    packed = kernels.split_planes(kernels.quantize(weight, 8))
-    screen = Screen.of(QuantizedTensor(packed.data[0], packed.scales, 4))
+    packed = kernels.split_planes(kernels.quantize(weight, kernels.INT8))
+    screen = Screen.of(QuantizedTensor(packed.data[0], packed.scales, kernels.INT4))
     logits, count = kernels.screened_linear(x, weight, screen, needed)
     exact = kernels.linear(x, weight)
     error = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]

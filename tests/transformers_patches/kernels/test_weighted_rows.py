@@ -7,7 +7,7 @@ import torch
 
 from transformers_patches import kernels
 
-from .helpers import TOLERANCE, error, paired, quantized_ffn, weights
+from .helpers import OF_BITS, TOLERANCE, error, paired, quantized_ffn, weights
 
 # tokens, rows; columns of floats (not all multiples of a vector), and of quantised weights
 SIZES = [(1, 300, 576, 576), (1, 9, 7, 32), (2, 17, 33, 96), (3, 53, 100, 160), (8, 31, 65, 1056), (19, 70, 128, 128)]
@@ -34,7 +34,7 @@ def test_floats(variant, dtype, size):
 def test_quantised(variant, bits, size):
     tokens, rows, _, columns = size
     h, floats = torch.randn(tokens, rows), weights(1, rows, columns)
-    for packed in (kernels.quantize(floats[0], bits), *quantized_ffn(floats, bits)):
+    for packed in (kernels.quantize(floats[0], OF_BITS[bits]), *quantized_ffn(floats, bits)):
         assert (
             error(kernels.weighted_rows(h, packed), h.double() @ kernels.dequantize(packed).double()) < QUANTIZED_ERROR
         )
@@ -47,7 +47,7 @@ def test_integers_are_exact(variant, bits):
     h[:, ::8] = 127
     weight = torch.randint(-7, 7, (40, 96)).float()
     weight[:, ::32] = -8 if bits == 4 else 127
-    assert error(kernels.weighted_rows(h, kernels.quantize(weight, bits)), h @ weight) < 1e-6
+    assert error(kernels.weighted_rows(h, kernels.quantize(weight, OF_BITS[bits])), h @ weight) < 1e-6
 
 
 def test_float32_h_for_bfloat16_rows(variant):
@@ -59,7 +59,7 @@ def test_float32_h_for_bfloat16_rows(variant):
 
 def test_rows_that_take_turns_in_memory(variant):
     h, pair = torch.randn(3, 37), weights(2, 37, 96)
-    for rows in (pair, [kernels.quantize(weight, 8) for weight in pair]):
+    for rows in (pair, [kernels.quantize(weight, kernels.INT8) for weight in pair]):
         for apart, together in zip(rows, paired(*rows), strict=True):
             assert torch.equal(kernels.weighted_rows(h, together), kernels.weighted_rows(h, apart))
 
@@ -73,7 +73,9 @@ def test_threads_change_nothing_but_rounding(variant, threads, count):
     assert all(torch.equal(kernels.weighted_rows(h, weight), result) for _ in range(5))
 
 
-@pytest.mark.parametrize("weight_of", [lambda w: w, lambda w: kernels.quantize(w, 8)], ids=["float32", "int8"])
+@pytest.mark.parametrize(
+    "weight_of", [lambda w: w, lambda w: kernels.quantize(w, kernels.INT8)], ids=["float32", "int8"]
+)
 def test_tokens_do_not_see_each_other(native, weight_of):
     h, weight = torch.randn(19, 53), weight_of(weights(1, 53, 96)[0])
     together = kernels.weighted_rows(h, weight)
@@ -92,7 +94,7 @@ def test_shapes(variant):
 
 def test_bad_arguments(native):
     (weight,) = weights(1, 40, 64)
-    packed = kernels.quantize(weight, 8)
+    packed = kernels.quantize(weight, kernels.INT8)
     for rows in (weight, packed):
         with pytest.raises(ValueError, match=r"h must be \[\.\.\., 40\] like the weight's rows, got \[1, 39\]"):
             kernels.weighted_rows(torch.randn(1, 39), rows)

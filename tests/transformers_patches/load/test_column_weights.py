@@ -34,10 +34,10 @@ def test_inputs_that_were_always_zero_weight_all_columns_alike():
     assert torch.equal(weights["model.layers.2.mlp.up_proj.weight"], torch.ones(HIDDEN))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint, bits):
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint, dtype):
     """Scales equal those of the checkpoint's weights quantised with the statistics, of neuron-major down rows without."""
-    ours = load(checkpoint, f"int{bits}", head_dtype=f"int{bits}")
+    ours = load(checkpoint, dtype, head_dtype=dtype)
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     spec = ffn_spec(plain.config)
     head = "lm_head.weight"
@@ -48,7 +48,7 @@ def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint
     checked = set()
     for name, place in weight_places(ours.model):
         if name in parameters and hasattr(place, "packed"):
-            expected = kernels.quantize(parameters[name], bits, known.get(name))
+            expected = kernels.quantize(parameters[name], kernels.format_named(dtype), known.get(name))
             assert torch.equal(place.packed.scales, expected.scales), name
             checked.add(name)
     for layer, plan in ours.plan.layers.items():
@@ -61,7 +61,8 @@ def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint
             name = f"{spec.projection(layer, projection)}.weight"
             weight = parameters[name].t() if held == "down" else parameters[name]
             rows, packed = weight[plan.neurons].contiguous(), getattr(ffn, held).packed
-            expected = kernels.quantize(rows, bits, None if held == "down" else known[name], packed.column_scales)
+            counts = None if held == "down" else known[name]
+            expected = kernels.quantize(rows, kernels.format_named(dtype), counts, packed.column_scales)
             assert torch.equal(packed.scales, expected.scales), name
             if held == "down":  # of all neurons, not only of those that are loaded
                 assert torch.equal(packed.column_scales, weight.abs().amax(dim=0) / 64)

@@ -40,7 +40,7 @@ def load(folder, dtype: str, method: str = "partinfer", kernels: str = "torch", 
 
 
 def restored(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    return kernels.dequantize(kernels.quantize(weight, bits))
+    return kernels.dequantize(kernels.quantize(weight, kernels.format_named(f"int{bits}")))
 
 
 def restored_down(weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -199,7 +199,7 @@ def test_what_is_quantized(checkpoint):
     assert set(scales.values()) == {torch.float16}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, QuantizedEmbedding)
-    assert embedding.weight.packed.bits == head.weight.packed.bits == 8
+    assert embedding.weight.packed.format is head.weight.packed.format is kernels.INT8
     assert (embedding.weight is head.weight) == model.config.tie_word_embeddings
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
@@ -208,7 +208,7 @@ def test_the_head_has_4_bits_if_told(tiny_checkpoints):
     for family in ("llama", "opt"):  # tied and not
         whole, ours = (load(tiny_checkpoints[family], "int4", head_dtype=name) for name in ("auto", "int4"))
         embedding, head = ours.model.get_input_embeddings(), ours.model.get_output_embeddings()
-        assert embedding.weight.packed.bits == head.weight.packed.bits == 4
+        assert embedding.weight.packed.format is head.weight.packed.format is kernels.INT4
         saved = (embedding.weight.data.nbytes * 2 - embedding.weight.data.nbytes) * len({embedding.weight, head.weight})
         assert whole.report.bytes_resident - ours.report.bytes_resident == saved
         exact = kernels.dequantize(head.weight.packed)
@@ -239,8 +239,8 @@ def test_generates(checkpoint):
 
 
 def test_types_of_quantized_weights_survive_conversions():
-    weight = QuantizedWeight(4, 64, 4)
-    weight.fill(kernels.quantize(torch.randn(4, 64), 4))
+    weight = QuantizedWeight(4, 64, kernels.INT4)
+    weight.fill(kernels.quantize(torch.randn(4, 64), kernels.INT4))
     before = weight.packed
     weight.to(torch.bfloat16).float()
     assert weight.packed is before

@@ -45,8 +45,8 @@ def many_tokens(folder):
 def head_of(rows: int = 3000) -> tuple[ScreenedHead, torch.Tensor, torch.Tensor]:
     """(head, hidden states [4, 1, H], their exact logits); logits have a standard deviation of 3."""
     generator = torch.Generator().manual_seed(0)
-    packed = kernels.quantize(torch.randn(rows, HIDDEN, generator=generator), 8)
-    weight = QuantizedWeight(rows, HIDDEN, 8, in_planes=True)
+    packed = kernels.quantize(torch.randn(rows, HIDDEN, generator=generator), kernels.INT8)
+    weight = QuantizedWeight(rows, HIDDEN, kernels.INT8, in_planes=True)
     weight.fill(kernels.split_planes(packed))
     hidden = torch.randn(4, 1, HIDDEN, generator=generator) * (3 / HIDDEN**0.5)
     return ScreenedHead(QuantizedLinear(weight, None, native=True), None), hidden, kernels.linear(hidden, packed)
@@ -84,7 +84,7 @@ def test_the_screen_follows_the_weight():
     head, _, _ = head_of()
     before = head.screen
     assert head.screen is before
-    other = kernels.quantize(torch.randn(3000, HIDDEN) * 5, 8)
+    other = kernels.quantize(torch.randn(3000, HIDDEN) * 5, kernels.INT8)
     head.weight.fill(kernels.split_planes(other))
     assert (head.screen.errors > 10 * before.errors).all()
 

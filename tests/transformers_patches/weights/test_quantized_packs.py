@@ -15,6 +15,7 @@ from tests.transformers_patches.made_up_files import made_up_fit, with_input_squ
 from tests.transformers_patches.model_passes import DATASET, MODEL, logits
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.kernels import INT4
 from transformers_patches.load.loader import LoadedModel, load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.modules.quantized import weight_places
@@ -81,6 +82,20 @@ def test_packs_from_before_column_scales_have_none(packs, tmp_path):
         assert torch.equal(before.down.packed.data, after.down.packed.data)
         assert torch.equal(before.down.packed.column_scales, torch.ones(HIDDEN))
         assert not torch.equal(after.down.packed.column_scales, torch.ones(HIDDEN))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packs_from_before_formats_had_names_tell_bits(packs, tmp_path, dtype):
+    folder = shutil.copytree(packs("llama", dtype), tmp_path / "old")
+    content, bits = json.loads((folder / "pack.json").read_text()), {"int8": 8, "int4": 4}
+    renamed = 0
+    for entry in content["packed"].values():
+        if "format" in entry:
+            entry["bits"] = bits[entry.pop("format")]
+            renamed += 1
+    assert renamed > 10
+    (folder / "pack.json").write_text(json.dumps(content | {"version": 5}))
+    assert_same(load_model(folder, settings()), load_model(packs("llama", dtype), settings()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,7 +207,7 @@ def test_a_pack_keeps_the_type_of_its_head(packs, tiny_checkpoints, tmp_path):
     options = settings(dtype="int4", head_dtype="int4")
     write_pack(tiny_checkpoints["llama"], tmp_path / "pack", options, DATASET, MODEL)
     partial = load_model(tiny_checkpoints["llama"], options, DATASET, MODEL)
-    assert partial.model.get_output_embeddings().weight.packed.bits == 4
+    assert partial.model.get_output_embeddings().weight.packed.format is INT4
     assert_same(load_model(tmp_path / "pack", settings()), partial)
     for pack, held, asked in ((tmp_path / "pack", "int4", "int8"), (packs("llama", "int4"), "int8", "int4")):
         with pytest.raises(
@@ -219,7 +234,7 @@ def test_missing_and_cut_off_parts_are_told(packs, tmp_path, lost):
 
 def test_floats_are_not_made_up(packs):
     pack = Pack(packs("llama", "int4"))
-    with pytest.raises(PartInferError, match="holds model.layers.0.mlp.up_proj.weight in 4 bits only"):
+    with pytest.raises(PartInferError, match="holds model.layers.0.mlp.up_proj.weight in int4 only"):
         pack.read_into("model.layers.0.mlp.up_proj.weight", torch.empty(INTERMEDIATE, HIDDEN))
 
 

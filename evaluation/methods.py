@@ -40,7 +40,6 @@ SWEPT = {
     "loaded_neurons_percent": "loaded",
     "base_neurons_percent": "base",
     "token_sparsity": "token",
-    "candidates": "candidates",
 }
 # Names that do, and how they are called in a label.
 SWEPT_NAMES = {"selection": "selection", "compensation": "compensation"}
@@ -158,7 +157,7 @@ def _relevant(method: Method) -> list[str]:
     """The swept settings that change what a method loads or computes."""
     names = []
     if _is_open(method):
-        names += [*SWEPT_NAMES, "candidates"]
+        names += SWEPT_NAMES
     if method.compute != "dense":
         names += ["sparsity", "token_sparsity"]
     if method.partial:
@@ -168,7 +167,7 @@ def _relevant(method: Method) -> list[str]:
 
 def _fixed_for(method: Method, fixed: dict) -> dict:
     """Without what means nothing to a method: baselines stay what they are."""
-    left_out = set() if _is_open(method) else {"refresh", "budget", "fit_filepath", "token_count"}
+    left_out = set() if _is_open(method) else {"budget", "fit_filepath", "token_count"}
     if method.compute == "dense":  # nothing to move between CPU and GPU
         left_out |= {"memory_limit"}
     return {key: value for key, value in fixed.items() if key not in left_out}

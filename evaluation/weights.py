@@ -45,5 +45,5 @@ def _read_share(layer: SparseFFN) -> float:
     """Share of a layer's stored rows that decoding a token read on average; 1 if nothing was decoded."""
     if not layer.counters.tokens:
         return 1.0
-    rows = layer.counters.rows / layer.counters.tokens - layer.lowrank_rows
+    rows = layer.counters.rows / layer.counters.tokens
     return rows / (layer.plan.loaded_count * layer.matrices)

@@ -2,12 +2,12 @@
 
 For one layer, with x what enters its FFN, h~ [L] the activations of the loaded neurons (those that decoding does not
 compute are 0 for decoded tokens, as the selection per token leaves them), D [L, H] their down rows and
-e = FFN(x) - D^T h~, least squares finds M, U, V and biases for which
+e = FFN(x) - D^T h~, least squares finds M and biases for which
 
-    E |e - M^T h~ - V^T U x - b|^2 + ridge |M|^2
+    E |e - M^T h~ - b|^2 + ridge |M|^2
 
-is smallest. D + M are the refitted rows, U and V the low-rank map, b one bias for prefilled and one for decoded tokens.
-Inputs x are those that the already fitted layers below give (`sequential`), so a layer also learns to answer their errors.
+is smallest. D + M are the refitted rows, b one bias for prefilled and one for decoded tokens. Inputs x are those that the
+already fitted layers below give, so a layer also learns to answer their errors.
 
 Tokens count in relation to the size of their hidden states: otherwise the few with massive activations (Sun et al. 2024,
 arXiv 2402.17762), often a text's first, would be all that some layers are fitted to.
@@ -21,7 +21,7 @@ import torch
 
 from profiler.budget import Share
 from profiler.layerwise import Batch, FFNWeights, LayerwiseModel
-from profiler.least_squares import NormalEquations, best_to_keep, product_of, refit_and_low_rank
+from profiler.least_squares import NormalEquations, best_to_keep, product_of, refit
 from profiler.simulation import Counts, SimulatedSelection
 from transformers_patches.config import DEFAULT_BASE, neuron_count
 from transformers_patches.neurons.fit_file import LayerFit
@@ -37,21 +37,17 @@ SURVEY_TOKENS, SURVEY_TOKENS_PER_NEURON = 8192, 1.5  # enough to choose neurons 
 class FitSettings:
     """What is fitted, and for what use.
 
-    loaded, sparsity: fractions of a layer's bytes that are loaded and that a decoded token reads, low-rank map
-    included; compensation: "refit", "lowrank" or both; rank: of the low-rank map; down_rank: store what is added
-    to the rows as a product of that rank, a smaller file (0: whole rows); token_selection: "up", "gate", or
-    None where decoding computes every loaded neuron; ridge: pull towards the original rows, as a share of the mean
-    E[h_i^2]; sequential: inputs come from the fitted layers below, else from the dense model.
+    loaded, sparsity: fractions of a layer's bytes that are loaded and that a decoded token reads; down_rank: store
+    what is added to the rows as a product of that rank, a smaller file (0: whole rows); token_selection: "up", "gate",
+    or None where decoding computes every loaded neuron; ridge: pull towards the original rows, as a share of the mean
+    E[h_i^2].
     """
 
     loaded: float
     sparsity: float
-    compensation: frozenset[str]
-    rank: int = 0
     down_rank: int = 0
     token_selection: str | None = "up"
     ridge: float = 0.03
-    sequential: bool = True
 
     @property
     def share(self) -> Share:
@@ -61,12 +57,11 @@ class FitSettings:
     def counts(self, weights: FFNWeights, share: Share) -> Counts:
         """How many neurons of a layer are loaded and computed, as build_load_plan counts them."""
         size, matrices = len(weights.down), 2 if weights.gate is None else 3
-        map_ = 2 * self.rank / (matrices * size)  # the low-rank map's share of the FFN's bytes: 2 r H of matrices N H
-        loaded = min(neuron_count(share.loaded - map_, size), size)
+        loaded = min(neuron_count(share.loaded, size), size)
         if self.token_selection is None:
             return Counts(loaded, loaded, loaded, loaded)
         candidates = candidate_count(share.sparsity, loaded, size)
-        kept = kept_count(share.sparsity - map_, candidates, size, matrices)
+        kept = kept_count(share.sparsity, candidates, size, matrices)
         base = min(neuron_count(DEFAULT_BASE, size), neuron_count(share.sparsity, size), candidates)
         return Counts(loaded, candidates, kept, base)
 
@@ -192,9 +187,6 @@ class Fitter:
         down = fitted.fit.refitted(part.down).to(part.down.device)
         selection = selection.with_rows(down)  # online, too, the refitted rows count
         fitted.fit.threshold = self._threshold(part, selection, inputs)
-        if not self.settings.sequential:
-            self.pass_through(layer)
-            return fitted
         self._run_fitted(layer, part, down, selection, fitted.fit)
         return fitted
 
@@ -209,8 +201,7 @@ class Fitter:
     ) -> FittedLayer:
         loaded, hidden = part.down.shape
         device = part.down.device
-        refits, rank = "refit" in self.settings.compensation, self.settings.rank
-        equations = NormalEquations(loaded + (hidden if rank else 0), hidden, 2, device)
+        equations = NormalEquations(loaded, hidden, 2, device)
         output = 0.0
         for batch, x, entering in zip(self.batches, inputs, sizes.entering, strict=True):
             x = x.to(device)
@@ -220,18 +211,15 @@ class Fitter:
             loaded_ones = [None if values is None else values.index_select(-1, neurons) for values in every]
             h = selection.apply(batch, *loaded_ones)
             error = y - part.output(h).float()
-            features = torch.cat([h, x], dim=-1) if rank else h
             for group, mask in ((PREFILL, batch.prompt), (DECODE, batch.decoded)):
                 mask = mask.flatten().to(device)
-                equations.add(features[mask], error[mask], counted[mask], group)
+                equations.add(h[mask], error[mask], counted[mask], group)
                 output += float(y[mask].square().sum(1) @ counted[mask])
-        solution, inner, outer = refit_and_low_rank(equations, loaded, self.settings.ridge, rank, refits=refits)
+        solution = refit(equations, self.settings.ridge)
         left = right = None
-        if refits and 0 < self.settings.down_rank < min(loaded, hidden):
-            left, right = product_of(
-                solution[:loaded], equations.centered()[0][:loaded, :loaded], self.settings.down_rank
-            )
-            solution[:loaded] = left @ right
+        if 0 < self.settings.down_rank < min(loaded, hidden):
+            left, right = product_of(solution, equations.centered()[0], self.settings.down_rank)
+            solution = left @ right
         biases = equations.biases(solution)
 
         def stored(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -242,11 +230,9 @@ class Fitter:
             bias_prefill=biases[PREFILL].cpu(),
             bias_decode=biases[DECODE if equations.tokens[DECODE] else PREFILL].cpu(),
             gate_size=None if selection.gate_size is None else selection.gate_size.cpu(),
-            down=stored(part.down.float() + solution[:loaded]) if refits and left is None else None,
+            down=stored(part.down.float() + solution) if left is None else None,
             down_left=stored(left),
             down_right=stored(right),
-            lowrank_in=stored(inner),
-            lowrank_out=stored(outer),
         )
         mean_output = max(output / sum(equations.tokens), 1e-30)
         before = equations.error(None) / mean_output
@@ -275,16 +261,12 @@ class Fitter:
         """Run the layer over the hidden states as decoding and prefill will compute it. down: [L, H], as fitted."""
         device, dtype = part.down.device, part.down.dtype
         bias = torch.stack([fit.bias_prefill, fit.bias_decode]).to(device, dtype)
-        inner = None if fit.lowrank_in is None else fit.lowrank_in.to(device, dtype)
-        outer = None if fit.lowrank_out is None else fit.lowrank_out.to(device, dtype)
         for place, (batch, hidden) in enumerate(zip(self.batches, self.hidden, strict=True)):
             decoded = batch.decoded.flatten().to(device).long()
 
             def compute(x: torch.Tensor, batch=batch, decoded=decoded) -> torch.Tensor:
                 h = selection.apply(batch, *part.activations(x))
                 y = h @ down + bias[decoded]
-                if inner is not None:
-                    y = y + (x @ inner.t()) @ outer
                 return y if part.output_bias is None else y + part.output_bias
 
             with self.model.ffn_replaced(layer, compute):

@@ -1,4 +1,4 @@
-"""The linear algebra of the fit: normal equations with intercepts, low-rank maps, and which neurons to keep.
+"""The linear algebra of the fit: normal equations with intercepts, and which neurons to keep.
 
 h [T, L] are activations of the neurons that are there, y [T, H] what they should write, D [L, H] their down rows.
 """
@@ -103,41 +103,18 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
     raise PartInferError("the activations can't be fitted (their covariance is not positive): use --dtype float32")
 
 
-def refit_and_low_rank(
-    equations: NormalEquations, rows: int, ridge: float, rank: int, *, refits: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The refit and the low-rank map that together explain the error best: (solution, inner, outer).
+def refit(equations: NormalEquations, ridge: float) -> torch.Tensor:
+    """float32 [L, H]: what to add to the down rows so that the activations explain the error best.
 
-    equations: its features are first the `rows` activations, then, if rank > 0, x [H]. solution: float32 [F, H], the
-    refit (0 unless `refits`) over inner^T outer; inner, outer: float32 [r, H], the map x -> outer^T inner x, or None.
-    ridge: the pull towards 0, as a share of the features' mean variance, for activations and for x alike.
-
-    The map is reduced-rank regression (Izenman 1975) on what the activations leave of x; the refit then answers to the
-    map that was kept. Raises PartInferError for NaN or Inf.
+    equations: their features are the activations. ridge: the pull towards 0, as a share of the features' mean variance.
+    Raises PartInferError for NaN or Inf.
     """
     gram, cross = equations.centered()
     if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         raise PartInferError("NaN or Inf among the activations: use --dtype float32, or leave the text out")
-    for block in (slice(0, rows), slice(rows, None)):
-        diagonal = gram.diagonal()[block]
-        if len(diagonal):
-            diagonal.add_(max(ridge, MIN_RIDGE) * float(diagonal.mean()) or 1.0)
-    h, x = slice(0, rows), slice(rows, None)
-    if not rank:
-        return (solve_symmetric(gram, cross) if refits else torch.zeros_like(cross)).float(), None, None
-    if refits:
-        both = solve_symmetric(gram[h, h], torch.cat([gram[h, x], cross[h]], dim=1))
-        from_x, from_error = both[:, : gram.shape[0] - rows], both[:, gram.shape[0] - rows :]
-        gram_x, cross_x = gram[x, x] - gram[x, h] @ from_x, cross[x] - gram[x, h] @ from_error
-    else:
-        gram_x, cross_x = gram[x, x].clone(), cross[x]
-    full = solve_symmetric(gram_x.clone(), cross_x)  # [H, H]
-    _, directions = torch.linalg.eigh(full.t() @ gram_x @ full)
-    outer = directions[:, -rank:].flip(1).t().contiguous()  # [r, H], where it predicts most
-    inner = outer @ full.t()
-    map_ = inner.t() @ outer
-    refit = from_error - from_x @ map_ if refits else cross.new_zeros(rows, cross.shape[1])
-    return torch.cat([refit, map_]).float(), inner.float().contiguous(), outer.float()
+    diagonal = gram.diagonal()
+    diagonal.add_(max(ridge, MIN_RIDGE) * float(diagonal.mean()) or 1.0)
+    return solve_symmetric(gram, cross).float()
 
 
 def product_of(solution: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ SCREENING = ("auto", "on", "off")
 PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass")  # once per prompt; formulas in prompt_evidence.py
 TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selection.py
 SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
-COMPENSATIONS = ("mean", "lowrank", "refit")
+COMPENSATIONS = ("auto", "none", "mean", "refit")
 BUDGETS = ("auto", "uniform", "per_layer")
 TOKEN_COUNTS = ("auto", "exact", "average")
 
@@ -29,18 +29,6 @@ FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_
 def neuron_count(fraction: float, intermediate_size: int) -> int:
     """Neurons in a fraction of a layer: round half to even of fraction * N, at least 1 (ALGORITHM: one rule for all)."""
     return max(1, round(fraction * intermediate_size))
-
-
-def parse_compensation(text: str) -> frozenset[str]:
-    """Names from "mean", "refit+lowrank", …; "none" is the empty set. PartInferError if unknown."""
-    names = {name.strip() for name in text.split("+")}
-    if names == {"none"}:
-        return frozenset()
-    if names - set(COMPENSATIONS):
-        raise PartInferError(
-            f"compensation must be auto, none, or some of {', '.join(COMPENSATIONS)} joined by +, got {text!r}"
-        )
-    return frozenset(names)
 
 
 def _option(default, help_text: str, **argparse_options):
@@ -81,11 +69,6 @@ class PartInferConfig:
         "statistics, else core",
         choices=SELECTIONS,
     )
-    candidates: float | None = _option(
-        None,
-        "fraction of the neurons that a prompt lets tokens choose among, with up and gate (all loaded)",
-        type=float,
-    )
     token_count: str = _option(
         "auto",
         "with up and gate: every token computes the same number of neurons (exact), or all above a threshold per layer, "
@@ -95,9 +78,10 @@ class PartInferConfig:
     )
     compensation: str = _option(
         "auto",
-        "what stands in for neurons that are left out: none, or some of mean (their mean output), lowrank (a map of x), "
-        "refit (least squares on the loaded down rows), joined by +; auto: what the fit file has, else mean where the "
-        "neuron file has statistics",
+        "what stands in for neurons that are left out: nothing (none), their mean output (mean), or down rows of the "
+        "loaded ones refitted by least squares (refit); auto: refit with a fit file, else mean where the neuron file has "
+        "statistics",
+        choices=COMPENSATIONS,
     )
     fit_filepath: str | None = _option(None, "fit file of python -m profiler fit (the one beside the neuron file)")
     budget: str = _option(
@@ -105,9 +89,6 @@ class PartInferConfig:
         "the same gamma and phi for every sparse layer, or for the same bytes in all those of the fit file; auto: the "
         "fit file's if it has some for this --sparsity",
         choices=BUDGETS,
-    )
-    refresh: int | None = _option(
-        None, "choose again every so many decoded tokens, from the loaded neurons (never)", type=int
     )
     start_num: int | None = _option(None, "first sparse layer, 0-based, inclusive (3)", type=int)
     end_num: int | None = _option(None, "last sparse layer, inclusive (the third from the end)", type=int)
@@ -155,8 +136,7 @@ class PartInferConfig:
         self._check_choice("selection", SELECTIONS)
         self._check_choice("budget", BUDGETS)
         self._check_choice("token_count", TOKEN_COUNTS)
-        if self.compensation != "auto":
-            self.compensation = "+".join(sorted(parse_compensation(self.compensation))) or "none"
+        self._check_choice("compensation", COMPENSATIONS)
         if self.loaded_neurons_percent is None:
             self.loaded_neurons_percent = max(DEFAULT_LOADED, self.sparsity)
         if self.base_neurons_percent is None:
@@ -184,20 +164,8 @@ class PartInferConfig:
                 f"memory_limit moves the neurons of a prompt to the GPU, but selection {self.selection} chooses for every "
                 f"token: use one of {', '.join(PROMPT_SELECTIONS)}"
             )
-        if self.refresh is not None and self.refresh < 1:
-            raise PartInferError(f"refresh must be at least 1 token, got {self.refresh}")
         if self.token_count == "average" and self.selection not in ("auto", *TOKEN_SELECTIONS):
             raise PartInferError(f"token_count average belongs to selection up or gate, got selection {self.selection}")
-        if self.candidates is None:
-            return
-        if self.selection not in ("auto", *TOKEN_SELECTIONS):
-            raise PartInferError(f"candidates belongs to selection up or gate, got selection {self.selection}")
-        limit = self.loaded_neurons_percent if self.use_partial_loading else 1.0
-        if not self.sparsity <= self.candidates <= limit:
-            raise PartInferError(
-                f"candidates must be between sparsity and what is loaded ({self.sparsity} to {limit}), "
-                f"got {self.candidates}"
-            )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:
@@ -216,11 +184,6 @@ class PartInferConfig:
     @property
     def selects_per_token(self) -> bool:
         return self.selection in TOKEN_SELECTIONS
-
-    @property
-    def compensations(self) -> frozenset[str]:
-        """The names in `compensation`; empty while that is still auto."""
-        return frozenset() if self.compensation == "auto" else parse_compensation(self.compensation)
 
     @property
     def needs_neuron_files(self) -> bool:

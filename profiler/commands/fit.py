@@ -29,7 +29,7 @@ from profiler.placement import ProfiledModel, load_for_profiling
 from profiler.ranking import SCORES, score_neurons
 from profiler.store import exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
-from transformers_patches.config import BUDGETS, TOKEN_SELECTIONS, PartInferConfig, parse_compensation
+from transformers_patches.config import BUDGETS, TOKEN_SELECTIONS, PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
@@ -38,10 +38,9 @@ HELP = "fit what stands in for the neurons that are left out, by least squares o
 EXAMPLES = """examples:
   python -m profiler fit --dataset builtin --task_type QA --max_new_tokens 32
   python -m profiler fit --neurons my_qa.safetensors --dataset questions.jsonl --task_type QA --limit 500
-  python -m profiler fit --neurons book.safetensors --dataset book.txt --task_type text --max_new_tokens 0 --rank 32
+  python -m profiler fit --neurons book.safetensors --dataset book.txt --task_type text --max_new_tokens 0
   python -m profiler fit --dataset builtin --task_type QA --loaded_neurons_percent 0.5 --choose std_down
 """
-FITTED = ("refit", "lowrank")
 BEST, RANKING = "best", "ranking"
 
 
@@ -56,10 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--sparsity", type=fraction, default=0.4, help="phi that it is for, of the FFN bytes (0.4)")
     fit.add_argument("--start_num", type=count, help="first sparse layer (3)")
     fit.add_argument("--end_num", type=count, help="last sparse layer (the third from the end)")
-    fit.add_argument(
-        "--compensation", default="refit", help="refit (down rows), lowrank (a map of x), or refit+lowrank (refit)"
-    )
-    fit.add_argument("--rank", type=count, default=32, help="of the low-rank map; its bytes count (32)")
     fit.add_argument(
         "--down_rank",
         type=count,
@@ -87,10 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "least by an estimate, over all layers of the model (uniform)",
     )
     fit.add_argument("--ridge", type=float, default=0.03, help="pull towards the original rows (0.03)")
-    fit.add_argument(
-        "--independent", action="store_true", help="fit every layer on the dense model's inputs, not the sparse one's"
-    )
-
     add_output_arguments(
         parser,
         "fit file (beside the neuron file, <name>.fit.safetensors)",
@@ -112,12 +103,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _fit_settings(arguments: argparse.Namespace) -> FitSettings:
-    compensation = parse_compensation(arguments.compensation)
-    if not compensation or compensation - set(FITTED):
-        raise PartInferError(
-            f"--compensation must be refit, lowrank or refit+lowrank, got {arguments.compensation!r} "
-            "(mean needs no fit: it comes from the neuron file)"
-        )
     if arguments.sparsity > arguments.loaded_neurons_percent:
         raise PartInferError(
             f"--sparsity must be at most --loaded_neurons_percent, got {arguments.sparsity:g} > "
@@ -125,18 +110,12 @@ def _fit_settings(arguments: argparse.Namespace) -> FitSettings:
         )
     if arguments.ridge < 0:
         raise PartInferError(f"--ridge must not be negative, got {arguments.ridge:g}")
-    rank = arguments.rank if "lowrank" in compensation else 0
-    if "lowrank" in compensation and not rank:
-        raise PartInferError("--rank must be above 0 for compensation lowrank")
     return FitSettings(
         loaded=arguments.loaded_neurons_percent,
         sparsity=arguments.sparsity,
-        compensation=compensation,
-        rank=rank,
         down_rank=arguments.down_rank,
         token_selection=None if arguments.selection == "none" else arguments.selection,
         ridge=arguments.ridge,
-        sequential=not arguments.independent,
     )
 
 
@@ -265,7 +244,7 @@ def _named(settings: FitSettings) -> dict:
     """The settings under the names of the fit file's metadata."""
     values = asdict(settings)
     values["loaded_neurons_percent"] = values.pop("loaded")
-    values["compensation"] = "+".join(sorted(settings.compensation))
+    values["compensation"] = "refit"
     values["selection"] = values.pop("token_selection") or "none"
     return values
 

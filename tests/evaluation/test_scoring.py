@@ -23,7 +23,7 @@ WAYS = {
     "coreinfer": {"method": "coreinfer"},
     "up": {**PARTINFER, "selection": "up"},
     "up average": {**PARTINFER, "selection": "up", "token_count": "average"},
-    "blend refreshed": {**PARTINFER, "selection": "blend", "refresh": 3},
+    "blend": {**PARTINFER, "selection": "blend"},
 }
 native = pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.why_not()}")
 
@@ -59,7 +59,7 @@ class _Ignored(BaseStreamer):
 
 
 @native
-@pytest.mark.parametrize("way", ["dense", "original", "up", "blend refreshed"])
+@pytest.mark.parametrize("way", ["dense", "original", "up", "blend"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 def test_logits_are_those_that_generation_had(tiny_checkpoints, family, dtype, way):

@@ -41,7 +41,7 @@ def test_file_lies_beside_the_neuron_file_and_says_what_it_is_for(model_folder, 
     assert summary["bytes"] == path.stat().st_size
     assert sorted(file.layers) == [1, 2]
     assert file.loaded_neurons_percent == 0.7
-    assert file.compensation == {"refit"}
+    assert file.metadata["compensation"] == "refit"
     assert len(file.layers[1].neurons) == 34  # 0.7 of 48
     assert file.layers[1].down.shape == (34, 32)
     assert file.metadata["model_name"] == "tiny-llama"
@@ -53,14 +53,9 @@ def test_file_lies_beside_the_neuron_file_and_says_what_it_is_for(model_folder, 
 def test_the_ranking_decides_when_it_is_asked_to(model_folder, questions, neurons):
     from transformers_patches.neurons.neuron_file import NeuronFile
 
-    assert (
-        fit(model_folder, questions, neurons, "--choose", "ranking", "--compensation", "refit+lowrank", "--rank", "6")
-        == 0
-    )
+    assert fit(model_folder, questions, neurons, "--choose", "ranking") == 0
     file = FitFile.load(neurons.with_name("qa.fit.safetensors"))
-    expected = NeuronFile.load(neurons).ranking[1][:30]  # 34 less what the map's bytes are worth
-    assert torch.equal(file.layers[1].neurons, expected)
-    assert file.layers[1].lowrank_in.shape == (6, 32)
+    assert torch.equal(file.layers[1].neurons, NeuronFile.load(neurons).ranking[1][:34])
 
 
 def test_interrupted_fit_resumes_to_the_same_bytes(model_folder, questions, neurons, monkeypatch, capsys):
@@ -101,10 +96,7 @@ def test_result_hardly_depends_on_the_batch_size(model_folder, questions, neuron
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--compensation", "mean"], "must be refit, lowrank or refit+lowrank"),
-        (["--compensation", "nonsense"], "nonsense"),
         (["--sparsity", "0.8"], "--sparsity must be at most --loaded_neurons_percent, got 0.8 > 0.7"),
-        (["--compensation", "lowrank", "--rank", "0"], "--rank must be above 0"),
         (["--ridge", "-1"], "--ridge must not be negative"),
         (["--end_num", "7"], "end_num must be a layer of the model, 0 to 2, got 7"),
         (["--limit", "3", "--skip", "400"], "there are no texts"),

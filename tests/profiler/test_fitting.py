@@ -12,7 +12,6 @@ from profiler.simulation import SimulatedSelection
 from tests.conftest import INTERMEDIATE, VOCABULARY
 from tests.transformers_patches.masked_reference import MaskedReference
 
-REFIT, LOWRANK, BOTH = frozenset({"refit"}), frozenset({"lowrank"}), frozenset({"refit", "lowrank"})
 RANKING = torch.randperm(INTERMEDIATE, generator=torch.Generator().manual_seed(5))
 
 
@@ -26,31 +25,27 @@ def make_fitter(checkpoint, settings: FitSettings, prompt: int = 25) -> Fitter:
     return Fitter(LayerwiseModel(model), make_batches(sequences(), [prompt] * 12, 5), settings)
 
 
-@pytest.mark.parametrize("compensation", [REFIT, LOWRANK, BOTH])
-def test_fit_leaves_less_error_than_the_mean(checkpoint, compensation):
-    rank = 4 if "lowrank" in compensation else 0
-    fitter = make_fitter(checkpoint, FitSettings(0.7, 0.4, compensation, rank))
+def test_fit_leaves_less_error_than_the_mean(checkpoint):
+    fitter = make_fitter(checkpoint, FitSettings(0.7, 0.4))
     for layer in (0, 1):
         fitted = fitter.fit(layer, RANKING)
         assert fitted.after < 0.95 * fitted.before
         fit = fitted.fit
-        assert (fit.down is not None) == ("refit" in compensation)
-        assert fit.rank == rank
+        assert fit.down is not None
         gated = FFNWeights.of(fitter.model.model, layer).gate is not None
         assert (fit.gate_size is not None) == gated
-        map_ = 2 * rank / (3 if gated else 2)
-        assert len(fit.neurons) == round(0.7 * INTERMEDIATE - map_)
+        assert len(fit.neurons) == round(0.7 * INTERMEDIATE)
 
 
 def test_choosing_the_best_leaves_less_error_than_a_random_choice(checkpoint):
-    settings = FitSettings(0.5, 0.5, REFIT, token_selection=None)
+    settings = FitSettings(0.5, 0.5, token_selection=None)
     best = make_fitter(checkpoint, settings).fit(0, None)
     assert best.after < make_fitter(checkpoint, settings).fit(0, RANKING).after
     assert len(best.fit.neurons.unique()) == INTERMEDIATE // 2
 
 
 def test_everything_loaded_and_computed_changes_nothing(checkpoint):
-    fitter = make_fitter(checkpoint, FitSettings(1.0, 1.0, REFIT, ridge=0.0))
+    fitter = make_fitter(checkpoint, FitSettings(1.0, 1.0, ridge=0.0))
     expected = [fitter.model.run(0, hidden) for hidden in fitter.hidden]
     fitted = fitter.fit(0, RANKING)
     down = FFNWeights.of(fitter.model.model, 0).down
@@ -64,7 +59,7 @@ def test_everything_loaded_and_computed_changes_nothing(checkpoint):
 def test_refit_is_the_ridge_regression_of_what_is_missing(checkpoint):
     """Prompt and decoded tokens alike, no selection: one weighted regression with an intercept, written out."""
     ridge = 0.1
-    fitted = make_fitter(checkpoint, FitSettings(0.6, 0.6, REFIT, token_selection=None, ridge=ridge), prompt=40)
+    fitted = make_fitter(checkpoint, FitSettings(0.6, 0.6, token_selection=None, ridge=ridge), prompt=40)
     entering = torch.cat([hidden.flatten(0, 1) for hidden in fitted.hidden]).double().square().mean(-1)
     fit = fitted.fit(0, RANKING).fit
     reference = MaskedReference(checkpoint)
@@ -88,21 +83,17 @@ def test_refit_is_the_ridge_regression_of_what_is_missing(checkpoint):
 
 
 def test_layers_above_get_what_the_fitted_layers_below_give(checkpoint):
-    settings = FitSettings(0.6, 0.3, REFIT)
-    sequential, independent = (
-        make_fitter(checkpoint, FitSettings(0.6, 0.3, REFIT, sequential=choice)) for choice in (True, False)
-    )
-    assert torch.equal(sequential.fit(0, RANKING).fit.down, independent.fit(0, RANKING).fit.down)
-    assert not torch.equal(sequential.hidden[0], independent.hidden[0])
-    dense = make_fitter(checkpoint, settings)
+    settings = FitSettings(0.6, 0.3)
+    fitted, dense = make_fitter(checkpoint, settings), make_fitter(checkpoint, settings)
+    fitted.fit(0, RANKING)
     dense.pass_through(0)
-    assert torch.equal(independent.hidden[0], dense.hidden[0])
-    assert not torch.equal(sequential.fit(1, RANKING).fit.down, independent.fit(1, RANKING).fit.down)
+    assert not torch.equal(fitted.hidden[0], dense.hidden[0])
+    assert not torch.equal(fitted.fit(1, RANKING).fit.down, dense.fit(1, RANKING).fit.down)
 
 
 @pytest.mark.parametrize("selection", ["up", "gate", None])
 def test_above_the_threshold_decoded_tokens_have_the_kept_neurons_on_average(tiny_checkpoints, selection):
-    fitter = make_fitter(tiny_checkpoints["llama"], FitSettings(0.7, 0.4, REFIT, token_selection=selection))
+    fitter = make_fitter(tiny_checkpoints["llama"], FitSettings(0.7, 0.4, token_selection=selection))
     inputs = [fitter.model.ffn_input(0, hidden) for hidden in fitter.hidden]
     fit = fitter.fit(0, RANKING).fit
     if selection is None:
@@ -130,7 +121,7 @@ def test_decoded_tokens_compute_the_kept_neurons_and_prompts_all(tiny_checkpoint
         return result
 
     monkeypatch.setattr(SimulatedSelection, "apply", spy)
-    make_fitter(tiny_checkpoints["llama"], FitSettings(0.7, 0.4, REFIT)).fit(0, RANKING)
+    make_fitter(tiny_checkpoints["llama"], FitSettings(0.7, 0.4)).fit(0, RANKING)
     for batch, h, result, kept in seen:
         assert kept == 20  # (3 · 0.4 · 80 - 56) / 2
         prompt, decoded = batch.prompt.flatten(), batch.decoded.flatten()

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from profiler.least_squares import NormalEquations, best_to_keep, refit_and_low_rank
+from profiler.least_squares import NormalEquations, best_to_keep, refit
 from transformers_patches.errors import PartInferError
 
 CPU = torch.device("cpu")
@@ -30,8 +30,7 @@ def test_solution_and_biases_are_those_of_a_regression_with_an_intercept_per_gro
     first, second = random(60, 5) + 2, random(40, 5, seed=1) - 1
     y1, y2 = random(60, 3, seed=2), random(40, 3, seed=3)
     equations = equations_of((first, y1), (second, y2))
-    solution, inner, outer = refit_and_low_rank(equations, 5, 0.0, 0, refits=True)
-    assert inner is outer is None
+    solution = refit(equations, 0.0)
     group = torch.zeros(100, 2)
     group[:60, 0], group[60:, 1] = 1, 1
     expected = torch.linalg.lstsq(
@@ -50,7 +49,7 @@ def test_a_token_of_weight_two_counts_as_two():
     weights = torch.ones(30)
     weights[:9] = 2
     weighted.add(features, errors, weights, 0)
-    solutions = [refit_and_low_rank(equations, 6, 0.1, 0, refits=True)[0] for equations in (repeated, weighted)]
+    solutions = [refit(equations, 0.1) for equations in (repeated, weighted)]
     assert torch.allclose(*solutions, atol=1e-5)
     assert torch.allclose(repeated.biases(solutions[0])[0], weighted.biases(solutions[1])[0], atol=1e-5)
     assert weighted.error(solutions[1]) == pytest.approx(repeated.error(solutions[0]), rel=1e-4)
@@ -76,48 +75,23 @@ def test_dependent_activations_have_a_finite_solution_that_is_as_good_as_any():
     h = torch.cat([h, h[:, :2], torch.zeros(50, 1)], dim=1)  # rank 4 of 7
     y = h @ random(7, 3, seed=1)
     equations = equations_of((h, y))
-    solution, _, _ = refit_and_low_rank(equations, 7, 0.0, 0, refits=True)
+    solution = refit(equations, 0.0)
     assert torch.isfinite(solution).all()
     assert equations.error(solution) < 1e-4 * equations.error(None)
 
 
 def test_fewer_tokens_than_neurons_and_no_activation_at_all():
     few = equations_of((random(3, 20), random(3, 2, seed=1)))
-    assert torch.isfinite(refit_and_low_rank(few, 20, 0.01, 0, refits=True)[0]).all()
+    assert torch.isfinite(refit(few, 0.01)).all()
     silent = equations_of((torch.zeros(9, 4), random(9, 2)))
-    assert torch.equal(refit_and_low_rank(silent, 4, 0.0, 0, refits=True)[0], torch.zeros(4, 2))
-
-
-@pytest.mark.parametrize("refits", [True, False])
-def test_low_rank_map_finds_what_was_planted(refits):
-    h, x = random(200, 6), random(200, 8, seed=1)
-    inner, outer, rows = random(2, 8, seed=2), random(2, 4, seed=3), random(6, 4, seed=4)
-    y = (x @ inner.t()) @ outer + (h @ rows if refits else 0)
-    features = torch.cat([h, x], dim=1)
-    equations = equations_of((features, y))
-    solution, got_in, got_out = refit_and_low_rank(equations, 6, 0.0, 2, refits=refits)
-    assert got_in.shape == (2, 8)
-    assert got_out.shape == (2, 4)
-    assert torch.allclose(solution[6:], got_in.t() @ got_out, atol=1e-5)
-    assert torch.allclose(solution[6:], inner.t() @ outer, atol=1e-3)
-    assert torch.allclose(solution[:6], rows if refits else torch.zeros(6, 4), atol=1e-3)
-
-
-def test_a_higher_rank_explains_more_and_the_refit_answers_to_the_map():
-    h, x = random(300, 6), random(300, 8, seed=1)
-    y = torch.tanh(h @ random(6, 5, seed=2) + x @ random(8, 5, seed=3))
-    equations = equations_of((torch.cat([h, x], dim=1), y))
-    errors = [equations.error(refit_and_low_rank(equations, 6, 0.0, rank, refits=True)[0]) for rank in (1, 2, 4)]
-    alone = equations_of((h, y))
-    errors.insert(0, alone.error(refit_and_low_rank(alone, 6, 0.0, 0, refits=True)[0]))
-    assert errors == sorted(errors, reverse=True)
+    assert torch.equal(refit(silent, 0.0), torch.zeros(4, 2))
 
 
 def test_nan_is_refused():
     h = random(9, 4)
     h[3, 2] = float("nan")
     with pytest.raises(PartInferError, match="NaN or Inf among the activations"):
-        refit_and_low_rank(equations_of((h, random(9, 2))), 4, 0.0, 0, refits=True)
+        refit(equations_of((h, random(9, 2))), 0.0)
 
 
 def test_kept_neurons_are_near_the_best_subset():
@@ -128,7 +102,7 @@ def test_kept_neurons_are_near_the_best_subset():
         left = [i for i in range(8) if i not in kept]
         missing = h[:, left] @ down[left]
         equations = equations_of((h[:, kept], missing))
-        return equations.error(refit_and_low_rank(equations, len(kept), 0.0, 0, refits=True)[0])
+        return equations.error(refit(equations, 0.0))
 
     ranked = sorted(error(list(kept)) for kept in combinations(range(8), 5))
     assert error(sorted(best_to_keep(gram, down, 5, 0.0).tolist())) <= ranked[2]  # of 56

@@ -39,8 +39,8 @@ def with_input_squares(seed: int, layers: int = LAYERS, hidden: int = HIDDEN, si
     return neurons
 
 
-def made_up_fit(compensation: str, layers=range(1, 5), loaded: int = 56, rank: int = 2, **metadata: str) -> FitFile:
-    """Random fits: whole rows for `refit`, a map of some rank for `lowrank`, a typical size of the gate."""
+def made_up_fit(layers=range(1, 5), loaded: int = 56, **metadata: str) -> FitFile:
+    """Random fits: whole rows, and a typical size of the gate."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -48,16 +48,12 @@ def made_up_fit(compensation: str, layers=range(1, 5), loaded: int = 56, rank: i
 
     fits = {}
     for layer in layers:
-        fit = LayerFit(
+        fits[layer] = LayerFit(
             torch.randperm(INTERMEDIATE, generator=generator)[:loaded].to(torch.int32),
             draw(HIDDEN),
             draw(HIDDEN),
             draw(loaded).abs() + 0.1,
+            down=draw(loaded, HIDDEN),
         )
-        if "refit" in compensation:
-            fit.down = draw(loaded, HIDDEN)
-        if "lowrank" in compensation:
-            fit.lowrank_in, fit.lowrank_out = draw(rank, HIDDEN), draw(rank, HIDDEN)
-        fits[layer] = fit
-    made_for = {"compensation": compensation, "loaded_neurons_percent": "0.7", "sparsity": "0.4"}
+    made_for = {"compensation": "refit", "loaded_neurons_percent": "0.7", "sparsity": "0.4"}
     return FitFile(fits, INTERMEDIATE, made_for | metadata)

@@ -170,7 +170,7 @@ class OneTokenPass:
             store.length += 1
         for number, neurons in zip(run, computed.tolist(), strict=True):
             ffn = self.layers[number].sparse
-            if ffn is not None:  # without a low-rank map, which the native decoder does not know
+            if ffn is not None:
                 ffn.counters.add(1, neurons, ffn.selection.rows_read(neurons))
 
     def _follow_choices(self, x: torch.Tensor) -> None:

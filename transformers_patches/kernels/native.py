@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -126,10 +125,3 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"partinfer::{name}")(
             lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.int64))
         )
-
-
-def library_path() -> Path | None:
-    """The compiled library that is or would be used, for tests of the build itself."""
-    from transformers_patches.kernels import build
-
-    return build.find_library()

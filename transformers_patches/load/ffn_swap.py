@@ -13,7 +13,6 @@ from transformers_patches.kernels import WeightFormat
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.load_plan import LayerPlan, LoadPlan
-from transformers_patches.plan.resolve import FITTED
 from transformers_patches.sparse.compensation import Compensation
 from transformers_patches.sparse.prior import Prior
 from transformers_patches.sparse.request import RequestState
@@ -40,7 +39,7 @@ def swap_ffns(
     """
     inputs = {"up": spec.up} | ({"gate": spec.gate} if spec.gated else {})
     sources: dict[str, Source] = {}
-    with_threshold = fit is not None and fit.has_thresholds(settings.selection, settings.sparsity, settings.candidates)
+    with_threshold = fit is not None and fit.has_thresholds(settings.selection, settings.sparsity)
     for layer, layer_plan in plan.layers.items():
         dense = spec.ffn_module(model, layer)
         up, down = getattr(dense, spec.up), getattr(dense, spec.down)
@@ -59,8 +58,7 @@ def swap_ffns(
                 weight_format=weight_format,
                 selection=settings.selection,
                 prior=Prior.of(layer_plan, layer, neurons, layer_fit, with_threshold=with_threshold),
-                compensate_loaded=bool(settings.compensations),
-                refresh=settings.refresh,
+                compensate_loaded=settings.compensation != "none",
                 token_count=settings.token_count,
             ).to(dtype)
         if spec.ffn:
@@ -76,7 +74,7 @@ def swap_ffns(
             if up.bias is not None:
                 sources[f"{place}.{row}_bias"] = Source(f"{prefix}.bias", "rows", layer_plan.neurons)
         prefix = spec.projection(layer, spec.down)
-        fitted = bool(settings.compensations & FITTED)
+        fitted = settings.compensation == "refit"
         sources[f"{place}.down"] = Source(
             f"{prefix}.weight",
             "columns",
@@ -93,7 +91,7 @@ def _left_out(
     settings: PartInferConfig, plan: LayerPlan, layer: int, neurons: NeuronFile | None, hidden_size: int
 ) -> WeightedSum | None:
     """The sum that becomes the mean compensation of the neurons that are not loaded."""
-    if "mean" not in settings.compensations or neurons is None:
+    if settings.compensation != "mean" or neurons is None:
         return None
     loaded = torch.zeros(neurons.intermediate_size, dtype=torch.bool)
     loaded[plan.neurons] = True
@@ -113,13 +111,11 @@ def attach_compensation(
     """Give the SparseFFNs, in the plan's order, what stands in for left out neurons, once all weights are read."""
     sums = [source.left_out for source in sources.values() if source.how == "columns"]
     for layer, ffn, left_out in zip(plan.layers, layers, sums, strict=True):
-        if settings.compensations & FITTED:
+        if settings.compensation == "refit":
             fitted = fit.layers[layer]
             # what decoding leaves out of a prompt's choice has its own means; a token's choice has the fitted bias
             decode = fitted.bias_decode if settings.selects_per_token else fitted.bias_prefill
-            parts = [fitted.bias_prefill, decode, fitted.lowrank_in, fitted.lowrank_out]
-            parts = [None if part is None else part.to(device, dtype) for part in parts]
-            ffn.compensation = Compensation(*parts)
+            ffn.compensation = Compensation(fitted.bias_prefill.to(device, dtype), decode.to(device, dtype))
         elif left_out is not None:
             bias = left_out.out.to(device, dtype)
             ffn.compensation = Compensation(bias, bias)

@@ -81,7 +81,7 @@ class LoadedModel:
     def bytes_fraction(self) -> float:
         """Share of the sparse layers' FFN bytes that decode steps read since the last reset, as counted.
 
-        A low-rank compensation counts too. If nothing was decoded, what a step over all loaded neurons would read.
+        If nothing was decoded, what a step over all loaded neurons would read.
         """
         tokens = sum(layer.counters.tokens for layer in self.state.layers)
         if not tokens:

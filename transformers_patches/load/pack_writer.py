@@ -19,7 +19,7 @@ from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load.loader import LoadedModel, load_from, read_config
 from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.plan.resolve import FITTED, find_fit
+from transformers_patches.plan.resolve import find_fit
 from transformers_patches.weights.aligned_file import save_aligned
 from transformers_patches.weights.gguf_config import gguf_tokenizer, is_gguf
 from transformers_patches.weights.mapped_files import forget
@@ -246,7 +246,7 @@ def _save_neurons(
     folder: Path, neurons: list[NeuronFile | None], fit: FitFile | None, loaded: LoadedModel, *, quantized: bool
 ) -> None:
     """The neuron files, and the fit file beside each; without its rows where the pack has them quantised."""
-    if fit is not None and quantized and loaded.settings.compensations & FITTED:
+    if fit is not None and quantized and loaded.settings.compensation == "refit":
         fit = replace(fit, layers={number: layer.without_rows() for number, layer in fit.layers.items()})
     for name, file in zip(("dataset_neurons", "model_neurons"), neurons, strict=True):
         if file is not None:

@@ -3,8 +3,8 @@
 One safetensors file, `<neuron file>.fit.safetensors`. Per sparse layer, as `layers.<number>.<name>`: `neurons` (int32
 [L], those that are loaded), `gate_size` (float [L], root of the mean act(gate)^2; gated FFNs only), `threshold` (float
 [1], above which decoded tokens had as many scores on average as one computes; selections per token only),
-`bias_prefill`, `bias_decode` (float [H]), and what its compensation needs: `down` [L, H] (whole refitted rows) or `down_left` [L, r]
-and `down_right` [r, H] (what to add to the rows, as a product), `lowrank_in` [r, H] and `lowrank_out` [r, H].
+`bias_prefill`, `bias_decode` (float [H]), and the refitted rows: `down` [L, H] (whole), or `down_left` [L, r] and `down_right`
+[r, H] (what to add to the checkpoint's, as a product).
 """
 
 from __future__ import annotations
@@ -37,13 +37,6 @@ class LayerFit:
     down: torch.Tensor | None = None
     down_left: torch.Tensor | None = None
     down_right: torch.Tensor | None = None
-    lowrank_in: torch.Tensor | None = None
-    lowrank_out: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """Of the low-rank map from x to the output; 0 without one."""
-        return 0 if self.lowrank_in is None else len(self.lowrank_in)
 
     @property
     def nbytes(self) -> int:
@@ -73,9 +66,9 @@ class LayerFit:
 class FitFile:
     """Fits by layer, and what they were made from and for.
 
-    metadata: strings, among them `compensation` (names joined by "+"), `loaded_neurons_percent`, `sparsity`,
-    `model_name`, `fingerprint`, `dataset`, `tokens`, and, if every layer has its own part of one budget,
-    `layer_sparsity` (JSON, layer -> phi of that layer).
+    metadata: strings, among them `compensation` (refit), `loaded_neurons_percent`, `sparsity`, `model_name`,
+    `fingerprint`, `dataset`, `tokens`, and, if every layer has its own part of one budget, `layer_sparsity` (JSON, layer
+    -> phi of that layer).
     """
 
     layers: dict[int, LayerFit]
@@ -84,12 +77,8 @@ class FitFile:
     source: str = "(in memory)"
 
     @property
-    def compensation(self) -> frozenset[str]:
-        return frozenset(self.metadata.get("compensation", "").split("+")) - {""}
-
-    @property
     def loaded_neurons_percent(self) -> float:
-        """What the fit was made for, of N, low-rank maps included."""
+        """What the fit was made for, of N."""
         return float(self.metadata["loaded_neurons_percent"])
 
     @property
@@ -102,9 +91,9 @@ class FitFile:
         """phi of every layer if the budget was spread by layers, else empty."""
         return {int(layer): float(phi) for layer, phi in json.loads(self.metadata.get("layer_sparsity", "{}")).items()}
 
-    def has_thresholds(self, selection: str, sparsity: float, candidates: float | None) -> bool:
+    def has_thresholds(self, selection: str, sparsity: float) -> bool:
         """Whether it has every layer's threshold for such a choice of neurons per token."""
-        same = abs(self.sparsity - sparsity) < 1e-6 and candidates is None
+        same = abs(self.sparsity - sparsity) < 1e-6
         made = all(layer.threshold is not None for layer in self.layers.values())
         return same and made and self.metadata.get("selection") == selection
 
@@ -155,6 +144,11 @@ class FitFile:
             raise PartInferError(
                 f"{path} has format version {version!r}, this program reads {VERSION!r}: make it again"
             )
+        if "lowrank" in metadata.get("compensation", ""):
+            raise PartInferError(
+                f"{path} was made for compensation {metadata['compensation']}, of which low-rank maps are no longer "
+                "computed: make it again with python -m profiler fit, or give --compensation mean"
+            )
         size = int(metadata.pop("intermediate_size", 0))
         return cls(_layers(tensors, size, path), size, metadata, str(path))
 
@@ -189,7 +183,6 @@ def _check_layer(number: int, values: dict[str, torch.Tensor], size: int, path: 
     if not loaded or int(neurons.min()) < 0 or int(neurons.max()) >= size or len(neurons.unique()) != loaded:
         raise PartInferError(f"{path}: layer {number}: expected different neurons 0 to {size - 1}, make the file again")
     rank = len(values.get("down_right", ()))
-    outer = len(values.get("lowrank_in", ()))
     shapes = {
         "bias_decode": (hidden,),
         "gate_size": (loaded,),
@@ -197,14 +190,11 @@ def _check_layer(number: int, values: dict[str, torch.Tensor], size: int, path: 
         "down": (loaded, hidden),
         "down_left": (loaded, rank),
         "down_right": (rank, hidden),
-        "lowrank_in": (outer, hidden),
-        "lowrank_out": (outer, hidden),
     }
     for name, shape in shapes.items():
         if name in values and tuple(values[name].shape) != shape:
             raise PartInferError(
                 f"{path}: layer {number}: {name} has shape {list(values[name].shape)}, expected {list(shape)}: make it again"
             )
-    for left, right in (("down_left", "down_right"), ("lowrank_in", "lowrank_out")):
-        if (left in values) != (right in values):
-            raise PartInferError(f"{path}: layer {number} has only one of {left} and {right}: make the file again")
+    if ("down_left" in values) != ("down_right" in values):
+        raise PartInferError(f"{path}: layer {number} has only one of down_left and down_right: make the file again")

@@ -16,7 +16,7 @@ from transformers_patches.files import write_text_atomic
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
 
-CANDIDATES = 1.75  # neurons that tokens choose among, times phi N, where the user does not say; all loaded if fewer
+CANDIDATES = 1.75  # neurons that tokens choose among, times phi N; all loaded if those are fewer
 FORMAT = "partinfer-load-plan"
 
 
@@ -119,7 +119,7 @@ def build_load_plan(
 
 def _ranking(settings: PartInferConfig, neurons: NeuronFile | None) -> torch.Tensor | None:
     """int [layers, N]: the file's own, or by spread, where means are compensated."""
-    if neurons is None or "mean" not in settings.compensations or not neurons.has_spread:
+    if neurons is None or settings.compensation != "mean" or not neurons.has_spread:
         return None if neurons is None else neurons.ranking
     return ranking_from_scores(neurons.spread())
 
@@ -150,15 +150,12 @@ def _plan_layer(
 def _plan_fitted_layer(
     settings: PartInferConfig, size: int, matrices: int, base_ranking: torch.Tensor, fit: FitFile, layer: int
 ) -> LayerPlan:
-    """The fit's neurons in the fit's order, which is that of its weights. Its low-rank map is paid for by phi."""
+    """The fit's neurons in the fit's order, which is that of its weights."""
     fitted = fit.layers[layer]
     sparsity = fit.layer_sparsity.get(layer, settings.sparsity) if settings.budget == "per_layer" else settings.sparsity
-    paid = 2 * fitted.rank / (matrices * size)
     neurons = fitted.neurons.long()
-    base_count = min(
-        neuron_count(settings.base_neurons_percent, size), neuron_count(max(0.0, sparsity - paid), size), len(neurons)
-    )
-    return _with_counts(settings, sparsity, size, matrices, neurons, base_ranking, base_count, paid)
+    base_count = min(neuron_count(settings.base_neurons_percent, size), neuron_count(sparsity, size), len(neurons))
+    return _with_counts(settings, sparsity, size, matrices, neurons, base_ranking, base_count)
 
 
 def _with_counts(
@@ -169,9 +166,7 @@ def _with_counts(
     neurons: torch.Tensor,
     base_ranking: torch.Tensor,
     base_count: int,
-    paid: float = 0.0,
 ) -> LayerPlan:
-    """paid: share of the FFN's bytes that something else than neurons takes from the budget."""
     place = torch.empty(size, dtype=torch.int64)
     place[base_ranking] = torch.arange(size)
     priority, loaded = place[neurons], len(neurons)
@@ -179,16 +174,15 @@ def _with_counts(
         return LayerPlan(neurons, loaded, loaded, priority)
     base_count = base_count if settings.method == "partinfer" else 0
     if not settings.selects_per_token:
-        return LayerPlan(neurons, base_count, min(neuron_count(max(0.0, sparsity - paid), size), loaded), priority)
-    candidates = candidate_count(sparsity, loaded, size, settings.candidates)
-    kept = kept_count(sparsity - paid, candidates, size, matrices)
+        return LayerPlan(neurons, base_count, min(neuron_count(sparsity, size), loaded), priority)
+    candidates = candidate_count(sparsity, loaded, size)
+    kept = kept_count(sparsity, candidates, size, matrices)
     return LayerPlan(neurons, min(base_count, candidates), kept, priority, candidates)
 
 
-def candidate_count(sparsity: float, loaded: int, intermediate_size: int, candidates: float | None = None) -> int:
-    """How many of the loaded neurons a token chooses among. candidates: fraction of N, None: in proportion to sparsity."""
-    share = min(1.0, CANDIDATES * sparsity) if candidates is None else candidates
-    return min(neuron_count(share, intermediate_size), loaded)
+def candidate_count(sparsity: float, loaded: int, intermediate_size: int) -> int:
+    """How many of the loaded neurons a token chooses among: in proportion to sparsity, or all."""
+    return min(neuron_count(min(1.0, CANDIDATES * sparsity), intermediate_size), loaded)
 
 
 def kept_count(sparsity: float, candidates: int, intermediate_size: int, matrices: int) -> int:
@@ -202,7 +196,7 @@ def kept_count(sparsity: float, candidates: int, intermediate_size: int, matrice
     if kept < 1:
         raise PartInferError(
             f"reading one projection of {candidates} candidates takes all of sparsity {sparsity:g}: "
-            "give fewer --candidates or more --sparsity"
+            "give more --sparsity"
         )
     return min(kept, candidates)
 

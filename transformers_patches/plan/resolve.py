@@ -10,8 +10,6 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile
 
-FITTED = frozenset(("lowrank", "refit"))
-
 
 def find_fit(settings: PartInferConfig, *neurons: NeuronFile | None) -> FitFile | None:
     """The fit file that the settings name, or the one beside the first neuron file that has one.
@@ -20,7 +18,7 @@ def find_fit(settings: PartInferConfig, *neurons: NeuronFile | None) -> FitFile 
     """
     if settings.fit_filepath:
         return FitFile.load(settings.fit_filepath)
-    wanted = settings.compensation == "auto" or settings.compensations & FITTED or settings.budget == "per_layer"
+    wanted = settings.compensation in ("auto", "refit") or settings.budget == "per_layer"
     if settings.method != "partinfer" or not wanted:
         return None
     places = [fit_path(file.source) for file in neurons if file is not None]
@@ -49,28 +47,22 @@ def resolve_settings(
             raise PartInferError(f"the fit file {settings.fit_filepath} can't be used: {reason}")
         compensation = "mean" if statistics else "none"
         if usable is not None:
-            compensation = "+".join(sorted(usable.compensation))
+            compensation = "refit"
     selection = settings.selection
     if selection == "auto":
         informed = statistics or usable is not None
         selection = ("blend" if settings.memory_limit else "up") if informed else "core"
     settings = dataclasses.replace(settings, compensation=compensation, selection=selection)
-    if settings.compensations & FITTED:
+    if compensation == "refit":
         if usable is None:
             raise PartInferError(
-                f"compensation {compensation} needs a fit file made for it, but {reason}: "
-                "make one with python -m profiler fit"
-            )
-        if settings.compensations - {"mean"} != fit.compensation - {"mean"}:
-            raise PartInferError(
-                f"{fit.source} was made for compensation {'+'.join(sorted(fit.compensation))}, not for {compensation}: "
-                "make another with python -m profiler fit"
+                f"compensation refit needs a fit file made for it, but {reason}: make one with python -m profiler fit"
             )
         if settings.token_count == "auto":
-            known = fit.has_thresholds(settings.selection, settings.sparsity, settings.candidates)
+            known = fit.has_thresholds(settings.selection, settings.sparsity)
             settings = dataclasses.replace(settings, token_count="average" if known else "exact")
         return settings, fit
-    if "mean" in settings.compensations and settings.use_partial_loading and not statistics:
+    if compensation == "mean" and settings.use_partial_loading and not statistics:
         name = "the neuron file" if base is None else base.source
         raise PartInferError(
             f"compensation mean needs the statistics mean, mean_sq and down_norm, which {name} lacks: "
@@ -90,7 +82,7 @@ def _baseline(settings: PartInferConfig) -> PartInferConfig:
 
 def _budget(settings: PartInferConfig, fit: FitFile | None) -> str:
     """What `auto` means: the fit file's shares for the layers, where they are for what the settings ask for."""
-    uses_fit = settings.compensation == "auto" or settings.compensations & FITTED
+    uses_fit = settings.compensation in ("auto", "refit")
     if settings.method != "partinfer" or fit is None or not uses_fit or not _spread_for(settings, fit):
         return "uniform"
     same_layers = settings.start_num in (None, min(fit.layers)) and settings.end_num in (None, max(fit.layers))

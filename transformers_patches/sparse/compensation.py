@@ -2,9 +2,9 @@
 
 `mean`     b = sum over the neurons i that are left out of E[h_i] W_down[:, i], added to the output. E is the neuron
            file's mean; for loaded neurons that the prompt did not select it is blended with the prompt's own mean.
-`lowrank`  x -> lowrank_out^T lowrank_in x, fitted by least squares to what is missing (`python -m profiler fit`).
-`refit`    the loaded neurons' down rows, refitted by least squares so that they also write what the missing ones wrote;
-           with it come the biases that make the error zero on average, one for prefill and one for decoding.
+`refit`    the loaded neurons' down rows, refitted by least squares so that they also write what the missing ones wrote
+           (`python -m profiler fit`); with it come the biases that make the error zero on average, one for prefill and
+           one for decoding.
 """
 
 from __future__ import annotations
@@ -21,27 +21,17 @@ PRIOR_TOKENS = 256  # the neuron file's mean weighs as much as a prompt of this 
 class Compensation(nn.Module):
     """What one layer adds to the output of its computed neurons.
 
-    bias_prefill, bias_decode: [H]; lowrank_in, lowrank_out: [r, H] or None. They count as weights of the model.
+    bias_prefill, bias_decode: [H]. They count as weights of the model.
     """
 
-    def __init__(
-        self,
-        bias_prefill: torch.Tensor,
-        bias_decode: torch.Tensor,
-        lowrank_in: torch.Tensor | None = None,
-        lowrank_out: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, bias_prefill: torch.Tensor, bias_decode: torch.Tensor) -> None:
         super().__init__()
-        parts = {"bias_prefill": bias_prefill, "bias_decode": bias_decode}
-        for name, value in {**parts, "lowrank_in": lowrank_in, "lowrank_out": lowrank_out}.items():
-            self.register_parameter(name, None if value is None else nn.Parameter(value.contiguous(), False))
+        self.bias_prefill = nn.Parameter(bias_prefill.contiguous(), requires_grad=False)
+        self.bias_decode = nn.Parameter(bias_decode.contiguous(), requires_grad=False)
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, *, prefill: bool) -> torch.Tensor:
-        """y [..., H], the output of the computed neurons for x [..., H], and what stands in for the others."""
-        y = y + (self.bias_prefill if prefill else self.bias_decode)
-        if self.lowrank_in is None:
-            return y
-        return y + kernels.linear(x, self.lowrank_in) @ self.lowrank_out
+    def add(self, y: torch.Tensor, *, prefill: bool) -> torch.Tensor:
+        """y [..., H], the output of the computed neurons, and what stands in for the others."""
+        return y + (self.bias_prefill if prefill else self.bias_decode)
 
 
 class PromptMean:

@@ -21,7 +21,6 @@ from transformers_patches.plan.load_plan import LayerPlan
 from transformers_patches.sparse.compensation import Compensation
 from transformers_patches.sparse.prior import Prior
 from transformers_patches.sparse.prompt_selection import Activations, PromptSelection, SequenceActivations
-from transformers_patches.sparse.refresh import Refresh
 from transformers_patches.sparse.request import PREFILL, RequestState
 from transformers_patches.sparse.token_selection import TokenSelection
 
@@ -79,12 +78,10 @@ class SparseFFN(nn.Module):
         selection: str = "core",
         prior: Prior | None = None,
         compensate_loaded: bool = False,
-        refresh: int | None = None,
         token_count: str = "exact",
     ) -> None:
         """selection: a name of config.SELECTIONS; compensate_loaded: whether loaded neurons that are not computed get
-        their mean output (prior.mean); refresh: choose again every so many decoded tokens; token_count: of a selection
-        per token, exact or average."""
+        their mean output (prior.mean); token_count: of a selection per token, exact or average."""
         super().__init__()
         self.plan, self.state, self.gated = plan, state, gated
         self.act_fn = ACT2FN[activation]
@@ -107,7 +104,6 @@ class SparseFFN(nn.Module):
             self.selection = TokenSelection(self, selection, average=token_count == "average")
         else:
             self.selection = PromptSelection(self, selection, self.prior.mean if compensate_loaded else None)
-        self.refresh = Refresh(self, refresh) if refresh else None
         self._base: Rows | None = None
         self.reset()
         self.reset_counters()
@@ -117,8 +113,6 @@ class SparseFFN(nn.Module):
         """Forget the request."""
         self.choice = object()  # another one whenever decoding is about to compute something else
         self.selection.reset()
-        if self.refresh is not None:
-            self.refresh.reset()
 
     def reset_counters(self) -> None:
         self.counters = Counters()
@@ -134,19 +128,13 @@ class SparseFFN(nn.Module):
         by_up = isinstance(self.selection, TokenSelection) and self.selection.by == "up"
         return ("gate", "down") if by_up and self.kernel_activation is not None else ()
 
-    @property
-    def lowrank_rows(self) -> int:
-        """Rows of weights that the low-rank compensation reads for every token."""
-        lowrank = None if self.compensation is None else self.compensation.lowrank_in
-        return 0 if lowrank is None else 2 * len(lowrank)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = x.shape
         x = x.reshape(self.state.batch, self.state.tokens, shape[-1])
         prefill = self.state.phase == PREFILL
         y = self._prefill(x) if prefill else self._decode(x)
         if self.compensation is not None:
-            y = self.compensation.add(y, x, prefill=prefill)
+            y = self.compensation.add(y, prefill=prefill)
         if self.output_bias is not None:
             y = y + self.output_bias
         return y.reshape(shape)
@@ -158,8 +146,6 @@ class SparseFFN(nn.Module):
             if not self.selection.started:
                 self.selection.begin(len(x), x.device)
             self.observe(values, self.state.token_mask)
-            if self.refresh is not None:
-                self.refresh.reset()
         return self.combine(values.h, rows)
 
     def observe(self, values: Activations, token_mask: torch.Tensor | None) -> None:
@@ -170,9 +156,8 @@ class SparseFFN(nn.Module):
         self.choice = object()
 
     def _decode(self, x: torch.Tensor) -> torch.Tensor:
-        result = self.selection.decode(x) if self.refresh is None else self.refresh.decode(x)
-        tokens = x.shape[0] * x.shape[1]
-        self.counters.add(tokens, result.computed, result.rows + self.lowrank_rows * tokens)
+        result = self.selection.decode(x)
+        self.counters.add(x.shape[0] * x.shape[1], result.computed, result.rows)
         return result.y
 
     def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
@@ -180,8 +165,7 @@ class SparseFFN(nn.Module):
 
         x: any hidden states [..., H], for their type.
         """
-        lowrank = self.compensation is not None and self.compensation.lowrank_in is not None
-        if self.kernel_activation is None or lowrank or self.refresh is not None:
+        if self.kernel_activation is None:
             return None
         active = self.selection.active_neurons(x)
         if active is None:

@@ -18,7 +18,6 @@ from transformers_patches.fast_pass.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.fast_pass.one_token import OneTokenPass, new_cache, one_token_pass
 from transformers_patches.fast_pass.positions import RotaryTable
 from transformers_patches.load.loader import load_model
-from transformers_patches.sparse.compensation import Compensation
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 
 PROMPT = torch.arange(3, 23)[None]
@@ -73,7 +72,7 @@ def test_sparse_layers_stay_what_they_are(tiny_checkpoints, family, dtype, close
         {"method": "partinfer", "selection": "core", "compensation": "mean"},
         {"method": "partinfer", "selection": "up"},
         {"method": "partinfer", "selection": "up", "token_count": "average"},
-        {"method": "partinfer", "selection": "up", "candidates": 0.5, "base_neurons_percent": 0.2},
+        {"method": "partinfer", "selection": "up", "loaded_neurons_percent": 0.9},
         {"method": "coreinfer", "use_partial_loading": False},
     ],
     ids=lambda options: " ".join(str(value) for value in options.values()),
@@ -126,13 +125,10 @@ def test_a_prompt_of_several_passes_is_evidence_to_its_last_token(tiny_checkpoin
     torch.testing.assert_close(torch.stack(logits), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_that_the_native_call_does_not_know_runs_between_others(tiny_checkpoints):
+def test_a_layer_that_the_native_call_does_not_know_runs_between_others(tiny_checkpoints, monkeypatch):
     loaded = load(tiny_checkpoints["llama"], "partinfer", dtype="float32", selection="core")
     expected = decode(loaded.model, new_cache(loaded.model))
-    ffn = loaded.state.layers[1]
-    hidden = loaded.model.config.hidden_size
-    nothing = torch.zeros(hidden)
-    ffn.compensation = Compensation(nothing, nothing, torch.zeros(2, hidden), torch.zeros(2, hidden))
+    monkeypatch.setattr(loaded.state.layers[1], "active_neurons", lambda _: None)
     ours = decode(loaded.model, new_cache(loaded.model))
     assert loaded.model.model.forward.runs == [range(2), range(2, 3), range(3, 6)]
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

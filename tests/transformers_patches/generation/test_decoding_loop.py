@@ -94,7 +94,7 @@ def test_tokens_are_those_of_transformers_loop(tiny_checkpoints, monkeypatch, ta
         assert len(ours[0][0]) == PROMPT.shape[1] + 12
 
 
-@pytest.mark.parametrize("settings", [{"method": "dense"}, {"dtype": "bfloat16"}, {"dtype": "int8"}, {"refresh": 4}])
+@pytest.mark.parametrize("settings", [{"method": "dense"}, {"dtype": "bfloat16"}, {"dtype": "int8"}])
 def test_settings_of_the_model(tiny_checkpoints, monkeypatch, taken, settings):
     ours, theirs = both(monkeypatch, taken, load(tiny_checkpoints["llama"], **settings))
     assert ours == theirs

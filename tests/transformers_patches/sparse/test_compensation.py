@@ -1,10 +1,11 @@
-"""Compensation against plain transformers models: the bias of what is left out, refitted rows, low-rank maps."""
+"""Compensation against plain transformers models: the bias of what is left out, refitted rows."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from torch.nn import functional as F
 
 from tests.conftest import FAMILIES, HIDDEN, INTERMEDIATE, LAYERS
 from tests.transformers_patches.made_up_files import made_up_fit, with_statistics
@@ -79,34 +80,29 @@ def test_mean_compensation_of_what_a_prompt_leaves_out(tiny_checkpoints):
     assert_equal_where_real(ours_logits, logits, all_passes[0][1]["attention_mask"])
 
 
-def save_pair(folder, compensation: str, **options):
+def save_pair(folder, **options):
     """A neuron file and a fit file beside it, as a user has them."""
     NEURONS.save(folder / "qa.safetensors")
-    fit = made_up_fit(compensation, **options)
+    fit = made_up_fit(**options)
     fit.save(folder / "qa.fit.safetensors")
     return fit, str(folder / "qa.safetensors")
 
 
-@pytest.mark.parametrize("compensation", ["refit", "lowrank", "lowrank+refit"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
-def test_a_fit_file_beside_the_neuron_file_is_used(family, compensation, tiny_checkpoints, tmp_path):
-    fit, path = save_pair(tmp_path, compensation)
+def test_a_fit_file_beside_the_neuron_file_is_used(family, tiny_checkpoints, tmp_path):
+    fit, path = save_pair(tmp_path)
     ours = load_model(tiny_checkpoints[family], PartInferConfig(dataset_neurons_filepath=path, **SETTINGS))
-    assert (ours.settings.selection, ours.settings.compensation) == ("up", compensation)
+    assert (ours.settings.selection, ours.settings.compensation) == ("up", "refit")
     reference = TokenReference(tiny_checkpoints[family])
-    lowrank = "lowrank" in compensation
     matrices = 2 if family == "opt" else 3
     for layer, made in fit.layers.items():
         plan = ours.plan.layers[layer]
         assert plan.neurons.tolist() == made.neurons.tolist()
-        # the budget, 0.4, pays for two rows in and two rows out
-        budget = matrices * 0.4 * INTERMEDIATE - (4 if lowrank else 0)
-        reference.kept[layer] = round((budget - plan.candidate_count) / (matrices - 1))
+        reference.kept[layer] = round((matrices * 0.4 * INTERMEDIATE - plan.candidate_count) / (matrices - 1))
         assert plan.candidate_count == 56
         reference.loaded[layer] = made.neurons.tolist()
         reference.prior[layer] = torch.zeros(INTERMEDIATE).scatter(0, made.neurons.long(), made.gate_size)
-        if made.down is not None:
-            reference.down[layer].weight.data[:, made.neurons.long()] = made.down.t()
+        reference.down[layer].weight.data[:, made.neurons.long()] = made.down.t()
     add_fit(reference, fit)
     all_passes = passes(*padded_prompts([7, 3], "left"), [1, 12])
     ours.reset_counters()
@@ -117,35 +113,28 @@ def test_a_fit_file_beside_the_neuron_file_is_used(family, compensation, tiny_ch
 
 
 def add_fit(reference: TokenReference, fit) -> None:
-    """Biases and low-rank maps of x, by hooks on the FFNs' own projections."""
-    inputs = {}
+    """Biases, by hooks on the FFNs' own projections."""
     for name, module in reference.model.named_modules():
-        layer = next((part for part in name.split(".") if part.isdigit()), None)
-        if name.endswith(("up_proj", "fc1")) and int(layer) in fit.layers:
-            module.register_forward_pre_hook(lambda _, args, layer=int(layer): inputs.update({layer: args[0]}))
         if (match := DOWN_PROJECTION.search(name)) and int(match[1]) in fit.layers:
 
             def add(module, args, output, layer=int(match[1])):
                 made = fit.layers[layer]
-                output = output + (made.bias_decode if reference.decoding else made.bias_prefill)
-                if made.lowrank_in is not None:
-                    output = output + F.linear(inputs[layer], made.lowrank_in) @ made.lowrank_out
-                return output
+                return output + (made.bias_decode if reference.decoding else made.bias_prefill)
 
             module.register_forward_hook(add)
 
 
 def test_compensation_is_counted_as_weights(tiny_checkpoints, tmp_path):
-    _, path = save_pair(tmp_path, "lowrank")
+    _, path = save_pair(tmp_path)
     folder = tiny_checkpoints["llama"]
     ours = load_model(folder, PartInferConfig(dataset_neurons_filepath=path, **SETTINGS))
     plain = load_model(folder, PartInferConfig(selection="core", compensation="none", **SETTINGS), NEURONS)
-    added = 4 * (2 * HIDDEN + 4 * HIDDEN) * 4  # two biases and two maps of rank 2 in 4 layers, float32
+    added = 4 * 2 * HIDDEN * 4  # two biases in 4 layers, float32
     assert ours.report.bytes_resident == plain.report.bytes_resident + added
 
 
 def test_refitted_rows_are_read_instead_of_the_checkpoints(tiny_checkpoints, tmp_path):
-    fit, path = save_pair(tmp_path, "refit")
+    fit, path = save_pair(tmp_path)
     read = {
         compensation: load_model(
             tiny_checkpoints["llama"],
@@ -158,7 +147,7 @@ def test_refitted_rows_are_read_instead_of_the_checkpoints(tiny_checkpoints, tmp
 
 
 def test_thresholds_of_a_fit_are_used_for_what_they_were_made_for(tiny_checkpoints, tmp_path):
-    fit, path = save_pair(tmp_path, "refit")
+    fit, path = save_pair(tmp_path)
     ask = {"dataset_neurons_filepath": path, **SETTINGS}
 
     def settled(**settings) -> tuple[str, list[float | None]]:
@@ -173,14 +162,13 @@ def test_thresholds_of_a_fit_are_used_for_what_they_were_made_for(tiny_checkpoin
     assert settled() == ("average", [0.125, 0.25, 0.375, 0.5])
     assert settled(token_count="exact")[0] == "exact"
     assert settled(sparsity=0.5) == ("exact", [None] * 4)
-    assert settled(candidates=0.55) == ("exact", [None] * 4)
     assert settled(selection="gate") == ("exact", [None] * 4)
     assert settled(compensation="mean") == ("exact", [None] * 4)
     assert settled(selection="core")[0] == "exact"
 
 
 def test_every_layer_can_have_its_own_budget(tiny_checkpoints, tmp_path):
-    fit, path = save_pair(tmp_path, "refit", layers=range(LAYERS), layer_sparsity='{"0": 0.6, "1": 0.5, "2": 0.4, '
+    fit, path = save_pair(tmp_path, layers=range(LAYERS), layer_sparsity='{"0": 0.6, "1": 0.5, "2": 0.4, '
                           '"3": 0.4, "4": 0.3, "5": 0.3}')  # fmt: skip
     settings = {"dataset_neurons_filepath": path, "dtype": "float32", "device": "cpu"}
     ours = load_model(tiny_checkpoints["llama"], PartInferConfig(budget="per_layer", **settings))
@@ -248,10 +236,8 @@ def test_what_the_files_cannot_give_is_an_error(options, message, tiny_checkpoin
 
 
 def test_a_fit_for_something_else_says_what_for(tiny_checkpoints, tmp_path):
-    _, path = save_pair(tmp_path, "refit")
+    _, path = save_pair(tmp_path)
     folder, options = tiny_checkpoints["llama"], {"dataset_neurons_filepath": path, **SETTINGS}
-    with pytest.raises(PartInferError, match="made for compensation refit, not for lowrank"):
-        load_model(folder, PartInferConfig(compensation="lowrank", **options))
     with pytest.raises(PartInferError, match="made for loaded_neurons_percent 0.7, not 0.6"):
         load_model(folder, PartInferConfig(compensation="refit", loaded_neurons_percent=0.6, **options))
     with pytest.raises(PartInferError, match="made for other layers"):
@@ -259,8 +245,20 @@ def test_a_fit_for_something_else_says_what_for(tiny_checkpoints, tmp_path):
     assert load_model(folder, PartInferConfig(**{**options, "end_num": 3})).settings.compensation == "mean"
 
 
+@pytest.mark.parametrize("compensation", ["lowrank", "lowrank+refit"])
+def test_a_fit_with_low_rank_maps_is_refused(compensation, tiny_checkpoints, tmp_path):
+    """Files of before low-rank maps were removed; without the fit the model loads."""
+    _, path = save_pair(tmp_path, compensation=compensation)
+    folder, options = tiny_checkpoints["llama"], {"dataset_neurons_filepath": path, **SETTINGS}
+    with pytest.raises(
+        PartInferError, match=f"made for compensation {re.escape(compensation)}, of which low-rank maps"
+    ):
+        load_model(folder, PartInferConfig(**options))
+    assert load_model(folder, PartInferConfig(compensation="mean", **options)).settings.compensation == "mean"
+
+
 def test_refitted_rows_are_quantised_like_others(tiny_checkpoints, tmp_path):
-    _, path = save_pair(tmp_path, "refit")
+    _, path = save_pair(tmp_path)
     options = {**SETTINGS, "dtype": "int8", "dataset_neurons_filepath": path}
     ours = load_model(tiny_checkpoints["llama"], PartInferConfig(**options))
     plain = load_model(tiny_checkpoints["llama"], PartInferConfig(**{**options, "dtype": "bfloat16"}))

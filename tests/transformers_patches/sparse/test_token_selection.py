@@ -28,6 +28,7 @@ from transformers_patches.plan.load_plan import kept_count
 
 LOADED, KEPT = 56, 20  # 0.7 of 80; (3 * 0.4 * 80 - 56) / 2
 KEPT_PLAIN = 8  # 2 * 0.4 * 80 - 56
+GAMMAS = [0.7, 0.9]  # with 0.9, more is loaded than tokens choose among: the prompt chooses their candidates
 
 
 def token_reference(checkpoints, family: str, by: str) -> TokenReference:
@@ -74,25 +75,26 @@ def test_exactly_the_budget_is_read(family, kept, matrices, loaded):
 
 
 def test_candidates_chosen_by_the_prompt(loaded):
-    """44 candidates leave (96 - 44) / 2 = 26 kept neurons; both sets lie in the loaded ones, base always a candidate."""
-    ours = loaded("llama", "partinfer", selection="up", candidates=0.55)
+    """72 loaded neurons are more than 1.75 · 0.4 · 80 = 56 candidates, of which (96 - 56) / 2 = 20 are kept; both sets
+    lie in the loaded ones, base always a candidate."""
+    ours = loaded("llama", "partinfer", selection="up", loaded_neurons_percent=0.9)
     plan = ours.plan.layers[2]
-    assert (plan.candidate_count, plan.computed_count, plan.base_count) == (44, 26, 24)
+    assert (plan.candidate_count, plan.computed_count, plan.base_count) == (56, 20, 24)
     ours.reset_counters()
     run(ours.model, passes(*padded_prompts([6, 4], "left"), [1, 12]))
     for chosen in ours.state.layers[1].selection.selected:
-        assert len(chosen) == 20
+        assert len(chosen) == 32
         assert int(chosen.min()) >= 24
-        assert int(chosen.max()) < LOADED
+        assert int(chosen.max()) < 72
     assert ours.bytes_fraction() == pytest.approx(0.4)
-    everything = loaded("llama", "partinfer", selection="up", candidates=0.7)
+    everything = loaded("llama", "partinfer", selection="up", loaded_neurons_percent=0.7)
     assert everything.state.layers[1].selection.all_are_candidates
 
 
-@pytest.mark.parametrize("candidates", [None, 0.55])
+@pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("family", ["llama", "gemma", "opt"])
-def test_step_by_step_one_pass_and_batches_agree(family, candidates, loaded):
-    ours = loaded(family, "partinfer", selection="up", candidates=candidates).model
+def test_step_by_step_one_pass_and_batches_agree(family, gamma, loaded):
+    ours = loaded(family, "partinfer", selection="up", loaded_neurons_percent=gamma).model
     input_ids, mask = padded_prompts([6, 2, 4], "left")
     steps = run(ours, passes(input_ids, mask, [1] * 12))
     whole = run(ours, passes(input_ids, mask, [12]))
@@ -110,7 +112,7 @@ def test_step_by_step_one_pass_and_batches_agree(family, candidates, loaded):
 
 
 def test_requests_do_not_see_each_other_even_when_interrupted(loaded):
-    ours = loaded("qwen2", "partinfer", selection="up", candidates=0.55).model
+    ours = loaded("qwen2", "partinfer", selection="up", loaded_neurons_percent=0.9).model
     first, second = (passes(*padded_prompts([length], "left", seed=length), [1, 1]) for length in (5, 8))
     expected = run(ours, first)
     run(ours, second[:1])  # ended after its prompt
@@ -118,11 +120,11 @@ def test_requests_do_not_see_each_other_even_when_interrupted(loaded):
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no native kernels here")
-@pytest.mark.parametrize("candidates", [None, 0.55])
+@pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("family", ["llama", "llama-mlp-bias", "opt", "gemma2"])
-def test_native_kernels_give_the_same(family, candidates, loaded):
+def test_native_kernels_give_the_same(family, gamma, loaded):
     all_passes = passes(*padded_prompts([7, 3], "left"), [1, 1, 2])
-    settings = {"selection": "up", "candidates": candidates}
+    settings = {"selection": "up", "loaded_neurons_percent": gamma}
     native, reference = (loaded(family, "partinfer", kernels=kernel, **settings) for kernel in ("native", "torch"))
     for a, b in zip(run(native.model, all_passes), run(reference.model, all_passes), strict=True):
         assert (a - b).abs().max() < 1e-4
@@ -145,11 +147,11 @@ def test_a_threshold_keeps_the_count_on_average_over_the_prompt(family, loaded):
     assert (torch.cat([one.y for one in each], dim=1) - result.y).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("candidates", [None, 0.55])
-def test_a_threshold_after_a_short_prompt_is_the_exact_count(candidates, loaded):
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_threshold_after_a_short_prompt_is_the_exact_count(gamma, loaded):
     all_passes = passes(*padded_prompts([7, 3], "left"), [1, 2])
     average, exact = (
-        loaded("llama", "partinfer", selection="up", candidates=candidates, token_count=count)
+        loaded("llama", "partinfer", selection="up", loaded_neurons_percent=gamma, token_count=count)
         for count in ("average", "exact")
     )
     for a, b in zip(run(average.model, all_passes), run(exact.model, all_passes), strict=True):
@@ -178,11 +180,13 @@ def test_the_threshold_of_a_fit_is_blended_with_that_of_the_prompt(tokens, loade
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no native kernels here")
-@pytest.mark.parametrize("candidates", [None, 0.55])
-def test_native_kernels_take_thresholds(candidates, loaded):
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_native_kernels_take_thresholds(gamma, loaded):
     all_passes = passes(*padded_prompts([30, 12], "left"), [1, 1, 2])
     native, reference = (
-        loaded("llama", "partinfer", kernels=kernel, selection="up", candidates=candidates, token_count="average")
+        loaded(
+            "llama", "partinfer", kernels=kernel, selection="up", loaded_neurons_percent=gamma, token_count="average"
+        )
         for kernel in ("native", "torch")
     )
     for ours in (native, reference):
@@ -217,6 +221,8 @@ def test_kept_neurons_meet_the_budget(sparsity, share, size, matrices):
         assert read >= matrices * sparsity * size - matrices / 2 - 1e-6
 
 
-def test_too_many_candidates_are_an_error(loaded):
-    with pytest.raises(PartInferError, match="takes all of sparsity 0.2: give fewer --candidates"):
-        loaded("llama", "partinfer", selection="up", sparsity=0.2, candidates=0.7, base_neurons_percent=0.1)
+def test_a_budget_for_candidates_alone_is_an_error(loaded):
+    with pytest.raises(
+        PartInferError, match="one projection of 1 candidates takes all of sparsity 0: give more --spars"
+    ):
+        loaded("llama", "partinfer", selection="up", sparsity=0.0, base_neurons_percent=0.0)

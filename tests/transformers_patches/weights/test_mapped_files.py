@@ -116,7 +116,7 @@ def test_other_layouts_and_fewer_neurons_than_packed(huge, native, tiny_checkpoi
 
 
 def test_rows_that_a_fit_changes_do_not_stay_in_the_file(huge, native, tiny_checkpoints, tmp_path):
-    FitFile.save(made_up_fit("refit"), fit_path(tmp_path / "neurons.safetensors"))
+    FitFile.save(made_up_fit(), fit_path(tmp_path / "neurons.safetensors"))
     pack_of(tiny_checkpoints["llama"], tmp_path, dtype="bfloat16")
     files = {path: path.read_bytes() for path in (tmp_path / "pack").glob("*.safetensors")}
     packed = load_model(tmp_path / "pack", settings())

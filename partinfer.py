@@ -134,7 +134,7 @@ def _checkpoint_folder(arguments: argparse.Namespace) -> Path:
 
 def _with_neuron_files(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
     """Fill in the neuron files that the settings need and do not name; a pack has its own, and what it was made with."""
-    from transformers_patches.weights.pack import is_pack, pack_settings
+    from transformers_patches.weights.pack_description import is_pack, pack_settings
 
     if is_pack(folder):
         made = {name: value for name, value in pack_settings(folder).items() if getattr(arguments, name) is None}

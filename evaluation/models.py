@@ -17,7 +17,7 @@ from transformers_patches.neurons.lookup import NEURON_FILES, find_neuron_files
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.gguf_config import is_gguf
 from transformers_patches.weights.model_files import model_name
-from transformers_patches.weights.pack import is_pack
+from transformers_patches.weights.pack_description import is_pack
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,7 +25,7 @@ from transformers_patches.config import QUANTIZED_DTYPES
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import build_on_meta, read_config, resolve_device
 from transformers_patches.weights.model_files import load_tokenizer, open_weights
-from transformers_patches.weights.pack import is_pack, pack_type
+from transformers_patches.weights.pack_description import is_pack, pack_type
 
 LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # that hold the same bits as ours
 MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of a process: PyTorch, the cache, activations

@@ -24,7 +24,7 @@ from transformers_patches.weights.aligned_file import save_aligned
 from transformers_patches.weights.gguf_config import gguf_tokenizer, is_gguf
 from transformers_patches.weights.mapped_files import forget
 from transformers_patches.weights.model_files import model_name, open_weights
-from transformers_patches.weights.pack import (
+from transformers_patches.weights.pack_description import (
     COLUMN_SCALES,
     DESCRIPTION,
     FIXED,
@@ -34,8 +34,8 @@ from transformers_patches.weights.pack import (
     NEURONS,
     ROPE_FACTORS,
     VERSION,
+    checksum_of,
     is_pack,
-    sum_of,
 )
 from transformers_patches.weights.source import Source, WeightSource, takes_whole_rows
 
@@ -134,7 +134,7 @@ class _Recorder(WeightSource):
             self.keep(f"neurons.{number}", source.neurons.to(torch.int32))
         if source.left_out is not None:
             self.keep(f"left_out.{source.name}", source.left_out.out)
-        shape, left_out = list(self.shape(source.name)), sum_of(source.left_out)
+        shape, left_out = list(self.shape(source.name)), checksum_of(source.left_out)
         self.packed[source.name] = {"how": source.how, "neurons": number, "shape": shape, "left_out": left_out, **more}
 
     def keep(self, name: str, values: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Writing safetensors files whose tensors can be used where they are mapped: they start at multiples of 64 bytes.
+"""Writing safetensors files whose tensors can be used where the file is mapped: they start at multiples of 64 bytes.
 
-The format (a length, a JSON header that spaces may fill up, the bytes of all tensors without gaps) allows that, with tensors
-that fill the gaps; its own writer orders tensors by type and name, and leaves the alignment to chance.
+The format is a length, a JSON header that may end in spaces, and the bytes of all tensors without gaps. So padding is a tensor
+of its own. The writer of the safetensors package orders tensors by type and name, and does not align them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 from transformers_patches.weights.mapped_files import ALIGNMENT
 from transformers_patches.weights.safetensors_folder import DTYPES
 
-PADDING = "padding."  # what fills a gap is called so
+PADDING = "padding."  # how the names of tensors begin that are padding
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def save_aligned(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write contiguous CPU tensors in their order, and sync the file."""
+    """Write contiguous CPU tensors in the given order, and sync the file."""
     ordered = []
     for name, values in tensors.items():
         ordered.append((name, values))

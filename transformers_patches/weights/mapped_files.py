@@ -1,8 +1,8 @@
-"""Weights that stay where they lie in a file: its pages of the page cache, mapped, instead of copies of them.
+"""Weights that are used in the page cache, where their file is mapped, and not copied.
 
-They cost no memory beside the page cache, which processes share, and a file that is in it is there at once. Pages of 4 KB are
-read up to a fifth slower while decoding, so a mapping is used only where the system backs it with huge pages, as Linux 6.18
-does on ext4, but for files that were written a moment ago. Elsewhere files are read.
+They take no memory besides the page cache, which processes share, and a file that is cached already is available at once.
+Decoding reads pages of 4 KB up to a fifth slower than huge pages. So a mapping is used only if the system backs it with huge
+pages, as Linux 6.18 does on ext4 (though not for files written a moment ago). Otherwise files are read.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import torch
 
 from transformers_patches.errors import PartInferError
 
-ALIGNMENT = 64  # of weights, a line of the caches: what straddles two is read slower
+ALIGNMENT = 64  # of weights: a cache line. What straddles two lines is read slower
 SWITCH = "PARTINFER_MAPPED"
 _HUGE_PAGE = 2 * 2**20
-_SAMPLE = 8 * _HUGE_PAGE  # of a file, which tells how the rest would be mapped
-_MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22  # Linux; Python names the first one only
+_SAMPLE = 8 * _HUGE_PAGE  # of a file: how it is mapped tells how the rest would be
+_MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22  # Linux. Python has a name for the first one only
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class MappedFiles:
-    """Files that are mapped at first use, privately: writing to them changes memory only."""
+    """Files that are mapped when they are first used. The mapping is private: writing to it does not change the file."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, torch.Tensor | None] = {}
 
     def tensor(self, path: Path, start: int, nbytes: int) -> torch.Tensor | None:
-        """uint8 [nbytes] from byte `start` on, its pages not yet read; None where reading it somewhere else is better."""
+        """uint8 [nbytes] from byte `start` on, with pages that may not be read yet; None if it is better to read a copy."""
         if start % ALIGNMENT or not nbytes:
             return None
         if path not in self._maps:
@@ -42,22 +42,22 @@ class MappedFiles:
         return None if whole is None else whole[start : start + nbytes]
 
     def holds(self, values: torch.Tensor) -> bool:
-        """Whether a tensor lies in one of the files."""
+        """Whether a tensor is part of one of the mappings."""
         storage = values.untyped_storage().data_ptr()
         return any(whole is not None and storage == whole.data_ptr() for whole in self._maps.values())
 
 
 def bring(memory: torch.Tensor) -> None:
-    """Read the pages of mapped memory, uint8 [n], from the disk unless they are there."""
+    """Read the pages of mapped memory, uint8 [n], from disk if they are not in memory yet."""
     first = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = memory.data_ptr() + len(memory) - first
     failed = _madvise(first, size, _MADV_POPULATE_READ) and ctypes.get_errno()
-    if failed and failed != errno.EINVAL:  # which Linux before 5.14 says, and reads pages when they are used
+    if failed and failed != errno.EINVAL:  # from Linux before 5.14, which reads pages when they are used
         raise PartInferError(f"weights can't be read: {os.strerror(failed)}; make the pack again")
 
 
 def forget(path: Path) -> None:
-    """Let a file that was written, and synced, leave the page cache: it comes back in large pages."""
+    """Drop a file that was written and synced from the page cache. Read again, it is cached in huge pages."""
     if hasattr(os, "posix_fadvise"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -68,7 +68,7 @@ def _madvise(address: int, size: int, advice: int) -> int:
 
 
 def _map(path: Path) -> torch.Tensor | None:
-    """A file as uint8 [size], if it is mapped in huge pages."""
+    """A file as uint8 [size]; None if the system does not map it in huge pages."""
     size = path.stat().st_size
     if not os.path.exists("/proc/self/smaps") or size < 2 * _SAMPLE:
         return None
@@ -81,7 +81,7 @@ def _map(path: Path) -> torch.Tensor | None:
 
 
 def _bytes_in_huge_pages(address: int) -> int:
-    """Of the file mapping that holds an address, as the system tells."""
+    """How many bytes of the file mapping at an address are in huge pages, as the system reports."""
     inside = False
     with open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
         for line in lines:

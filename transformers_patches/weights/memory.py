@@ -1,4 +1,4 @@
-"""Memory for the weights of a model: on CPUs in huge pages where the system gives them, which reads up to a fifth faster."""
+"""Memory for the weights of a model. On CPUs it is in huge pages if the system has them: reading is up to a fifth faster."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.weights.mapped_files import ALIGNMENT
 
-# Tensors share blocks, because a huge page is 2 MB and begins at a multiple of that: of a tensor of 8 MB by itself a
-# quarter is in small pages. What is left of a block is never touched, so it takes no memory.
+# Tensors share blocks, because a huge page is 2 MB and starts at a multiple of 2 MB: a quarter of an 8 MB tensor that is
+# allocated by itself would be in small pages. The unused end of a block is never touched, so it takes no memory.
 BLOCK_BYTES = 256 * 2**20
-OWN_BYTES = BLOCK_BYTES // 4  # tensors from this size on have their own
+OWN_BYTES = BLOCK_BYTES // 4  # tensors of at least this size have their own memory
 
 
 class WeightMemory:
@@ -43,9 +43,9 @@ class WeightMemory:
         return part.view(dtype).view(shape)
 
     def empty_paired(self, pair: object, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """One of two [rows, columns] matrices whose rows take turns in memory; the next call for `pair` gives the other.
+        """One of two [rows, columns] matrices whose rows alternate in memory; the next call for `pair` returns the other.
 
-        Where the same row of both is needed, one of twice the length is read, which memory does faster.
+        Where the same row of both is needed, one stretch of twice the length is read, which is faster.
         """
         if pair in self._second:
             return self._second.pop(pair)
@@ -54,6 +54,6 @@ class WeightMemory:
 
 
 def give_back_freed() -> None:
-    """Return what reading weights has freed to the system; C libraries keep some of it otherwise (glibc only)."""
+    """Return freed memory to the system after reading weights: glibc would keep some of it. Does nothing elsewhere."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

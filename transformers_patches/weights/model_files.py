@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf import GGUFCheckpoint
 from transformers_patches.weights.gguf_config import gguf_model_name, gguf_tokenizer, is_gguf
-from transformers_patches.weights.pack import Pack, is_pack
+from transformers_patches.weights.pack import Pack
+from transformers_patches.weights.pack_description import is_pack
 from transformers_patches.weights.safetensors_folder import Checkpoint
 from transformers_patches.weights.source import WeightSource
 

@@ -1,21 +1,12 @@
-"""Packs: a model folder that holds only the neurons of a load plan, in the plan's order and neuron-major.
+"""Pack: reading a model folder that holds only the neurons of a load plan.
 
-A pack is read like the checkpoint that it was made from (it is a WeightSource with the same names), but what loading asks
-for lies there as one piece. Files: safetensors shards with their index, config, tokenizer, the neuron files in neurons/, and
-pack.json. Tensors: those read whole under their own names; `packed.<name>` [L, …] the planned rows, or columns as rows;
-`left_out.<name>` [H] what was summed up of the columns that are not there; `neurons.<number>` [L] which neurons those are.
-In a pack of quantised weights each of these, and each matrix that is read whole, is `data.<name>` and `scales.<name>`
-instead, as QuantizedTensor has them, down rows as a fit changed them, with their `column_scales.<name>`; else
-`largest.<name>` [H] is what column scales are made of, should they be quantised while loading. Two weights whose rows take turns in memory are one
-tensor [L, 2, …] under the name of the first, and both have its `pair`. Names that no weight asks for are passed over, so
-later versions can add more. Tensors are aligned, so weights can be used where their files are mapped.
+A pack is read like the checkpoint that it was made from: it is a WeightSource with the same names. But what loading asks
+for is stored there in one piece. pack_description.py says what is in the folder.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -28,74 +19,36 @@ from transformers_patches.config import HEAD_DTYPE, PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.weights.aligned_file import PADDING
 from transformers_patches.weights.mapped_files import MappedFiles
+from transformers_patches.weights.pack_description import (
+    ADDED,
+    COLUMN_SCALES,
+    LARGEST,
+    NEURONS,
+    ROPE_FACTORS,
+    checksum_of,
+    read_description,
+)
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weights.safetensors_folder import Checkpoint, Place
-from transformers_patches.weights.source import Source, WeightedSum, put, put_fitted
-
-FORMAT, VERSION, READABLE = "partinfer-pack", 6, (1, 2, 3, 4, 5, 6)
-DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
-ROPE_FACTORS = "rope_factors"
-COLUMN_SCALES, LARGEST = "column_scales", "largest"
-_ADDED = (
-    *("packed.", "data.", "scales.", f"{COLUMN_SCALES}.", f"{LARGEST}.", "left_out.", "neurons."),
-    PADDING,
-    ROPE_FACTORS,
-)
-# settings that decide which neurons are there
-FIXED = (
-    *("loaded_neurons_percent", "base_neurons_percent", "base_neurons_type", "start_num", "end_num", "compensation"),
-    "budget",
-)
-
-
-def is_pack(folder: str | Path) -> bool:
-    return (Path(folder) / DESCRIPTION).is_file()
-
-
-def pack_type(folder: str | Path) -> str:
-    """The type of a pack's weights, as --dtype names it; PartInferError if its description can't be read."""
-    return _description(Path(folder))["dtype"]
-
-
-def pack_settings(folder: str | Path) -> dict:
-    """The values of FIXED that a pack was made with; PartInferError if its description can't be read."""
-    return _description(Path(folder))["settings"]
-
-
-def _description(folder: Path) -> dict:
-    path = folder / DESCRIPTION
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT or content["version"] not in READABLE:
-            raise ValueError(f"format {content['format']!r} {content['version']!r}, expected {FORMAT!r} {VERSION}")
-        for name in FIXED:
-            content["settings"][name]
-        content["elsewhere"], content["bytes_dense"], content["dtype"]
-        for entry in content["packed"].values():
-            if entry.get("bits"):  # before version 6
-                entry["format"] = f"int{entry['bits']}"
-            if entry.get("format"):
-                kernels.format_named(entry["format"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PartInferError(f"{path} can't be used: {error}; make the pack again") from None
-    return content
+from transformers_patches.weights.source import Source, put, put_fitted
 
 
 class Pack(Checkpoint):
-    """The weights of a pack. Raises PartInferError where others are asked for than those that it has."""
+    """The weights of a pack. Raises PartInferError if asked for weights or neurons that it does not hold."""
 
     def __init__(self, folder: str | Path) -> None:
-        self._description = _description(Path(folder))
+        self._description = read_description(folder)
         super().__init__(folder)
         self._packed: dict[str, dict] = self._description["packed"]
-        self._elsewhere: dict[str, list[int]] = self._description["elsewhere"]  # a fit file's, or tied
+        self._elsewhere: dict[str, list[int]] = self._description[
+            "elsewhere"
+        ]  # shapes of weights that the fit file has, or that are tied
         self._neurons: dict[int, torch.Tensor] = {}
         self._mapped = MappedFiles()
 
     def with_own_type(self, settings: PartInferConfig) -> PartInferConfig:
-        """The settings with the pack's type for `auto`. PartInferError if quantised weights are asked for in another."""
+        """The settings with the pack's types in place of `auto`. PartInferError if they ask for other types than it is quantised to."""
         ours = self._description["dtype"]
         if settings.dtype not in ("auto", ours) and ours in kernels.FORMATS:
             raise PartInferError(
@@ -121,7 +74,7 @@ class Pack(Checkpoint):
         return {name: NeuronFile.load(path) for name, path in paths.items() if path.is_file()}
 
     def names(self) -> set[str]:
-        return {name for name in super().names() if not name.startswith(_ADDED)} | {*self._packed, *self._elsewhere}
+        return {name for name in super().names() if not name.startswith(ADDED)} | {*self._packed, *self._elsewhere}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in the checkpoint."""
@@ -172,12 +125,12 @@ class Pack(Checkpoint):
         else:
             yield from self._float_reads(source, out, part)
         if source.left_out is not None:
-            if entry["left_out"] != sum_of(source.left_out):
+            if entry["left_out"] != checksum_of(source.left_out):
                 raise self._other_neurons(name)
             yield from self._row_reads(f"left_out.{name}", source.left_out.out)
 
     def _column_scale_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
-        """Packs before version 5 have none: there all are 1."""
+        """Packs before version 5 store none; theirs are all 1."""
         if out.column_scales is None:
             return
         if f"{COLUMN_SCALES}.{name}" in self._files:
@@ -186,7 +139,7 @@ class Pack(Checkpoint):
             out.column_scales.fill_(1)
 
     def _other_layout_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
-        """A head in planes where they are not used, or the other way round."""
+        """The data of a head that is stored in planes but wanted without, or the other way round."""
         stored = self._place(f"data.{name}")
         held = scratch(stored.shape, stored.dtype)
         convert = kernels.split_planes if out.in_planes else kernels.join_planes
@@ -222,7 +175,7 @@ class Pack(Checkpoint):
         return self._in_file("packed" if entry else "", source, like)
 
     def _in_file(self, kind: str, source: Source, like: torch.Tensor) -> torch.Tensor | None:
-        """A stored tensor where its file is mapped, if all of it is wanted."""
+        """A stored tensor where its file is mapped; None unless the whole tensor is wanted, as it is."""
         entry = self._packed.get(source.name, {})
         place = self._stored(kind, source.name, entry)
         if (place.dtype, place.shape) != (like.dtype, tuple(like.shape)):
@@ -237,7 +190,7 @@ class Pack(Checkpoint):
         return values.view(place.rows, 2, *place.shape[1:])[:, pair["half"]]
 
     def _stored(self, kind: str, name: str, entry: dict) -> Place:
-        """Where a weight lies; of one that takes turns with another, the shape is its own, and the bytes are both's."""
+        """Where a weight is stored. If its rows alternate with another's, the shape is its own, but the bytes are those of both."""
         pair = entry.get("pair")
         if pair is None:
             return self._place(f"{kind}.{name}" if kind else name)
@@ -252,7 +205,7 @@ class Pack(Checkpoint):
         part: slice | None,
         column_weights: torch.Tensor | None = None,
     ) -> Iterator[Read]:
-        """part: rows of the pack, None for all."""
+        """The rows of a weight of the sparse layers. part: which rows of the pack; None for all."""
         pair = self._packed[name].get("pair")
         if pair is None:
             yield from self._row_reads(f"{kind}.{name}", out, part, column_weights)
@@ -261,7 +214,7 @@ class Pack(Checkpoint):
         place = self._stored(kind, name, self._packed[name])
         row_bytes, columns = place.row_bytes, math.prod(place.shape[1:])
         if isinstance(out, torch.Tensor) and out.stride() == (2 * columns, 1) and out.dtype == place.dtype:
-            if pair["half"] == 0:  # both are read at once, to where they take turns as well
+            if pair["half"] == 0:  # both at once: their rows alternate in memory as well
                 both = out.as_strided((len(out), 2, columns), (2 * columns, columns, 1))
                 yield from self._row_reads(stored, both, part)
             return
@@ -282,7 +235,7 @@ class Pack(Checkpoint):
         return super()._place(name)
 
     def _part(self, name: str, number: int, wanted: torch.Tensor) -> slice:
-        """Where in the pack's neurons those that are wanted lie, in their order."""
+        """Where the wanted neurons are among the pack's; PartInferError unless they follow each other there in this order."""
         ours = self._neurons_of(number)
         first = int((ours == wanted[0]).nonzero()[0]) if bool((ours == wanted[0]).any()) else len(ours)
         if not torch.equal(ours[first : first + len(wanted)], wanted):
@@ -313,12 +266,5 @@ def _take_half(
     places: slice,
     block: torch.Tensor,
 ) -> None:
-    """Put one of two weights, whose rows take turns in a block, into its place."""
+    """Put one of two weights, whose rows alternate in a block, into its place."""
     put(out, places, block.view(place.dtype).view(-1, 2, *place.shape[1:])[:, half], column_weights)
-
-
-def sum_of(rest: WeightedSum | None) -> int | None:
-    """Tells sums over other columns or with other weights apart."""
-    return (
-        None if rest is None else zlib.crc32(rest.weights.numpy().tobytes(), zlib.crc32(rest.columns.numpy().tobytes()))
-    )

@@ -1,7 +1,7 @@
 """Reading pieces of files, several at a time and ahead of their use.
 
-One thread that reads block after block leaves a solid-state disk idle most of the time; four keep it busy. The page cache is
-used, so that a second load is served from memory.
+One thread that reads block after block leaves a solid-state disk idle most of the time; four keep it busy. Reads go through
+the page cache, so a second load comes from memory.
 """
 
 from __future__ import annotations
@@ -20,17 +20,23 @@ import torch
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.mapped_files import bring
 
-BLOCK_BYTES = 2 * 2**20  # of one read, where rows are not longer
-MAPPED_BLOCK_BYTES = 16 * 2**20  # of a mapped file that a thread brings at once
+BLOCK_BYTES = 2 * 2**20  # of one read, or one row if that is longer
+MAPPED_BLOCK_BYTES = 16 * 2**20  # of one read where a file is mapped
 THREADS = 4
-AHEAD = 8  # reads that are under way or waiting to be taken; bounds the memory of their buffers
+AHEAD = 8  # reads that are under way or done but not taken yet; bounds the memory of their buffers
 
 
 @dataclass(frozen=True)
 class Read:
-    """Bytes of a file. into: memory that they go to; or take: called with them (uint8 [size]), gone afterwards.
+    """A stretch of a file to be read. Either `into` or `take` says what becomes of its bytes.
 
-    mapped: `into` is where the file is mapped. Reads are taken in order, `take` in the caller's thread.
+    path: the file.
+    start: the first byte.
+    size: how many bytes.
+    into: memory that they are read into.
+    mapped: whether `into` is the mapping of the file itself, so that only its pages have to be read.
+    take: called with the bytes, uint8 [size], in the caller's thread and in the order of the reads. The buffer is reused
+        afterwards.
     """
 
     path: Path
@@ -42,18 +48,18 @@ class Read:
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a while, which goes back to the system when it is dropped: the C library would keep it."""
+    """Temporary memory that returns to the system when it is dropped; the C library would keep it."""
     size = math.prod(shape) * dtype.itemsize
     return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(dtype).view(shape)
 
 
 def after_all(act: Callable[[], None]) -> Read:
-    """A read of nothing, that is taken once all before it are."""
+    """A read of nothing, which calls `act` when all reads before it have been taken."""
     return Read(Path(os.devnull), 0, 0, take=lambda _: act())
 
 
 def run(reads: Iterable[Read]) -> None:
-    """Do the reads, of which only the next few are looked at. Raises PartInferError for files that are too short."""
+    """Do the reads, asking the iterable for only a few at a time. Raises PartInferError for files that are too short."""
     running: deque[tuple[Read, torch.Tensor, Future]] = deque()
     free: list[torch.Tensor] = []
     pool = ThreadPoolExecutor(THREADS)
@@ -70,7 +76,7 @@ def run(reads: Iterable[Read]) -> None:
 
 
 def _buffer(free: list[torch.Tensor], size: int) -> torch.Tensor:
-    """One that is free and long enough, else a new one."""
+    """A free buffer that is long enough, or a new one."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     place = next((place for place, buffer in enumerate(free) if len(buffer) >= size), None)

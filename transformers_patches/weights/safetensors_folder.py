@@ -1,7 +1,8 @@
 """Reading a Hugging Face checkpoint folder tensor by tensor, and counting the bytes that were read.
 
 Files are not mapped: a safetensors handle or view that stays alive keeps the whole file mapped, and mapped pages count as
-memory. (Packs, which hold nothing but what is needed, can be.) Blocks of them are read by several threads instead, straight into their place where nothing is chosen or converted.
+memory. (Packs can be mapped, because they hold only what is needed.) Instead, several threads read blocks of a file, straight
+into their place if nothing has to be selected or converted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ from transformers_patches.weights.source import (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: its file, its first byte there, its size in bytes, its type and shape."""
+    """Where a tensor is stored.
+
+    path: its file.
+    start: its first byte there.
+    nbytes: its size in bytes.
+    dtype: its type.
+    shape: its shape.
+    """
 
     path: Path
     start: int
@@ -52,8 +60,8 @@ class Place:
 class Checkpoint(WeightSource):
     """The tensors of a folder with model.safetensors, or shards and their index.
 
-    bytes_read counts the rows that were asked for, and of columns the whole tensor. Raises PartInferError for folders
-    without such files and for damaged ones.
+    bytes_read counts the rows that were asked for, and the whole tensor if columns were. Raises PartInferError for folders
+    without such files, and for damaged files.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -139,11 +147,11 @@ class Checkpoint(WeightSource):
         self.fill([(replace(source, how="columns", fit=None), out)])
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
-        """As WeightSource.fill, the next tensors being read while one is worked on."""
+        """As WeightSource.fill, but the next tensors are read while one is being worked on."""
         parallel_reads.run(read for source, out in requests for read in self._reads(source, out))
 
     def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
-        """What has to be read of the files, and what is done with it."""
+        """The reads that a request needs, each with what is done with its bytes."""
         if takes_whole_rows(source):
             put_fitted(source.fit, out)
         elif source.how == "columns":
@@ -158,7 +166,7 @@ class Checkpoint(WeightSource):
         rows: torch.Tensor | slice | None = None,
         column_weights: torch.Tensor | None = None,
     ) -> Iterator[Read]:
-        """rows: None for all, a slice of them, or int64 indices, which are read in the order of the file."""
+        """The reads of some rows: None for all, a slice, or int64 indices, which are read in the order of the file."""
         place = self._place(name)
         if not place.nbytes:
             return
@@ -188,11 +196,11 @@ class Checkpoint(WeightSource):
             yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
 
     def _is_mapped(self, out: torch.Tensor) -> bool:
-        """Whether memory is where the file itself is mapped, so that nothing has to be copied."""
+        """Whether memory is the mapping of the file itself, so that nothing has to be copied."""
         return False
 
     def _column_reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
-        """A row of the file is shorter than the gaps that could be skipped, so all of the tensor is read."""
+        """Reads the whole tensor: the wanted parts of a row are too close together to skip what lies between them."""
         place, held = self._place(source.name), out
         if isinstance(out, QuantizedTensor):
             held = scratch(out.shape, place.dtype)
@@ -208,7 +216,7 @@ class Checkpoint(WeightSource):
 
 
 def _holds_bytes_of(out: torch.Tensor | QuantizedTensor, place: Place) -> bool:
-    """Whether the bytes of the file are those of `out`."""
+    """Whether bytes of the file can be read into `out` as they are."""
     return (
         isinstance(out, torch.Tensor) and out.dtype == place.dtype and out.device.type == "cpu" and out.is_contiguous()
     )
@@ -222,14 +230,14 @@ def _take_rows(
     chosen: torch.Tensor | None,
     block: torch.Tensor,
 ) -> None:
-    """Put the rows of a block, or the chosen of them, into their places."""
+    """Put the rows of a block, or those of them that are chosen, into their places."""
     values = block.view(place.dtype).view(-1, *place.shape[1:])
     values = values if chosen is None else values.index_select(0, chosen)
     put(out if place.shape else out.view(1), places, values, column_weights)
 
 
 def _take_columns(place: Place, out: torch.Tensor, rows: slice, source: Source, block: torch.Tensor) -> None:
-    # turned first: choosing rows of a contiguous matrix is several times as fast as choosing columns
+    # transposed first: selecting rows of a contiguous matrix is several times as fast as selecting columns
     values = block.view(place.dtype).view(-1, place.shape[1]).t().contiguous()
     if source.left_out is not None:
         others = values.index_select(0, source.left_out.columns).float()

@@ -14,14 +14,16 @@ from transformers_patches.kernels.quantization import column_scales
 from transformers_patches.neurons.fit_file import LayerFit
 from transformers_patches.weights.parallel_reads import scratch
 
-QUANTIZED_AT_ONCE = 2**21  # values that are floats for a moment, in row chunks
+QUANTIZED_AT_ONCE = 2**21  # values; bounds the floats in memory while a weight is quantised
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """What is summed up over columns that are not kept: sum over i of weights[i] W[:, columns[i]], into out [H].
+    """A weighted sum of columns that are not kept: the sum over i of weights[i] W[:, columns[i]].
 
-    columns: int64 [n]; weights, out: float32.
+    columns: int64 [n], which columns.
+    weights: float32 [n], what each is multiplied with.
+    out: float32 [H], where the sum goes.
     """
 
     columns: torch.Tensor
@@ -31,11 +33,16 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a weight of the model comes from: a tensor of the source, of which rows, columns, or the whole is read.
+    """Where a weight of the model comes from: a tensor of the source, and which part of it is read.
 
-    neurons: which rows or columns (these become rows); left_out: what to sum up of the other columns; fit: what to do
-    to the columns then; column_weights: float32 [columns], what quantising rows weights errors with; largest: float32 [H],
-    filled with the largest size in each row of the tensor whose columns are read, whichever they are.
+    name: the tensor's.
+    how: "whole", "rows" or "columns". Columns become the rows of the weight.
+    neurons: int64 [L], which rows or columns; None for the whole tensor.
+    left_out: a sum of the other columns that is wanted as well.
+    fit: how the columns are changed after reading.
+    column_weights: float32 [columns], how much errors in each column count when rows are quantised.
+    largest: float32 [H], to be filled with the largest size in each row of a tensor whose columns are read. All columns
+        count, not only those that are wanted.
     """
 
     name: str
@@ -48,7 +55,11 @@ class Source:
 
 
 class WeightSource(ABC):
-    """The tensors of a model. source: what to call it in messages; bytes_read: what was asked for so far."""
+    """The tensors of a model.
+
+    source: its name in messages.
+    bytes_read: how many bytes were asked for so far.
+    """
 
     source: str
     bytes_read: int
@@ -76,27 +87,29 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
-        """Copy a source's columns of a [H, N] tensor, transposed, into out [len(neurons), H]; fill what its `left_out` and
-        `largest` ask for."""
+        """Copy a source's columns of a [H, N] tensor, transposed, into out [len(neurons), H].
+
+        Fills the source's `left_out` and `largest` as well.
+        """
 
     def mapped(
         self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
     ) -> torch.Tensor | QuantizedTensor | None:
-        """A weight where it lies in a file that is mapped, for fill() to bring there; None if it has to be copied.
+        """A weight in the memory where its file is mapped; fill() reads its pages. None if it has to be copied.
 
-        like: shape and type of the weight. paired: whether its rows are to take turns with another's, as
+        like: a weight of the same shape and type. paired: whether its rows are to alternate with another's, as
         WeightMemory.empty_paired has them.
         """
         return None
 
     def rope_factors(self) -> torch.Tensor | None:
-        """float32 [head_dim / 2], what the rotary frequencies are divided by; None if they are as the config says."""
+        """float32 [head_dim / 2], divisors of the rotary frequencies; None if these are as the config says."""
         return None
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
-        """Read weights, one after the other, and quantise those that go into quantised memory.
+        """Read weights one after the other, and quantise those that go into quantised memory.
 
-        Nothing but one tensor's columns, or a few rows, is there as floats meanwhile.
+        At any time, at most the columns of one tensor, or a few rows, are in memory as floats.
         """
         for source, out in requests:
             if isinstance(out, QuantizedTensor):
@@ -130,7 +143,7 @@ class WeightSource(ABC):
 
 
 def takes_whole_rows(source: Source) -> bool:
-    """Whether the rows are the fit's own, so that nothing is read."""
+    """Whether the fit file has the rows itself, so that nothing is read."""
     return source.fit is not None and source.fit.down is not None
 
 
@@ -140,10 +153,11 @@ def put_fitted(
     down: torch.Tensor | None = None,
     largest: torch.Tensor | None = None,
 ) -> None:
-    """Down rows [L, H], as a fit changes them, into `out`, which may be `down` itself. down: None if the fit has its own.
+    """Put down rows [L, H], changed as a fit says, into `out`, which may be `down` itself.
 
-    Those are gone afterwards: layer by layer, memory moves from the fit to the model. largest: float32 [H], the largest sizes
-    in each column of all neurons' rows, which column scales are made of; None: those of these rows.
+    down: None if the fit has its own rows. These are dropped afterwards: layer by layer, memory moves from the fit to the
+    model. largest: float32 [H], the largest size in each column over the rows of all neurons, from which column scales are
+    made; None: over these rows only.
     """
     if isinstance(out, QuantizedTensor) and out.column_scales is not None:
         rows = down if fit is None or fit.down is None else fit.down
@@ -156,20 +170,20 @@ def put_fitted(
         if fit is not None:
             fit.down = None
         return
-    quantized = isinstance(out, QuantizedTensor)  # then nothing is rounded in between
+    quantized = isinstance(out, QuantizedTensor)  # then in float32, so that values are rounded only once
     for piece in pieces(out):
         put(out, piece, fit.refitted(down[piece].float() if quantized else down[piece], piece))
 
 
 def largest_in_columns(rows: torch.Tensor) -> torch.Tensor:
-    """The largest sizes in each column: float32 [H] of rows [n, H]."""
+    """The largest absolute value in each column of rows [n, H]: float32 [H]."""
     rows = rows.float() if rows.dtype.itemsize == 1 else rows
     lowest, highest = rows.aminmax(dim=0)
     return torch.maximum(-lowest, highest).float()
 
 
 def pieces(out: torch.Tensor | QuantizedTensor) -> list[slice]:
-    """Its rows, QUANTIZED_AT_ONCE values at a time."""
+    """Slices that together cover all rows, QUANTIZED_AT_ONCE values each."""
     step = max(1, QUANTIZED_AT_ONCE // out.shape[1])
     return [slice(start, min(start + step, len(out))) for start in range(0, len(out), step)]
 
@@ -180,7 +194,7 @@ def put(
     values: torch.Tensor,
     column_weights: torch.Tensor | None = None,
 ) -> None:
-    """Rows into some places of `out`, converted to its type and device, quantised (with column_weights) if it is."""
+    """Write rows to some places of `out`, converted to its type and device; quantised, with column_weights, if `out` is."""
     if isinstance(places, torch.Tensor):
         places = places.to(out.device)
     if isinstance(out, QuantizedTensor):

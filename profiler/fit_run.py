@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -19,13 +16,11 @@ from profiler.budget import Share
 from profiler.collect import with_continuations
 from profiler.fitting import FitSettings, FittedLayer, Fitter
 from profiler.layerwise import Batch, LayerwiseModel, make_batches
-from profiler.store import check_settings, interrupts_deferred
+from profiler.store import CheckpointFile, interrupts_deferred
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
-from transformers_patches.files import save_tensors_atomic
 from transformers_patches.neurons.fit_file import FitFile, LayerFit
 
-FORMAT = "partinfer-fit-checkpoint"
 PROMPT_SHARE = 2 / 3  # of a text without a continuation, what counts as prefilled; the rest counts as decoded
 
 
@@ -73,37 +68,23 @@ def prepare_texts(
     return FitTexts(batches, len(chosen), sum(len(ids) for ids in chosen), state.hexdigest())
 
 
-class FitCheckpoint:
-    """The state of an unfinished fit, beside its output: the fits of the layers that are done, and hidden states."""
+class FitCheckpoint(CheckpointFile):
+    """The state of an unfinished fit: the fits of the layers that are done, and the hidden states after them."""
 
-    def __init__(self, output: Path) -> None:
-        self.path = output.with_name(f"{output.name}.checkpoint")
-
-    def exists(self) -> bool:
-        return self.path.exists()
+    format = "partinfer-fit-checkpoint"
 
     def save(self, hidden: list[torch.Tensor], fits: FitFile, errors: dict, next_layer: int, settings: dict) -> None:
-        """Replace the checkpoint. next_layer: the first layer that is not done; hidden: what enters it."""
+        """Replace the checkpoint.
+
+        hidden: what enters `next_layer`, the first layer that is not done
+        settings: everything that affects the result
+        """
         tensors = {f"hidden.{i}": values.contiguous() for i, values in enumerate(hidden)} | fits.tensors()
-        metadata = {
-            "format": FORMAT,
-            "next_layer": str(next_layer),
-            "errors": json.dumps(errors),
-            "settings": json.dumps(settings),
-        }
-        save_tensors_atomic(self.path, tensors, metadata)
+        self._write(tensors, {"next_layer": next_layer, "errors": errors}, settings)
 
     def load(self, settings: dict) -> tuple[list[torch.Tensor], dict[int, LayerFit], dict, int]:
         """Hidden states, fits, errors and the next layer; PartInferError if damaged or from other settings."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise PartInferError(f"{self.path} can't be read: {error}; start again with --overwrite") from None
-        if metadata.get("format") != FORMAT:
-            raise PartInferError(f"{self.path} is not a checkpoint of a fit; start again with --overwrite")
-        check_settings(json.loads(metadata["settings"]), settings)
+        tensors, state = self._read(settings)
         count = sum(name.startswith("hidden.") for name in tensors)
         hidden = [tensors.pop(f"hidden.{i}") for i in range(count)]
         values: dict[int, dict[str, torch.Tensor]] = {}
@@ -111,11 +92,8 @@ class FitCheckpoint:
             _, number, name = key.split(".")
             values.setdefault(int(number), {})[name] = value
         fits = {number: LayerFit(**named) for number, named in sorted(values.items())}
-        errors = {int(layer): pair for layer, pair in json.loads(metadata["errors"]).items()}
-        return hidden, fits, errors, int(metadata["next_layer"])
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        errors = {int(layer): pair for layer, pair in state["errors"].items()}
+        return hidden, fits, errors, state["next_layer"]
 
 
 @dataclass

@@ -13,7 +13,7 @@ from profiler.collect import Collector
 from profiler.processes import from_main, total, totals
 from profiler.sequences import Sequence, Window
 from profiler.statistics import ActivationStatistics, NonFiniteActivation
-from profiler.store import CheckpointFile, Progress, interrupts_deferred
+from profiler.store import ProfileCheckpoint, Progress, interrupts_deferred
 from transformers_patches.errors import PartInferError
 
 # What gives the windows of a source, from the first or, if the source can begin there, from Progress.windows on.
@@ -32,7 +32,7 @@ class ProfilingRun:
     collector: Collector
     windows: WindowSource
     batch_size: int
-    checkpoint: CheckpointFile
+    checkpoint: ProfileCheckpoint
     settings: dict
     processes: PartialState
     describe: Callable[[list[int]], str]

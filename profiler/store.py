@@ -18,8 +18,6 @@ from safetensors import SafetensorError, safe_open
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import save_tensors_atomic
 
-FORMAT = "partinfer-profiler-checkpoint-2"
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -41,39 +39,84 @@ class Progress:
 
 
 class CheckpointFile:
-    """The state of an unfinished run, beside its output: `<output>.checkpoint`."""
+    """The state of an unfinished run, beside its output: `<output>.checkpoint`. Subclasses say what the state is."""
+
+    format: str  # what marks the file as one of a kind of run
 
     def __init__(self, output: Path) -> None:
+        self.output = output
         self.path = output.with_name(f"{output.name}.checkpoint")
 
     def exists(self) -> bool:
         return self.path.exists()
 
-    def save(self, progress: Progress, sums: dict[str, torch.Tensor], tokens: int, settings: dict) -> None:
-        """Replace the checkpoint. sums: float64, by name, over `tokens`; settings: what decides the result."""
-        metadata = {
-            "format": FORMAT,
-            "progress": json.dumps(vars(progress)),
-            "tokens": str(tokens),
-            "settings": json.dumps(settings),
-        }
-        save_tensors_atomic(self.path, sums, metadata)
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
-    def load(self, settings: dict) -> tuple[Progress, dict[str, torch.Tensor], int]:
-        """Progress, sums and tokens; PartInferError if the checkpoint is damaged or from a run with other settings."""
+    def begin(self, *, resume: bool, overwrite: bool) -> bool:
+        """Make way for a run, and return whether it continues from the checkpoint.
+
+        Raises PartInferError if an earlier run's work would be lost and `overwrite` is not set.
+        """
+        if overwrite:
+            self.remove()
+            return False
+        if self.exists() and not resume:
+            raise PartInferError(
+                f"{self.path} is left over from an interrupted run: continue it with --resume, or start again with "
+                "--overwrite"
+            )
+        if not self.exists() and self.output.exists():
+            raise PartInferError(f"{self.output} already exists: replace it with --overwrite, or give another --output")
+        return self.exists()
+
+    def _write(self, tensors: dict[str, torch.Tensor], state: dict, settings: dict) -> None:
+        """Replace the checkpoint. The values of `state` and `settings` must be JSON."""
+        metadata = {name: json.dumps(value) for name, value in {**state, "settings": settings}.items()}
+        save_tensors_atomic(self.path, tensors, {"format": self.format, **metadata})
+
+    def _read(self, settings: dict) -> tuple[dict[str, torch.Tensor], dict]:
+        """Tensors and state; PartInferError if the checkpoint is damaged or from a run with other settings."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                sums = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise PartInferError(f"{self.path} can't be read: {error}; start again with --overwrite") from None
-        if metadata.get("format") != FORMAT:
-            raise PartInferError(f"{self.path} is not a checkpoint of this profiler; start again with --overwrite")
-        check_settings(json.loads(metadata["settings"]), settings)
-        return Progress(**json.loads(metadata["progress"])), sums, int(metadata["tokens"])
+        if metadata.pop("format", None) != self.format:
+            raise PartInferError(f"{self.path} is not a checkpoint of this command; start again with --overwrite")
+        state = {name: json.loads(value) for name, value in metadata.items()}
+        _check_settings(state.pop("settings"), settings)
+        return tensors, state
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+
+class ProfileCheckpoint(CheckpointFile):
+    """The state of an unfinished `run`: the sums of the texts that are done."""
+
+    format = "partinfer-profiler-checkpoint-2"
+
+    def save(self, progress: Progress, sums: dict[str, torch.Tensor], tokens: int, settings: dict) -> None:
+        """Replace the checkpoint.
+
+        sums: float64, by name, over `tokens`
+        settings: everything that affects the result
+        """
+        self._write(sums, {"progress": vars(progress), "tokens": tokens}, settings)
+
+    def load(self, settings: dict) -> tuple[Progress, dict[str, torch.Tensor], int]:
+        """Progress, sums and tokens; PartInferError if the checkpoint is damaged or from a run with other settings."""
+        sums, state = self._read(settings)
+        return Progress(**state["progress"]), sums, state["tokens"]
+
+
+def _check_settings(theirs: dict, ours: dict) -> None:
+    """Raise PartInferError, naming the first difference, unless an unfinished run had the same settings."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise PartInferError(
+                f"the unfinished run had {name} {theirs.get(name)!r}, this one has {ours.get(name)!r}: "
+                "use the same arguments with --resume, or start again with --overwrite"
+            )
 
 
 def check_output(path: Path) -> None:
@@ -83,16 +126,6 @@ def check_output(path: Path) -> None:
             f"--output {path}: expected a file whose name ends in .safetensors, which keeps the statistics; "
             "python -m profiler convert makes JSON of it"
         )
-
-
-def check_settings(theirs: dict, ours: dict) -> None:
-    """Raise PartInferError, naming the first difference, unless an unfinished run had the same settings."""
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise PartInferError(
-                f"the unfinished run had {name} {theirs.get(name)!r}, this one has {ours.get(name)!r}: "
-                "use the same arguments with --resume, or start again with --overwrite"
-            )
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.quiet:
         transformers_logging.disable_progress_bar()
     with exclusive(output):
-        resumes = _resumes(arguments, output)
+        resumes = FitCheckpoint(output).begin(resume=arguments.resume, overwrite=arguments.overwrite)
         _report(arguments, _fit(arguments, source, neurons, settings, output, resume=resumes), output)
 
 
@@ -117,23 +117,6 @@ def _fit_settings(arguments: argparse.Namespace) -> FitSettings:
         token_selection=None if arguments.selection == "none" else arguments.selection,
         ridge=arguments.ridge,
     )
-
-
-def _resumes(arguments: argparse.Namespace, output: Path) -> bool:
-    """Whether to go on from a checkpoint; PartInferError where something would be lost without being asked."""
-    checkpoint = FitCheckpoint(output)
-    if arguments.overwrite:
-        checkpoint.remove()
-        return False
-    if checkpoint.exists():
-        if arguments.resume:
-            return True
-        raise PartInferError(
-            f"{checkpoint.path} is left of an interrupted fit: go on with --resume, or start again with --overwrite"
-        )
-    if output.exists():
-        raise PartInferError(f"{output} is there already: replace it with --overwrite, or give another --output")
-    return False
 
 
 def _fit(

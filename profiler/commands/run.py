@@ -21,9 +21,8 @@ from profiler.processes import from_main
 from profiler.profile import ProfilingRun
 from profiler.ranking import SCORES, down_norms, rank
 from profiler.sequences import Encoder, Window, windows
-from profiler.store import CheckpointFile, Progress, check_output, exclusive, interrupts_deferred
+from profiler.store import ProfileCheckpoint, Progress, check_output, exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
-from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.model_files import model_name
 
@@ -63,7 +62,7 @@ def main(arguments: argparse.Namespace) -> None:
     main_process = processes.is_main_process
     with exclusive(output) if main_process else nullcontext():
         # the others wait here, so that none begins what the main process refuses
-        done = from_main(main_process and _already_there(arguments, output), processes)
+        done = from_main(main_process and _already_done(arguments, output), processes)
         if not done:
             profile(arguments, source, output, processes)
         if main_process:
@@ -75,23 +74,13 @@ def default_output(checkpoint_path: Path, task_type: str) -> Path:
     return NEURON_FILES / model_name(checkpoint_path) / f"{task_type.lower()}.safetensors"
 
 
-def _already_there(arguments: argparse.Namespace, output: Path) -> bool:
-    """Whether --resume has nothing left to do; PartInferError where something would be lost without being asked."""
-    checkpoint = CheckpointFile(output)
-    if arguments.overwrite:
-        checkpoint.remove()
-        return False
-    if checkpoint.exists():
-        if arguments.resume:
-            return False
-        raise PartInferError(
-            f"{checkpoint.path} is left of an interrupted run: go on with --resume, or start again with --overwrite"
-        )
-    if not output.exists():
-        return False
-    if arguments.resume:
+def _already_done(arguments: argparse.Namespace, output: Path) -> bool:
+    """Whether --resume has nothing left to do; PartInferError if earlier work would be lost without being asked for."""
+    checkpoint = ProfileCheckpoint(output)
+    if arguments.resume and output.exists() and not checkpoint.exists():
         return True
-    raise PartInferError(f"{output} is there already: replace it with --overwrite, or give another --output")
+    checkpoint.begin(resume=arguments.resume, overwrite=arguments.overwrite)
+    return False
 
 
 def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path, processes: PartialState) -> None:
@@ -117,7 +106,7 @@ def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path,
         collector=collector,
         windows=_window_source(arguments, source, loaded, processes),
         batch_size=arguments.batch_size,
-        checkpoint=CheckpointFile(output),
+        checkpoint=ProfileCheckpoint(output),
         settings=settings,
         processes=processes,
         describe=loaded.tokenizer.decode,

@@ -1,4 +1,4 @@
-"""`python -m profiler COMMAND`: dispatches to profiler/commands."""
+"""`python -m profiler COMMAND`: calls the module of that name in profiler/commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 failed, 130 interrupted (2, wrong usage, is argparse's)."""
+    """Run a command. Returns the exit code: 0 done, 1 failed, 130 interrupted; argparse exits with 2 on wrong usage."""
     cli.wait_briefly()  # commands import torch
     arguments = build_parser().parse_args(argv)
     try:

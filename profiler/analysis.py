@@ -1,4 +1,4 @@
-"""What rankings and statistics show: how concentrated activations are, and how much rankings agree."""
+"""How concentrated activations are, and how far rankings agree."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from transformers_patches.neurons.neuron_file import NeuronFile
 
 
 def concentration_curves(file: NeuronFile) -> torch.Tensor:
-    """Share of the activation mass, sum over neurons of mean |h|, in the best k neurons: float64 [layers, N].
+    """Share of the activation mass (the sum of mean |h| over the neurons) that the best k neurons hold.
 
-    Entry k - 1 of a row is for k neurons, best first as the file ranks them. Raises PartInferError without statistics.
+    Returns float64 [layers, N]; entry k - 1 of a row is for the best k neurons by the file's ranking. Raises
+    PartInferError if the file has no statistics.
     """
     if "mean_abs" not in file.statistics:
         raise PartInferError(f"{file.source} has no statistics, so its concentration is unknown: profile to get them")
@@ -22,16 +23,16 @@ def concentration_curves(file: NeuronFile) -> torch.Tensor:
 
 
 def concentration(file: NeuronFile, fractions: tuple[float, ...]) -> torch.Tensor:
-    """Share of the activation mass in the best neurons: float64 [layers, len(fractions)]."""
+    """Share of the activation mass in the given fractions of best neurons: float64 [layers, len(fractions)]."""
     curves = concentration_curves(file)
     counts = [neuron_count(fraction, file.intermediate_size) for fraction in fractions]
     return curves[:, [count - 1 for count in counts]]
 
 
 def overlap(first: NeuronFile, second: NeuronFile, fraction: float) -> torch.Tensor:
-    """Share of the best neurons of one ranking that are among the best of the other: float64 [layers].
+    """Share of the best neurons of one ranking that are also among the best of the other: float64 [layers].
 
-    fraction: of N that counts as best. Raises PartInferError for files of other shapes.
+    fraction: how much of N counts as best. Raises PartInferError if the files differ in shape.
     """
     if first.ranking.shape != second.ranking.shape:
         shapes = (f"{file.source} ({file.num_layers} layers of {file.intermediate_size})" for file in (first, second))
@@ -44,12 +45,12 @@ def overlap(first: NeuronFile, second: NeuronFile, fraction: float) -> torch.Ten
 
 
 def chance_overlap(intermediate_size: int, fraction: float) -> float:
-    """The overlap to expect of two random rankings."""
+    """The expected overlap of two random rankings."""
     return neuron_count(fraction, intermediate_size) / intermediate_size
 
 
 def overlap_matrix(files: list[NeuronFile], fraction: float) -> torch.Tensor:
-    """Overlap of every pair: float64 [files, files, layers], symmetric, 1 on the diagonal."""
+    """Overlap of every pair of files: float64 [files, files, layers], symmetric, 1 on the diagonal."""
     matrix = torch.ones(len(files), len(files), files[0].num_layers, dtype=torch.float64)
     for row in range(len(files)):
         for column in range(row):

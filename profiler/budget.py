@@ -1,9 +1,9 @@
-"""Where to spend: gamma and phi of every layer under one budget for the whole model.
+"""How to spread one budget for the whole model over its layers: gamma and phi of each.
 
-What a layer costs at (gamma, phi) is estimated as s E(gamma, phi). E is the energy that is missing from the layer's
-output, each neuron for itself: variance of h_i |d_i|^2 for neurons that are no candidates, and mean h_i^2 |d_i|^2 for
-candidates where the selection leaves them out. s is measured: the KL divergence of the model's predictions when this layer
-alone is sparse, divided by E. Greedy steps then take bytes where they cost least, as in knapsack heuristics.
+The loss of a layer at (gamma, phi) is estimated as s E(gamma, phi). E is the energy missing from the layer's output,
+neuron by neuron: the variance of h_i times |d_i|^2 for neurons that are not candidates, and the mean of h_i^2 |d_i|^2
+for candidates that the selection skips. s is measured: the KL divergence of the model's predictions when only this layer
+is sparse, divided by E. A greedy search then takes bytes where they cost least, as knapsack heuristics do.
 """
 
 from __future__ import annotations
@@ -18,38 +18,35 @@ from transformers_patches.config import neuron_count
 from transformers_patches.plan.load_plan import candidate_count, kept_count
 
 STEP = 0.05
-LOWEST = 0.3  # of a layer's neurons that stay loaded, and of its bytes that are read, whatever the estimate says
+LOWEST = 0.3  # no layer loads a smaller share of its neurons, or reads a smaller share of its bytes
 SAMPLE_TOKENS = 2048
-ENERGY_TOKENS = 256  # of those, what is kept of every layer to see what the selection leaves out
+ENERGY_TOKENS = 256  # tokens of the sample whose energies and scores are kept for every layer
 
 
 @dataclass(frozen=True)
 class Share:
-    """A layer's part: fraction of its FFN's bytes that is loaded, and that a decoded token reads."""
+    """A layer's part of the budget."""
 
-    loaded: float
-    sparsity: float
+    loaded: float  # gamma: fraction of the FFN's bytes that is loaded
+    sparsity: float  # phi: fraction of the FFN's bytes that a decoded token reads
 
 
 @dataclass(frozen=True)
 class MissingEnergy:
-    """E(gamma, phi) of a layer.
+    """E(gamma, phi) of a layer."""
 
-    unloaded: float [N + 1], energy that is missing without all but the first n neurons of `ranking`; squares:
-    float [T, N], h_i^2 |d_i|^2 of a sample of tokens, neurons by `ranking`; scores: float [T, N], what selects them.
-    matrices: 3 gated, 2 plain; mean_abs: float [N], mean |h|.
-    """
-
-    mean_abs: torch.Tensor
-    ranking: torch.Tensor
-    unloaded: torch.Tensor
-    squares: torch.Tensor
-    scores: torch.Tensor
-    matrices: int
+    mean_abs: torch.Tensor  # float [N]: mean |h|
+    ranking: torch.Tensor  # int64 [N]: neurons by the variance of what they write, largest first
+    unloaded: (
+        torch.Tensor
+    )  # float [N + 1]: entry n is the energy missing if only the first n of `ranking` are candidates
+    squares: torch.Tensor  # float [T, N]: h_i^2 |d_i|^2 for a sample of tokens, neurons in the order of `ranking`
+    scores: torch.Tensor  # float [T, N]: the scores by which a token selects neurons, in the same order
+    matrices: int  # 3 if the FFN is gated, 2 if it is plain
 
     @classmethod
     def of(cls, weights: FFNWeights, x: torch.Tensor) -> MissingEnergy:
-        """From what enters the FFN at a sample of tokens, x [T, H]."""
+        """Measure a layer on a sample of its FFN's inputs, x [T, H]."""
         h, up, gate = (None if v is None else v.float() for v in weights.activations(x))
         energy = weights.down.float().square().sum(1)
         variance = (h - h.mean(0)).square().mean(0) * energy
@@ -67,7 +64,7 @@ class MissingEnergy:
         )
 
     def at(self, share: Share) -> float:
-        """Candidates are taken to be the first of `ranking`, whatever the prompt."""
+        """E at a share. The candidates are assumed to be the first of `ranking`, whatever the prompt."""
         counts = self.counts(share)
         missing, among = float(self.unloaded[counts.candidates]), counts.candidates
         if counts.kept < among:
@@ -77,6 +74,7 @@ class MissingEnergy:
         return missing
 
     def counts(self, share: Share) -> Counts:
+        """How many neurons the layer loads, chooses among and computes at a share."""
         size = len(self.ranking)
         loaded = min(neuron_count(share.loaded, size), size)
         candidates = candidate_count(share.sparsity, loaded, size)
@@ -86,15 +84,16 @@ class MissingEnergy:
 def spread_budget(
     model: LayerwiseModel, batches: list[Batch], total_loaded: float, total_read: float, start: Share
 ) -> dict[int, Share]:
-    """The share of every layer that is not whole. total_loaded, total_read: sums over all layers of the model.
+    """The share of every layer that is not loaded and computed whole.
 
-    start: the uniform share at which every layer's sensitivity is measured.
+    total_loaded, total_read: the budgets, as sums of `loaded` and `sparsity` over all layers of the model
+    start: the uniform share at which every layer's sensitivity is measured
     """
     return allocate(_measure(model, _sample(batches), start), total_loaded, total_read)
 
 
 def _sample(batches: list[Batch]) -> list[Batch]:
-    """Sequences from all over the batches, one by one, of SAMPLE_TOKENS together or a little more."""
+    """Single sequences, spread evenly over the batches, that together have about SAMPLE_TOKENS tokens."""
     rows = [(batch, row) for batch in batches for row in range(len(batch.ids))]
     mean = sum(int(batch.real.sum()) for batch in batches) / len(rows)
     step = max(1, int(len(rows) * mean / SAMPLE_TOKENS))
@@ -106,7 +105,8 @@ def _sample(batches: list[Batch]) -> list[Batch]:
 
 
 def allocate(losses: dict[int, Loss], total_loaded: float, total_read: float) -> dict[int, Share]:
-    """Shares in steps of STEP, greedily: from everything, the step with the least loss per byte until both budgets hold."""
+    """Shares in multiples of STEP. Starts from whole layers and takes the step that costs least per byte until both
+    budgets are met."""
     grid = {layer: Share(1.0, 1.0) for layer in losses}
 
     def excess() -> tuple[float, float]:
@@ -141,10 +141,10 @@ def _steps(share: Share, *, over_loaded: bool, over_read: bool) -> list[Share]:
 
 @dataclass
 class Loss:
-    """s E(gamma, phi) of a layer; values are kept, since the greedy search asks for them often."""
+    """s E(gamma, phi) of a layer. Values are cached: the greedy search asks for the same ones many times."""
 
     energy: MissingEnergy
-    sensitivity: float
+    sensitivity: float  # s
 
     def __post_init__(self) -> None:
         self._known: dict[Share, float] = {}
@@ -158,7 +158,7 @@ class Loss:
 @torch.no_grad()
 def _measure(model: LayerwiseModel, sample: list[Batch], start: Share) -> dict[int, Loss]:
     count = model.model.config.num_hidden_layers
-    hidden = [[model.inputs(batch) for batch in sample]]  # what enters each layer, and what leaves the last
+    hidden = [[model.inputs(batch) for batch in sample]]  # inputs of every layer, then the outputs of the last
     for layer in range(count):
         hidden.append([model.run(layer, values) for values in hidden[-1]])
     expected = [model.log_probabilities(batch, values) for batch, values in zip(sample, hidden[-1], strict=True)]
@@ -185,7 +185,7 @@ def _measure(model: LayerwiseModel, sample: list[Batch], start: Share) -> dict[i
 def _sparse_outputs(
     weights: FFNWeights, energy: MissingEnergy, counts: Counts, sample: list[Batch], inputs: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The FFN's outputs with mean compensation, per batch [B*T, H], output bias included."""
+    """The sparse FFN's outputs with mean compensation and output bias: [B*T, H] for each batch."""
     neurons = energy.ranking[: counts.loaded]
     part = weights.of_neurons(neurons)
     selection = SimulatedSelection("up", counts, part.down, None, energy.mean_abs[neurons])

@@ -1,4 +1,4 @@
-"""One batch through the model: greedy continuation, then one pass in which the activations are counted."""
+"""One batch through the model: a greedy continuation, then one pass that counts the activations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers_patches.families import ffn_spec
 class Collector:
     """Adds the activations of batches of token sequences to ActivationStatistics.
 
-    The continuation is generated first; then prompt and continuation go through the model in one padded-right pass
-    whose down projections are watched. So every token is counted once, the last generated one too, and, since a
-    token only sees what is before it, neither padding nor the rest of the batch has an influence.
+    The continuation is generated first. Prompt and continuation then go through the model in one pass, padded on the
+    right, with hooks on the down projections. So every token is counted exactly once, including the last generated one.
+    A token only attends to earlier ones, so neither padding nor the other sequences of a batch change anything.
 
-    max_new_tokens: greedily generated tokens per sequence, up to and with the first end token; 0: prompts only.
+    max_new_tokens: how many tokens to generate per sequence, up to and including the first end token; 0: prompts only
     """
 
     def __init__(self, model: PreTrainedModel, statistics: ActivationStatistics, max_new_tokens: int) -> None:
@@ -30,7 +30,7 @@ class Collector:
 
     @classmethod
     def of(cls, model: PreTrainedModel, max_new_tokens: int) -> Collector:
-        """With statistics for everything that can be watched in the model."""
+        """A collector with statistics for every activation and input of the model that can be observed."""
         config, spec = model.config, ffn_spec(model.config)
         widths = {name: linear.in_features for name, linear in watched_linears(model, 0).items()}
         widths["head"] = model.get_output_embeddings().in_features
@@ -39,13 +39,13 @@ class Collector:
 
     @torch.no_grad()
     def observe(self, batch: list[list[int]]) -> int:
-        """Add a batch to the pending statistics; returns how many tokens were counted."""
+        """Add a batch to the pending statistics. Returns the number of tokens counted."""
         if self.max_new_tokens:
             batch = with_continuations(self.model, batch, self.max_new_tokens)
         inputs, mask = pad(batch, self.model.device, left=False)
         self._counted = None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1)
         with self._watched():
-            # The body alone: logits are not needed. No mask: padding is on the right, and attention is causal.
+            # The decoder only: logits are not needed. No mask: padding is on the right and attention is causal.
             output = self.model.base_model(input_ids=inputs, use_cache=False)
         if "head" in self.statistics.inputs:
             self.statistics.observe_input("head", 0, self._counted_rows(output.last_hidden_state))
@@ -79,13 +79,13 @@ class Collector:
         return count
 
     def _counted_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """[T, width] of the tokens that are counted."""
-        values = values.reshape(-1, values.shape[-1])  # OPT's are already
+        """[T, width]: the rows of real tokens."""
+        values = values.reshape(-1, values.shape[-1])  # OPT's have this shape already
         return values if self._counted is None else values.index_select(0, self._counted.to(values.device))
 
 
 def watched_linears(model: PreTrainedModel, layer: int) -> dict[str, torch.nn.Linear]:
-    """By names of INPUT_SQUARES, a linear layer that each of them enters, for those that the layer has."""
+    """For each name of INPUT_SQUARES that the layer has, one linear layer that takes this input."""
     spec = ffn_spec(model.config)
     children = dict(spec.decoder_layers(model)[layer].named_modules())
     there = {name: [place for place in places if place in children] for name, places in spec.inputs().items()}
@@ -93,7 +93,7 @@ def watched_linears(model: PreTrainedModel, layer: int) -> dict[str, torch.nn.Li
 
 
 def with_continuations(model: PreTrainedModel, batch: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Each sequence with its greedy continuation, up to and with the first end token."""
+    """Each sequence followed by its greedy continuation, up to and including the first end token."""
     inputs, mask = pad(batch, model.device, left=True)
     output = generate(model, inputs, mask, max_new_tokens, do_sample=False)
     ends = end_token_ids(model)
@@ -103,9 +103,9 @@ def with_continuations(model: PreTrainedModel, batch: list[list[int]], max_new_t
 def generate(
     model: PreTrainedModel, inputs: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, *, do_sample: bool
 ) -> list[list[int]]:
-    """Continue a left-padded batch: lists of new ids, padded after the end token. Sampling is plain, temperature 1.
+    """Continue a left-padded batch. Returns the new ids of each sequence, padded after the end token.
 
-    The model's own generation settings (penalties, temperature, …) are not used, except for its end tokens.
+    Sampling is plain, at temperature 1. Of the model's own generation settings only the end tokens are used.
     """
     ends = end_token_ids(model)
     model.generation_config = GenerationConfig(
@@ -120,7 +120,7 @@ def generate(
 
 
 def end_token_ids(model: PreTrainedModel) -> set[int]:
-    """The ids that end a text, from the generation settings or else the model's config."""
+    """The ids that end a text: from the generation settings, or else from the model's config."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = model.config.eos_token_id
@@ -130,7 +130,7 @@ def end_token_ids(model: PreTrainedModel) -> set[int]:
 
 
 def until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The ids up to and with the first end token."""
+    """The ids up to and including the first end token."""
     for place, token in enumerate(ids):
         if token in ends:
             return ids[: place + 1]
@@ -138,7 +138,7 @@ def until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def pad(batch: list[list[int]], device: torch.device, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids [B, T] filled up with 0 on one side, and the mask [B, T] of what is real (int64)."""
+    """ids [B, T], padded with 0 on one side, and the int64 mask [B, T], 1 for real tokens."""
     width = max(len(ids) for ids in batch)
     rows, masks = [], []
     for ids in batch:

@@ -1,4 +1,4 @@
-"""A run of the fit: texts -> batches -> a fit per layer -> FitFile, with a checkpoint after every fitted layer."""
+"""A run of the fit: from texts to batches, a fit of each layer, and a FitFile, with a checkpoint after every layer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 from transformers_patches.neurons.fit_file import FitFile, LayerFit
 
-PROMPT_SHARE = 2 / 3  # of a text without a continuation, what counts as prefilled; the rest counts as decoded
+PROMPT_SHARE = 2 / 3  # share of a text without continuation that counts as prefilled; the rest counts as decoded
 
 
 @dataclass(frozen=True)
 class FitTexts:
-    """The batches to fit on, how many tokens they hold, and a digest of them."""
+    """The texts to fit on."""
 
     batches: list[Batch]
-    texts: int
-    tokens: int
+    texts: int  # how many
+    tokens: int  # how many tokens in all of them
     digest: str
 
 
@@ -44,10 +44,10 @@ def prepare_texts(
     new_tokens: int,
     quiet: bool = False,
 ) -> FitTexts:
-    """Batches of the sequences number `skip` to `skip + limit`, each with a greedy continuation of up to `new_tokens`.
+    """Batches of the sequences `skip` to `skip + limit`, each with a greedy continuation of up to `new_tokens`.
 
-    The continuation is what counts as decoded; of texts without one, the last third is. Raises PartInferError if
-    there are no texts.
+    The continuation counts as decoded; without one, the last third of the text does. Raises PartInferError if there are
+    no texts.
     """
     chosen = list(islice((ids for ids in sequences if ids), skip, None if limit is None else skip + limit))
     if not chosen:
@@ -98,25 +98,20 @@ class FitCheckpoint(CheckpointFile):
 
 @dataclass
 class FitRun:
-    """Fits layer after layer, going on from a checkpoint if asked to.
-
-    layers: those that are sparse, with the share of each (None: that of the settings); ranking: int [layers, N], or
-    None to choose the neurons here; settings: all that decides the result, kept in the checkpoint; errors: layer ->
-    (relative squared output error before, after).
-    """
+    """Fits one layer after another, continuing from a checkpoint if asked to."""
 
     model: PreTrainedModel
     texts: FitTexts
-    layers: dict[int, Share | None]
+    layers: dict[int, Share | None]  # the sparse layers and the share of each; None: that of the settings
     fit_settings: FitSettings
-    ranking: torch.Tensor | None
+    ranking: torch.Tensor | None  # int [layers, N]; None: the fit chooses the neurons
     checkpoint: FitCheckpoint
-    settings: dict
+    settings: dict  # everything that affects the result; a resumed fit must have the same
     quiet: bool = False
-    errors: dict[int, tuple[float, float]] = field(default_factory=dict)
+    errors: dict[int, tuple[float, float]] = field(default_factory=dict)  # relative squared output error before, after
 
     def run(self, *, resume: bool) -> FitFile:
-        """The fit file, with the settings as its metadata. A Ctrl-C loses at most the layer that was being fitted."""
+        """Fit all layers. Ctrl-C loses at most the layer that was being fitted."""
         size = ffn_spec(self.model.config).intermediate_size(self.model.config)
         fits, first, last = FitFile({}, size), 0, max(self.layers)
         fitter = Fitter(LayerwiseModel(self.model), self.texts.batches, self.fit_settings)

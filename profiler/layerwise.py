@@ -1,7 +1,7 @@
-"""A model run layer by layer over all the texts, so that what is done to a layer is seen by the layers above it.
+"""Runs a model layer by layer over all texts, so that a change to one layer reaches the layers above it.
 
-Memory holds the hidden states of every token between two layers, and one batch of activations; the model's body is
-gone through once, however many passes one layer needs.
+Memory holds the hidden states of every token between two layers, and the activations of one batch. The model is
+traversed once, however many passes a single layer needs.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from transformers_patches.families import FFNSpec, ffn_spec
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids [B, T], padded on the right, and what each token is.
+    """Token sequences, padded on the right, and which tokens are prefilled and which are decoded."""
 
-    prompt: bool [B, T], tokens that are prefilled; decoded: bool [B, T], tokens that come after them. Padding is
-    neither.
-    """
-
-    ids: torch.Tensor
-    prompt: torch.Tensor
-    decoded: torch.Tensor
+    ids: torch.Tensor  # int64 [B, T]
+    prompt: torch.Tensor  # bool [B, T]: tokens that are prefilled
+    decoded: torch.Tensor  # bool [B, T]: tokens that come after them; padding is neither
 
     @property
     def real(self) -> torch.Tensor:
+        """bool [B, T]: everything that is not padding."""
         return self.prompt | self.decoded
 
 
 def make_batches(sequences: list[list[int]], prompts: list[int], batch_size: int) -> list[Batch]:
-    """Batches of similar lengths. prompts: how many tokens of each sequence are its prompt."""
+    """Batches of sequences of similar length. prompts: how many tokens of each sequence are its prompt."""
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
     batches = []
     for first in range(0, len(order), batch_size):
@@ -51,18 +48,18 @@ def make_batches(sequences: list[list[int]], prompts: list[int], batch_size: int
 class LayerwiseModel:
     """The decoder layers of a transformers model, one at a time.
 
-    A layer is called with the arguments that the model itself gives it for texts of the same length. There is no
-    padding mask: padding is on the right, and attention is causal.
+    Each layer is called with the arguments that the model itself passes for texts of the same length. There is no
+    padding mask: padding is on the right and attention is causal.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.spec = model.eval(), ffn_spec(model.config)
         self.layers = self.spec.decoder_layers(model)
-        self._arguments: dict[int, list[dict]] = {}  # by length: the keyword arguments of every layer
+        self._arguments: dict[int, list[dict]] = {}  # text length -> the keyword arguments of every layer
 
     @torch.no_grad()
     def inputs(self, batch: Batch) -> torch.Tensor:
-        """[B, T, H]: what enters the first layer, on the CPU."""
+        """[B, T, H], on the CPU: the input of the first layer."""
         length = batch.ids.shape[1]
         if length not in self._arguments:
             self._arguments[length] = [kwargs for _, kwargs in self._calls(batch.ids[:1])]
@@ -70,13 +67,13 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def run(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, T, H] -> [B, T, H], both on the CPU, through one layer."""
+        """Run one layer: [B, T, H] -> [B, T, H], both on the CPU."""
         module = self.layers[layer]
         device = next(module.parameters()).device
         return module(hidden.to(device), **self._arguments[hidden.shape[1]][layer]).cpu()
 
     def ffn_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """[B*T, H], on the CPU: what enters the layer's FFN."""
+        """[B*T, H], on the CPU: the input of the layer's FFN."""
         seen = []
 
         def look(x: torch.Tensor) -> torch.Tensor:
@@ -89,19 +86,19 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def log_probabilities(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [decoded tokens, V]: what the model predicts after them, given what leaves its last layer."""
+        """float32 [decoded tokens, V]: the model's predictions after each decoded token, from the last layer's output."""
         with _forward_is(self.layers, lambda *_, **__: hidden.to(self.model.device)):
             logits = self.model(input_ids=batch.ids.to(self.model.device), use_cache=False).logits
         return torch.log_softmax(logits[batch.decoded.to(logits.device)].float(), dim=-1)
 
     @contextmanager
     def ffn_replaced(self, layer: int, compute: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Within the block, the layer's FFN is `compute`: [B*T, H] -> [B*T, H]; the output bias is its business."""
+        """Within the block, `compute` replaces the layer's FFN: [B*T, H] -> [B*T, H], output bias included."""
         module = self.spec.ffn_module(self.model, layer)
         if self.spec.ffn:
             stands_in = {self.spec.ffn: _Compute(compute)}
             module = self.layers[layer]
-        else:  # the projections are the layer's own: the first becomes the FFN, what follows it does nothing
+        else:  # the projections belong to the layer itself: the first becomes the FFN, the rest do nothing
             stands_in = {
                 self.spec.up: _Compute(compute),
                 self.spec.activation_module: nn.Identity(),
@@ -117,7 +114,7 @@ class LayerwiseModel:
                 setattr(module, name, original)
 
     def _calls(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, dict]]:
-        """Hidden states and keyword arguments with which the model calls each of its layers, which do nothing."""
+        """The hidden states and keyword arguments that the model passes to each layer; the layers do nothing."""
         calls = []
 
         def record(hidden: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -140,7 +137,9 @@ class _Compute(nn.Module):
 
 @contextmanager
 def _forward_is(modules: nn.ModuleList, function: Callable) -> Iterator[None]:
-    own = [module.__dict__.get("forward") for module in modules]  # accelerate sets one where it moves inputs
+    own = [
+        module.__dict__.get("forward") for module in modules
+    ]  # accelerate sets one where it moves inputs between devices
     try:
         for module in modules:
             module.forward = function
@@ -155,18 +154,19 @@ def _forward_is(modules: nn.ModuleList, function: Callable) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """The FFN of one layer, neuron-major, where the layer is: gate (None if plain), up, down [N, H]; biases or None."""
+    """The FFN of one layer, one row per neuron, on the layer's device. Biases are None where the model has none."""
 
-    gate: torch.Tensor | None
-    up: torch.Tensor
-    down: torch.Tensor
-    gate_bias: torch.Tensor | None
-    up_bias: torch.Tensor | None
-    output_bias: torch.Tensor | None
+    gate: torch.Tensor | None  # [N, H]; None if the FFN is plain
+    up: torch.Tensor  # [N, H]
+    down: torch.Tensor  # [N, H], transposed
+    gate_bias: torch.Tensor | None  # [N]
+    up_bias: torch.Tensor | None  # [N]
+    output_bias: torch.Tensor | None  # [H]
     activation: Callable[[torch.Tensor], torch.Tensor]
 
     @classmethod
     def of(cls, model: PreTrainedModel, layer: int) -> FFNWeights:
+        """The FFN of a model's layer."""
         spec: FFNSpec = ffn_spec(model.config)
         module = spec.ffn_module(model, layer)
         up, down = getattr(module, spec.up), getattr(module, spec.down)
@@ -183,7 +183,7 @@ class FFNWeights:
         )
 
     def of_neurons(self, neurons: torch.Tensor) -> FFNWeights:
-        """The same of some neurons. neurons: int64 [L]."""
+        """The same FFN with some of its neurons only. neurons: int64 [L]."""
 
         def rows(value: torch.Tensor | None) -> torch.Tensor | None:
             return None if value is None else value.index_select(0, neurons.to(value.device))
@@ -199,7 +199,7 @@ class FFNWeights:
         )
 
     def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """h [.., N], and what it was made of: the projection up·x, and act(gate·x) or None if the FFN is plain."""
+        """h [.., N], the projection up·x, and act(gate·x), or None if the FFN is plain."""
         up = nn.functional.linear(x, self.up, self.up_bias)
         if self.gate is None:
             return self.activation(up), up, None
@@ -207,5 +207,5 @@ class FFNWeights:
         return gate * up, up, gate
 
     def output(self, h: torch.Tensor) -> torch.Tensor:
-        """[.., H], without the output bias, which every FFN adds whatever is left out."""
+        """[.., H], without the output bias: that is added whichever neurons are computed."""
         return h @ self.down

@@ -1,4 +1,4 @@
-"""Task groups and model neurons: the mean of several data sets' per-token means."""
+"""Rankings for groups of tasks or for a whole model: the mean of several data sets' per-token means."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers_patches.neurons.neuron_file import STATISTICS, NeuronFile
 
 
 def merge(files: list[NeuronFile], score: str, task_type: str) -> NeuronFile:
-    """One neuron file from several of the same model; every data set has equal weight, whatever its tokens.
+    """Merge neuron files of one model. Every data set has the same weight, however many tokens it has.
 
-    A file that is itself merged weighs as many times as it has data sets. Statistics of inputs that not all files have
-    are left out. Raises PartInferError for files without statistics and of different models.
+    A file that was itself merged counts once for each of its data sets. Input statistics that some file lacks are left
+    out. Raises PartInferError for files without statistics, and for files of different models.
     """
     first = files[0]
     for file in files:

@@ -1,4 +1,4 @@
-"""Texts that the model writes itself, by sampling: calibration without any data."""
+"""Texts that the model samples itself, for calibration without any data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from profiler.processes import joined
 
 
 class OwnTexts:
-    """Sampled token sequences; text i is the same whatever was sampled before it.
+    """Sampled token sequences. Text i does not depend on what was sampled before it.
 
-    prefix: what every text begins with, such as `Question:`; without one, a begin-of-text token (or the end token,
-    or token 0, whichever the tokenizer has). max_new_tokens: sampled tokens per text. Batches are dealt to the
-    processes of `accelerate launch` and collected again.
+    The processes of `accelerate launch` take batches in turn, and every process gets all texts.
+
+    prefix: how every text begins, such as `Question:`; if empty, with the tokenizer's begin-of-text token, else its end
+        token, else token 0
+    max_new_tokens: how many tokens to sample per text
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class OwnTexts:
         self.start = start or [next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)]
 
     def sequences(self, first: int = 0) -> Iterator[list[int]]:
-        """Texts without end, from text `first` on, a multiple of the batch size."""
+        """An endless stream of texts from number `first` on, which must be a multiple of the batch size."""
         batch = first // self.batch_size
         while True:
             mine = self._sample(batch + self.processes.process_index)

@@ -1,4 +1,4 @@
-"""Loading a model for profiling where it fits, and refusing it before anything is loaded where it does not."""
+"""Loads a model for profiling on a device where it fits, or refuses before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ AUTO = "auto"  # spread over all GPUs, and the CPU if those are not enough
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that profiling will take: the weights, and one batch with the statistics."""
+    """How much memory profiling will take, in bytes."""
 
     weights: int
-    batch: int
+    batch: int  # one batch, and the statistics
 
     @property
     def total(self) -> int:
@@ -38,10 +38,10 @@ class Estimate:
 
 
 def estimate_memory(config: PretrainedConfig, dtype: torch.dtype, batch_size: int, tokens: int) -> Estimate:
-    """The memory of a run with batches of `batch_size` sequences of `tokens` tokens.
+    """The memory that a run needs with batches of `batch_size` sequences of `tokens` tokens.
 
-    Weights exactly, from the model's shape. A batch roughly: hidden states and FFN activations of one layer with
-    their float32 copies, keys and values of all layers, logits of one step; twice six float64 sums per neuron.
+    The weights are exact, from the model's shape. A batch is an estimate: hidden states and FFN activations of one layer
+    with their float32 copies, keys and values of all layers, the logits of one step, and twice six float64 sums per neuron.
     """
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -58,11 +58,12 @@ def estimate_memory(config: PretrainedConfig, dtype: torch.dtype, batch_size: in
 def choose_placement(
     estimate: Estimate, device: torch.device, free_gpus: list[int], free_cpu: int, processes: int = 1
 ) -> str:
-    """Where the model goes: `cpu`, `cuda:0` (or the named GPU), or AUTO over several devices.
+    """Where the model goes: `cpu`, `cuda:0` (or the named GPU), or AUTO, spread over several devices.
 
-    free_gpus, free_cpu: free bytes; processes: how many of this machine load the model, each on its own GPU or all in
-    main memory, so that spreading it is for one process alone. Raises PartInferError, with the estimate, if it fits
-    nowhere.
+    Only a single process spreads the model. Raises PartInferError, with the estimate, if it fits nowhere.
+
+    free_gpus, free_cpu: free memory in bytes
+    processes: how many processes on this machine load the model, each on its own GPU or all in main memory
     """
     if device.type != "cuda":
         if estimate.total * processes > free_cpu:
@@ -90,7 +91,7 @@ def _too_large(estimate: Estimate, free: str, processes: int = 1) -> str:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that can still be taken, within the control group's limit if there is one."""
+    """Free main memory in bytes, within the control group's limit if there is one."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
@@ -102,10 +103,10 @@ def free_memory() -> int:
 
 @dataclass
 class ProfiledModel:
-    """A model and its tokenizer, ready to profile; `name` is its folder's, `fingerprint` says which model it is."""
+    """A model and its tokenizer, ready to profile."""
 
-    name: str
-    fingerprint: str
+    name: str  # the folder's
+    fingerprint: str  # identifies the weights
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -113,22 +114,24 @@ class ProfiledModel:
 def load_for_profiling(
     folder: str | Path, device: str, dtype: str, batch_size: int, tokens: int, processes: int = 1
 ) -> ProfiledModel:
-    """Load a checkpoint folder (or GGUF file) as plain transformers does, after checking that it fits. No network.
+    """Load a checkpoint folder (or GGUF file) as plain transformers does, once it is known to fit. No network.
 
-    On CPUs linear layers of 16 bits are FastLinears.
+    On CPUs, linear layers in 16 bits become FastLinears.
 
-    device: auto, cpu, cuda, cuda:1; dtype: auto or a torch dtype's name; batch_size, tokens: the largest batch;
-    processes: how many of this machine do the same.
+    device: auto, cpu, cuda, or a GPU such as cuda:1
+    dtype: auto, or the name of a torch dtype
+    batch_size, tokens: the size of the largest batch
+    processes: how many processes on this machine load the model
     """
     config = read_config(folder)
-    ffn_spec(config)  # an unknown architecture is refused here
+    ffn_spec(config)  # refuses an unknown architecture
     _check_length(config, tokens)
     torch_dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     where = resolve_device(device)
     gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())] if where.type == "cuda" else []
     estimate = estimate_memory(config, torch_dtype, batch_size, tokens)
     placement = choose_placement(estimate, where, gpus, free_memory(), processes)
-    _, mark = checkpoint_fingerprint(folder)  # complete, or a clear error
+    _, mark = checkpoint_fingerprint(folder)  # a clear error if weights are missing
     if is_gguf(folder):
         settings = PartInferConfig(method="dense", dtype=dtype, device=device, kernels="torch")
         model = load_model(folder, settings).model
@@ -138,7 +141,7 @@ def load_for_profiling(
         )
         dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
         if not dispatched and native_kernels_wanted("auto", model.device, torch_dtype):
-            replace_linears(model)  # generating is faster, and long texts are where PyTorch has no fast 16-bit products
+            replace_linears(model)  # faster generation, and faster long texts where PyTorch has no fast 16-bit products
     return ProfiledModel(model_name(folder), mark, model.eval(), load_tokenizer(folder))
 
 
@@ -151,13 +154,13 @@ def _check_length(config: PretrainedConfig, tokens: int) -> None:
 
 
 def checkpoint_fingerprint(folder: str | Path) -> tuple[PretrainedConfig, str]:
-    """Config and fingerprint of a checkpoint folder or GGUF file; reads four small tensors, not the model."""
+    """Config and fingerprint of a checkpoint folder or GGUF file. Reads four small tensors only."""
     config = read_config(folder)
     checkpoint = open_weights(folder)
     stored = checkpoint.names()
 
     def read(name: str) -> torch.Tensor:
-        name = name if name in stored else name.removeprefix("model.")  # files of a bare decoder lack the prefix
+        name = name if name in stored else name.removeprefix("model.")  # checkpoints of a bare decoder lack the prefix
         if name not in stored:
             raise KeyError(name)
         values = torch.empty(checkpoint.shape(name))

@@ -1,4 +1,4 @@
-"""The figures of `show` and `compare`. Colours are matplotlib's perceptually even, colour-blind safe maps."""
+"""The figures of `show` and `compare`, in matplotlib's perceptually uniform, colour-blind safe maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDINGS = (".png", ".pdf", ".svg")
 
 
 def plot_overlap(matrix: torch.Tensor, names: list[str], fraction: float, chance: float, path: Path) -> None:
-    """A heat map of mean overlaps [files, files] in per cent; the colours begin at chance."""
+    """A heat map of mean overlaps [files, files] in per cent; the colour scale starts at chance."""
     size = max(4.5, 0.85 * len(names) + 2.2)
     figure = Figure(figsize=(size + 1.0, size), layout="constrained")
     axes = figure.subplots()
@@ -37,7 +37,7 @@ def plot_overlap(matrix: torch.Tensor, names: list[str], fraction: float, chance
 
 
 def plot_concentration(curves: torch.Tensor, title: str, path: Path) -> None:
-    """Concentration curves [layers, N], one line per layer coloured by depth, against an even spread."""
+    """Concentration curves [layers, N]: one line per layer, coloured by depth, with an even spread for comparison."""
     layers, size = curves.shape
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -46,7 +46,7 @@ def plot_concentration(curves: torch.Tensor, title: str, path: Path) -> None:
     percent = torch.nn.functional.pad(100 * curves, (1, 0)).numpy()  # no neurons hold nothing
     for layer in range(layers):
         axes.plot(share, percent[layer], color=colours(layer / max(1, layers - 1)), linewidth=1)
-    place = size // 5  # where the curves lie far apart
+    place = size // 5  # where the curves are far apart
     for layer in most_concentrated(curves):
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
         at = {"ha": "center", "va": "center", "fontsize": "small"}
@@ -63,7 +63,7 @@ def plot_concentration(curves: torch.Tensor, title: str, path: Path) -> None:
 
 
 def most_concentrated(curves: torch.Tensor) -> list[int]:
-    """The layers, three at most, whose best tenth holds far more than that of most: over the mean by a deviation."""
+    """At most three layers whose best tenth holds more than a standard deviation above the mean of all layers."""
     tenth = curves[:, curves.shape[1] // 10]
     order = tenth.argsort(descending=True)[:3].tolist()
     return [layer for layer in order if len(tenth) > 1 and tenth[layer] > tenth.mean() + tenth.std()]

@@ -1,4 +1,4 @@
-"""What the processes of `accelerate launch` tell each other; alone, a process keeps what it has."""
+"""Exchanges between the processes of `accelerate launch`. A single process just keeps its values."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def from_main(value: object, processes: PartialState) -> object:
 
 
 def totals(values: dict[str, torch.Tensor], processes: PartialState) -> dict[str, torch.Tensor]:
-    """`total` of each of them; the names are the same in every process."""
+    """`total` of each tensor. All processes must have the same names."""
     return {name: total(part, processes) for name, part in values.items()}
 
 
 def total(values: torch.Tensor, processes: PartialState) -> torch.Tensor:
-    """The sum of all processes' tensors, on the CPU, in every process."""
+    """The sum of all processes' tensors, on the CPU, in every process (of one process: the tensor as it is)."""
     if processes.num_processes == 1:
         return values
     with _others_may_fail():
@@ -34,7 +34,7 @@ def total(values: torch.Tensor, processes: PartialState) -> torch.Tensor:
 
 
 def joined(values: list, processes: PartialState) -> list:
-    """All processes' lists, one after the other, in every process."""
+    """The lists of all processes joined together, in every process."""
     if processes.num_processes == 1:
         return values
     with _others_may_fail():
@@ -43,7 +43,7 @@ def joined(values: list, processes: PartialState) -> list:
 
 @contextmanager
 def _others_may_fail() -> Iterator[None]:
-    """When another process ends early, torch.distributed raises RuntimeError here; the other has said what it was."""
+    """Turn the RuntimeError that torch.distributed raises when another process ends early into a PartInferError."""
     try:
         yield
     except RuntimeError as error:

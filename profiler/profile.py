@@ -1,4 +1,4 @@
-"""A profiling run: windows of texts through the model, checkpoints on the way."""
+"""A profiling run: windows of texts go through the model, with a checkpoint after each."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from profiler.statistics import ActivationStatistics, NonFiniteActivation
 from profiler.store import ProfileCheckpoint, Progress, interrupts_deferred
 from transformers_patches.errors import PartInferError
 
-# What gives the windows of a source, from the first or, if the source can begin there, from Progress.windows on.
+# Yields the windows of a source: from the first one, or from Progress.windows on if the source can start there.
 WindowSource = Callable[[Progress], Iterator[Window]]
 
 
 @dataclass
 class ProfilingRun:
-    """Counts the activations of a source's texts, going on from a checkpoint if asked to.
+    """Counts the activations of a source's texts, continuing from a checkpoint if asked to.
 
-    settings: all that decides the result, kept in the checkpoint; describe: token ids -> text, for messages;
-    total: number of texts if known, for the progress bar. Several processes take the batches in turn and add up their
-    sums at the end of every window, so the order of additions does not depend on where a run was interrupted.
+    Several processes take batches in turn and add up their sums at the end of every window, so the order of additions
+    does not depend on where a run was interrupted.
     """
 
     collector: Collector
     windows: WindowSource
     batch_size: int
     checkpoint: ProfileCheckpoint
-    settings: dict
+    settings: dict  # everything that affects the result; a resumed run must have the same
     processes: PartialState
-    describe: Callable[[list[int]], str]
-    total: int | None = None
+    describe: Callable[[list[int]], str]  # token ids -> text, for messages
+    total: int | None = None  # number of texts, if known, for the progress bar
     quiet: bool = False
     progress: Progress = field(default_factory=Progress)
 
@@ -45,10 +44,10 @@ class ProfilingRun:
         return self.collector.statistics
 
     def run(self, *, resume: bool) -> None:
-        """Process every text that is left; the totals are then in the main process's statistics.
+        """Process all remaining texts. The main process's statistics then hold the totals.
 
-        Raises PartInferError for NaN or Inf, naming layer and text, for a source that changed since the checkpoint and
-        for one without texts. On Ctrl-C a single process saves a checkpoint; with several the last window's stays.
+        Raises PartInferError for NaN or Inf (naming layer and text), if the source has changed since the checkpoint, and
+        if it has no texts. On Ctrl-C a single process saves a checkpoint; several keep the last window's.
         """
         if resume:
             self._restore()
@@ -112,7 +111,7 @@ class ProfilingRun:
             ) from None
 
     def _blame(self, batch: list[Sequence], layer: int) -> tuple[int, str]:
-        """Which text of a batch it was: each goes through the model alone."""
+        """Layer and description of the text to blame: each text of the batch goes through the model alone."""
         for sequence in batch:
             self.statistics.discard()
             self.collector.observe([sequence.ids])
@@ -124,7 +123,7 @@ class ProfilingRun:
         return layer, f"only when texts {numbers} (from 0) are in one batch"
 
     def _add_up_processes(self) -> None:
-        """Move the sums of all processes to the main one."""
+        """Move the sums of all processes to the main process."""
         if self.processes.num_processes == 1:
             return
         sums = totals(self.statistics.sums(), self.processes)

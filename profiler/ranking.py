@@ -1,4 +1,4 @@
-"""Statistics -> score -> ranking."""
+"""From statistics to scores, and from scores to a ranking."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.families import ffn_spec
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
 
-WEIGHTED = "_down"  # suffix of the scores that are weighted with the norm of the neuron's down column
+WEIGHTED = "_down"  # suffix of scores that are multiplied by the norm of the neuron's down column
 SCORES = ("mean_abs", "rms", "griffin", "mean_abs_down", "rms_down", "griffin_down", "std_down")
 
 
 def score_neurons(statistics: dict[str, torch.Tensor], score: str, source: str = "the statistics") -> torch.Tensor:
     """The score of every neuron: float32 [layers, N].
 
-    mean_abs: mean |h|, the original's. rms: root of mean h^2. griffin: root of mean (h / ||h||_2)^2, the statistic of
-    GRIFFIN (arXiv 2404.01365). std: standard deviation of h. With `_down`, times ||W_down[:, i]||_2, the size of what
-    the neuron writes. Raises PartInferError for an unknown score and for statistics that are not there.
+    mean_abs: mean |h|, as the original PartInfer ranks
+    rms: root of mean h^2
+    griffin: root of mean (h / ||h||_2)^2, the statistic of GRIFFIN (arXiv 2404.01365)
+    std: standard deviation of h
+    …_down: the same times ||W_down[:, i]||_2, so the size of what the neuron writes
+
+    Raises PartInferError for an unknown score, and if a statistic is missing.
     """
     if score not in SCORES:
         raise PartInferError(f"unknown score {score!r}: expected one of {', '.join(SCORES)}")
@@ -52,9 +56,9 @@ def rank(
     source: str = "the statistics",
     input_squares: dict[str, torch.Tensor] | None = None,
 ) -> NeuronFile:
-    """The neuron file of a score: ranking, scores, and all the statistics it can be derived from again.
+    """A neuron file ranked by a score. It keeps all statistics, so that it can be ranked again by another.
 
-    input_squares: what else the file is to hold.
+    input_squares: statistics of linear layers' inputs that the file should hold as well
     """
     scores, metadata = score_neurons(statistics, score, source), {**metadata, "score": score}
     ranking = ranking_from_scores(scores)
@@ -62,7 +66,7 @@ def rank(
 
 
 def down_norms(model: nn.Module) -> torch.Tensor:
-    """||W_down[:, i]||_2 of every neuron: float32 [layers, N] on the CPU. Weights that are offloaded are fetched."""
+    """||W_down[:, i]||_2 of every neuron: float32 [layers, N] on the CPU. Offloaded weights are fetched."""
     spec = ffn_spec(model.config)
     norms = []
     for layer in range(model.config.num_hidden_layers):

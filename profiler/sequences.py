@@ -1,4 +1,4 @@
-"""Texts -> token sequences -> windows of length-bucketed batches, in an order that never changes."""
+"""From texts to token sequences, and on to windows of batches of similar length, in a fixed order."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from transformers_patches.errors import PartInferError
 
 @dataclass(frozen=True)
 class Sequence:
-    """The token ids of a text; `number` is its place in the source, from 0."""
+    """The token ids of a text."""
 
-    number: int
+    number: int  # its place in the source, from 0
     ids: list[int]
 
 
 class Encoder:
-    """Turns prompts into token ids of at most `max_length`.
+    """Turns prompts into at most `max_length` token ids each.
 
-    chat_template: wrap each prompt as a user's message of the model's chat template; split: cut long texts in pieces
-    (language modelling) instead of keeping their beginning.
+    chat_template: wrap each prompt in the model's chat template, as a message of the user
+    split: cut long texts into pieces (for language modelling) instead of keeping only their beginning
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Encoder:
         self.chat_template, self.split = chat_template, split
 
     def sequences(self, prompts: Iterable[Prompt]) -> Iterator[list[int]]:
+        """The token ids of the prompts, in their order."""
         for prompt in prompts:
             if self.split:
                 yield from self._pieces(prompt)
@@ -50,7 +51,7 @@ class Encoder:
                 yield self._encode(prompt)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's ids; of one that is too long the beginning and the template's end are kept."""
+        """A prompt's ids. If it is too long, its beginning and the end of the template are kept."""
         text, suffix = prompt.text, prompt.suffix
         if self.chat_template:
             messages = [{"role": "user", "content": text}]
@@ -74,7 +75,7 @@ class Encoder:
             yield start + ids[first : first + size]
 
     def leading_ids(self) -> list[int]:
-        """What the tokenizer puts before every text, such as a begin-of-text token."""
+        """The ids that the tokenizer puts before every text, such as a begin-of-text token."""
         with_special = self.tokenizer("a")["input_ids"]
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return with_special[: len(with_special) - len(plain)] if with_special[-len(plain) :] == plain else []
@@ -82,17 +83,14 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive sequences that are sorted into batches together; a checkpoint is written after each.
-
-    digest: of all the sequences up to the window's end, to notice texts that changed.
-    """
+    """Consecutive sequences that are sorted into batches together. A checkpoint is written after each window."""
 
     index: int
     sequences: list[Sequence]
-    digest: str
+    digest: str  # of all sequences up to the end of the window, to notice texts that have changed
 
     def batches(self, batch_size: int) -> list[list[Sequence]]:
-        """Batches of similar lengths, the longest first, so that one that does not fit in memory is met early."""
+        """Batches of similar length, the longest first, so that running out of memory happens early."""
         by_length = sorted(self.sequences, key=lambda s: (-len(s.ids), s.number))
         return [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
 
@@ -106,9 +104,9 @@ def windows(
     done: int = 0,
     digest: str = "",
 ) -> Iterator[Window]:
-    """Group sequences number `skip` to `skip + limit` by `size`. Memory holds one window.
+    """Group sequences `skip` to `skip + limit` into windows of `size`. Memory holds one window at a time.
 
-    done, digest: for a source that begins where an earlier run ended: windows that run had done, and their digest.
+    done, digest: if the source continues an earlier run, the number of windows it had done, and their digest
     """
     stop = None if limit is None else skip + limit - done * size
     numbered = islice(enumerate((ids for ids in sequences if ids), start=done * size), skip, stop)

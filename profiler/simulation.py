@@ -1,4 +1,4 @@
-"""What decoding computes of each calibration text: the selection per token, for prompt and decoded tokens in one pass."""
+"""The selection per token that decoding makes, applied to a whole calibration text in one pass."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from transformers_patches.sparse.token_selection import TypicalSize, keep_best
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one layer: neurons that are loaded, that a token chooses among, that it computes; the first `base` loaded ones
-    are always candidates."""
+    """Numbers of neurons of one layer."""
 
     loaded: int
-    candidates: int
-    kept: int
-    base: int
+    candidates: int  # a token chooses among these
+    kept: int  # a token computes these
+    base: int  # the first loaded neurons, which are always candidates
 
     @property
     def everything(self) -> bool:
+        """Whether a token computes all loaded neurons."""
         return self.kept == self.loaded
 
 
 class SimulatedSelection:
-    """Sets to 0 what the selection per token (token_selection.py) would not compute; prompt tokens stay as they are.
+    """Sets activations to 0 that the selection per token (token_selection.py) would not compute.
 
-    kind: "up", "gate", or None where nothing is left out.
+    Prompt tokens stay as they are.
+
+    kind: "up", "gate", or None to compute everything
     """
 
     def __init__(
@@ -41,17 +43,21 @@ class SimulatedSelection:
         gate_size: torch.Tensor | None,
         mean_abs: torch.Tensor,
     ) -> None:
-        """down: [L, H], the loaded rows; gate_size: float32 [L], typical size of act(gate·x), None if the FFN is
-        plain; mean_abs: float32 [L], mean |h|, which candidates go by beside the prompt's own."""
+        """Of the loaded neurons:
+
+        down: [L, H], their rows
+        gate_size: float32 [L], the typical size of act(gate·x); None if the FFN is plain
+        mean_abs: float32 [L], mean |h|, which counts beside the prompt's own when candidates are chosen
+        """
         self.kind, self.counts, self.gate_size, self.mean_abs = kind, counts, gate_size, mean_abs
         self.down_norm = torch.linalg.vector_norm(down, dim=1, dtype=torch.float32)
 
     def with_rows(self, down: torch.Tensor) -> SimulatedSelection:
-        """The same for other down rows."""
+        """The same selection with other down rows."""
         return SimulatedSelection(self.kind, self.counts, down, self.gate_size, self.mean_abs)
 
     def apply(self, batch: Batch, h: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        """h~ [B*T, L] of a batch. h, up, gate: [B*T, L], of the loaded neurons; gate None if the FFN is plain."""
+        """h~ [B*T, L] of a batch. h, up, gate: [B*T, L], of the loaded neurons; gate is None if the FFN is plain."""
         if self.kind is None or self.counts.everything:
             return h
         result = h.clone()
@@ -62,8 +68,10 @@ class SimulatedSelection:
     def decoded_scores(
         self, batch: Batch, h: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each sequence that has decoded tokens, which rows these are, int64 [T], and their scores, float32 [T, L]:
-        below 0 where a neuron is no candidate. Arguments as in `apply`."""
+        """For each sequence with decoded tokens: their rows, int64 [T], and their scores, float32 [T, L].
+
+        The score is negative where a neuron is not a candidate. Arguments as for `apply`.
+        """
         sequences, length = batch.ids.shape
         for number in range(sequences):
             prompt, decoded = batch.prompt[number].nonzero().squeeze(1), batch.decoded[number].nonzero().squeeze(1)
@@ -87,7 +95,7 @@ class SimulatedSelection:
         return seen[decoded].float().abs() * size.times(self.down_norm)
 
     def _candidates(self, h: torch.Tensor) -> torch.Tensor:
-        """bool [L]: what selection `blend` chooses for a prompt with activations h [T, L]."""
+        """bool [L]: the neurons that selection `blend` chooses for a prompt with activations h [T, L]."""
         scores = self.down_norm * (h.float().abs().sum(0) + PRIOR_TOKENS * self.mean_abs)
         scores[: self.counts.base] = torch.inf
         chosen = torch.zeros_like(scores, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""ActivationStatistics: per-neuron sums over tokens; accumulate, merge, save, restore."""
+"""Sums over tokens for every neuron, and for the inputs of linear layers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 from transformers_patches.neurons.neuron_file import ACTIVATION_STATISTICS
 
-ACTIVATIONS = "activations"  # the name of h's sums, beside those of inputs
-# How much of h is reduced at a time. On a CPU a block stays in the cache between its passes (2 MB of float32), yet is
-# large enough that starting the threads of a pass costs little.
+ACTIVATIONS = "activations"  # the name of the sums of h, beside those of inputs
+# How much of h is reduced at a time. On a CPU a block (2 MB of float32) stays in the cache between its passes, and is still
+# large enough that starting the threads for each pass costs little.
 CPU_ELEMENTS, CPU_ROWS, GPU_ROWS = 2**19, 1024, 8192
 
 
 class NonFiniteActivation(ArithmeticError):
-    """NaN or Inf entered the statistics; `layer` says where."""
+    """NaN or Inf among the activations of layer `layer`."""
 
     def __init__(self, layer: int) -> None:
         super().__init__(f"NaN or Inf among the activations of layer {layer}")
@@ -23,13 +23,13 @@ class NonFiniteActivation(ArithmeticError):
 
 
 class ActivationStatistics:
-    """Sums over tokens of |h|, h, h^2 and of the same for h / ||h||_2, for every layer and neuron; of inputs, of x^2.
+    """Sums over tokens of |h|, h and h^2, and of the same for h / ||h||_2, for every neuron; of inputs, sums of x^2.
 
-    What is observed is pending until `commit`, so that an interrupted batch leaves no trace. The sums of a block
-    of rows are taken in float32, everything beyond a block in float64. Each layer's sums lie on the device of its
-    activations: `[6, N]`, rows in the order of ACTIVATION_STATISTICS. Memory does not grow with the texts.
+    Observations are pending until `commit`, so that an interrupted batch leaves no trace. Each block of rows is summed in
+    float32, and the blocks in float64. A layer's sums, `[6, N]` with rows in the order of ACTIVATION_STATISTICS, are on the
+    device of its activations. Memory does not grow with the number of texts.
 
-    input_widths: of the inputs that are observed too, by their names in INPUT_SQUARES.
+    input_widths: the widths of the inputs to observe as well, by their names in INPUT_SQUARES
     """
 
     def __init__(self, num_layers: int, intermediate_size: int, input_widths: dict[str, int] | None = None) -> None:
@@ -44,7 +44,7 @@ class ActivationStatistics:
 
     @property
     def inputs(self) -> list[str]:
-        """The names of what `observe_input` takes."""
+        """The names of the inputs that `observe_input` takes."""
         return [name for name in self._shapes if name != ACTIVATIONS]
 
     def observe(self, layer: int, h: torch.Tensor) -> None:
@@ -52,7 +52,7 @@ class ActivationStatistics:
         self._observe(ACTIVATIONS, layer, h, block_sums)
 
     def observe_input(self, name: str, layer: int, x: torch.Tensor) -> None:
-        """Add inputs x [T, width] of linear layers to the pending sums; the output projection's layer is 0."""
+        """Add inputs x [T, width] of a linear layer to the pending sums. For the output layer, `layer` is 0."""
         self._observe(name, layer, x, block_squares)
 
     def _observe(
@@ -71,9 +71,9 @@ class ActivationStatistics:
         return self._scratch[key]
 
     def commit(self, tokens: int) -> None:
-        """Take the pending sums, which are over `tokens` tokens, into the totals.
+        """Add the pending sums, over `tokens` tokens, to the totals.
 
-        Raises NonFiniteActivation, and takes nothing, if a sum is NaN or Inf.
+        Raises NonFiniteActivation, and adds nothing, if a sum is NaN or Inf.
         """
         self.check_pending()
         for key, pending in self._pending.items():
@@ -90,12 +90,12 @@ class ActivationStatistics:
             raise NonFiniteActivation(min(self.num_layers - 1 if name == "head" else layer for name, layer in bad))
 
     def discard(self) -> None:
-        """Forget the pending sums."""
+        """Drop the pending sums."""
         for pending in self._pending.values():
             pending.zero_()
 
     def sums(self) -> dict[str, torch.Tensor]:
-        """The totals, float64 on the CPU: of activations [layers, 6, N], of inputs [layers or 1, width]."""
+        """The totals, float64 on the CPU: [layers, 6, N] for activations, [layers or 1, width] for inputs."""
         return {name: self._stacked(name) for name in self._shapes}
 
     def _stacked(self, name: str) -> torch.Tensor:
@@ -106,7 +106,7 @@ class ActivationStatistics:
         return stacked
 
     def restore(self, sums: dict[str, torch.Tensor], tokens: int) -> None:
-        """Replace the totals by those that `sums` gave over `tokens` tokens; pending sums are forgotten."""
+        """Replace the totals by what `sums` returned, over `tokens` tokens. Pending sums are dropped."""
         self.discard()
         for name, stacked in sums.items():
             for layer, values in enumerate(stacked):
@@ -115,12 +115,12 @@ class ActivationStatistics:
         self.tokens = tokens
 
     def means(self) -> dict[str, torch.Tensor]:
-        """Per-token means by name: float32 [layers, N] on the CPU. Needs at least one counted token."""
+        """Per-token means by name: float32 [layers, N] on the CPU. At least one token must have been counted."""
         means = self._mean(ACTIVATIONS)
         return {name: means[:, row].contiguous() for row, name in enumerate(ACTIVATION_STATISTICS)}
 
     def input_squares(self) -> dict[str, torch.Tensor]:
-        """Per-token means of x^2 by name, as INPUT_SQUARES has them: float32 on the CPU."""
+        """Per-token means of x^2 by the names of INPUT_SQUARES: float32 on the CPU."""
         return {name: self._mean(name) for name in self.inputs}
 
     def _mean(self, name: str) -> torch.Tensor:
@@ -139,9 +139,10 @@ def block_rows(h: torch.Tensor) -> int:
 def block_sums(h: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Sums over the tokens of h [T, N]: [6, N], rows in the order of ACTIVATION_STATISTICS.
 
-    scratch: float32 [T or more, N], overwritten: fresh memory for every block costs more than the arithmetic.
-    Weighted sums are matrix products with two rows of weights, 1 and 1 / ||h||_2, so every power of h is read once for
-    both. A token without any activation counts as zeros after normalisation too.
+    Each sum is a matrix product with two rows of weights, 1 and 1 / ||h||_2, so every power of h is read once for both.
+    A token whose activations are all 0 counts as zeros after normalisation too.
+
+    scratch: float32 [T or more, N], overwritten; fresh memory for every block would cost more than the arithmetic
     """
     values = scratch[: h.shape[0]].copy_(h)
     norms = torch.linalg.vector_norm(values, dim=1)
@@ -154,7 +155,7 @@ def block_sums(h: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
 
 
 def block_squares(x: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """Sums over the tokens of x^2, x [T, width]: [width]. scratch: as in block_sums."""
+    """Sums of x^2 over the tokens, x [T, width]: [width]. scratch: as for block_sums."""
     values = scratch[: x.shape[0]].copy_(x)
     return values.new_ones(len(values)) @ values.square_()
 

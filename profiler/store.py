@@ -1,4 +1,4 @@
-"""What keeps a run safe on disk: its lock, its checkpoint, and interrupts that wait until a step is complete."""
+"""Keeps a run safe on disk: a lock, a checkpoint, and interrupts that wait until a step is complete."""
 
 from __future__ import annotations
 
@@ -21,15 +21,12 @@ from transformers_patches.files import save_tensors_atomic
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: whole windows, batches of the window after those, and the texts in all of them.
+    """How much of a run is done."""
 
-    digest: of the texts of the windows that are done.
-    """
-
-    windows: int = 0
-    batches: int = 0
-    texts: int = 0
-    digest: str = ""
+    windows: int = 0  # whole windows
+    batches: int = 0  # batches of the next window
+    texts: int = 0  # the texts in all of these
+    digest: str = ""  # of the texts in the whole windows
 
     def after_batch(self, texts: int) -> Progress:
         return replace(self, batches=self.batches + 1, texts=self.texts + texts)
@@ -124,13 +121,13 @@ def check_output(path: Path) -> None:
     if path.suffix != ".safetensors" or path.is_dir():
         raise PartInferError(
             f"--output {path}: expected a file whose name ends in .safetensors, which keeps the statistics; "
-            "python -m profiler convert makes JSON of it"
+            "python -m profiler convert turns it into JSON"
         )
 
 
 @contextmanager
 def exclusive(output: Path) -> Iterator[None]:
-    """Hold the lock of an output file; PartInferError if another run holds it. A killed run's lock is free again."""
+    """Hold the lock of an output file; PartInferError if another run holds it. The lock of a killed run is free."""
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.with_name(f".{output.name}.lock")
     lock = FileLock(path)
@@ -142,12 +139,12 @@ def exclusive(output: Path) -> Iterator[None]:
         _remove_leftovers(output)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is still held; who opened it meanwhile sees that it is gone
+        path.unlink(missing_ok=True)  # while still held: a run that has opened it meanwhile notices that it is gone
         lock.release()
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Temporary files of a run that was killed while it wrote."""
+    """Remove temporary files of a run that was killed while writing."""
     for path in output.parent.glob(f".{glob.escape(output.name)}.*"):
         if not path.name.endswith(".lock"):
             path.unlink(missing_ok=True)
@@ -155,7 +152,7 @@ def _remove_leftovers(output: Path) -> None:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C take effect only at the end of the block, so that what is inside is done wholly."""
+    """Delay Ctrl-C until the end of the block, so that the block is done completely."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

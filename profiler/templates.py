@@ -1,4 +1,4 @@
-"""How a record of a data set becomes the text of a task."""
+"""Turns a record of a data set into a prompt for a task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers_patches.errors import PartInferError
 
 LANGUAGES = {"de": "German", "ro": "Romanian", "fr": "French", "en": "English"}
-TEXT = "text"  # language modelling: no template, long documents are cut in pieces
+TEXT = "text"  # language modelling: no template, long documents are cut into pieces
 TASK_TEMPLATES = {
     "QA": "Question: {text}\nAnswer: ",
     "Summarize": "Summarize the following document:\n{text}",
@@ -26,18 +26,19 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text for the model. `suffix` is its end that must stay when the text is cut to a length."""
+    """A text for the model."""
 
     text: str
-    suffix: str = ""
+    suffix: str = ""  # its end, which must be kept when the text is cut to a length
 
 
 class Template:
     """Fills a task's template from records.
 
-    task_type: one of TASK_TYPES; fields: what stands for {text}, itself a template over the record's fields, such as
-    `{context}\\n{question}` or `{translation.de}`; None: the first of the task's usual fields that a record has;
-    template: replaces the task's template, and may name fields of the record.
+    task_type: one of TASK_TYPES
+    fields: what {text} stands for, itself a template over the record's fields, such as `{context}\\n{question}` or
+        `{translation.de}`; None: the first of the task's usual fields that a record has
+    template: used instead of the task's own template; may name fields of the record
     """
 
     def __init__(self, task_type: str, fields: str | None = None, template: str | None = None) -> None:
@@ -53,14 +54,14 @@ class Template:
         self.suffix = self.template[self.template.rindex("}") + 1 :]
 
     def fill(self, record: Mapping, where: str) -> Prompt:
-        """The prompt of a record, empty if its text is; PartInferError, naming `where`, if a field is missing."""
+        """The prompt of a record, empty if its text is empty; PartInferError, naming `where`, if a field is missing."""
         values = dict(record)
         if self._needs_text:
             fields = self.fields or self._usual_fields(record, where)
             text = substitute(fields, record, where)
             if not text.strip():
                 return Prompt("")
-            values["text"] = text if self.task_type == TEXT else text.strip()  # pieces of a document stay as they are
+            values["text"] = text if self.task_type == TEXT else text.strip()  # documents keep their white space
         return Prompt(substitute(self.template, values, where), self.suffix)
 
     def prefix(self) -> str:
@@ -78,7 +79,7 @@ class Template:
 
 
 def usual_fields(task_type: str) -> tuple[str, ...]:
-    """Where records of a task keep their text, in the order in which they are tried."""
+    """The fields where records of a task may keep their text, in the order in which they are tried."""
     if task_type == "QA":
         return ("{context}\n{question}", "{question}", "{goal}", "{text}")
     if task_type == "Summarize":
@@ -90,7 +91,7 @@ def usual_fields(task_type: str) -> tuple[str, ...]:
 
 
 def substitute(template: str, record: Mapping, where: str) -> str:
-    """Replace {name} and {name.inner} by the record's values; other braces stay as they are."""
+    """Replace {name} and {name.inner} by the record's values. Other braces are left alone."""
 
     def value(match: re.Match) -> str:
         found = _lookup(record, match.group(1))

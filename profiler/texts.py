@@ -1,4 +1,4 @@
-"""Where calibration texts come from: built in, local files, data sets saved by download.py, or the hub."""
+"""Where calibration texts come from: the project itself, local files, data sets saved by download.py, or the hub."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from transformers_patches.errors import PartInferError
 
 BUILTIN, SELF = "builtin", "self"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
-ENCODING = "utf-8-sig"  # a byte order mark, which some programs write, is no part of the text
+ENCODING = "utf-8-sig"  # drops the byte order mark that some programs write
 DOCUMENT_CHARACTERS = 16_384  # a text file is read in pieces of about this size
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where the hub keeps a data set of the original, and which of its fields are the text."""
+    """A data set of the original PartInfer on the hub."""
 
     path: str
     task_type: str
-    fields: str
+    fields: str  # a template over the record's fields that gives the text
     config: str | None = None
     split: str = "train"
 
@@ -48,7 +48,7 @@ HUB_DATASETS = {
 
 @dataclass(frozen=True)
 class TextSource:
-    """What to read: the arguments of `python -m profiler run` that choose texts."""
+    """What to read, as the arguments of `python -m profiler run` say it. None: as the data set's name implies."""
 
     dataset: str
     task_type: str | None = None
@@ -58,7 +58,7 @@ class TextSource:
     template: str | None = None
 
     def resolve(self) -> ResolvedSource:
-        """Fill in what the data set's name implies; PartInferError says what is missing or unknown."""
+        """Fill in what the data set's name implies. PartInferError says what is missing or unknown."""
         known = (
             None if _local_path(self.dataset) else _known_hub_dataset(self.dataset, self.task_type, self.dataset_config)
         )
@@ -77,7 +77,7 @@ class TextSource:
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """A source of texts of which everything is known."""
+    """A source of texts with nothing left open."""
 
     dataset: str
     task_type: str
@@ -86,7 +86,7 @@ class ResolvedSource:
     template: Template
 
     def prompts(self) -> Iterator[Prompt]:
-        """The texts in the source's order, empty ones left out. Reads as it goes; nothing is kept."""
+        """The texts in the source's order, without empty ones. They are read one by one and not kept."""
         for number, record in enumerate(self._records(), start=1):
             prompt = self.template.fill(record, f"record {number} of {self.dataset}")
             if prompt.text.strip():
@@ -94,7 +94,7 @@ class ResolvedSource:
 
     @property
     def language_modelling(self) -> bool:
-        """Whether the texts are documents as they are, to be cut in pieces, rather than prompts."""
+        """Whether the texts are plain documents, to be cut into pieces, rather than prompts."""
         return self.task_type == TEXT and not self.template.is_own
 
     def _records(self) -> Iterator[Mapping]:
@@ -115,7 +115,7 @@ def _default_task_type(source: TextSource) -> str:
 
 
 def _known_hub_dataset(name: str, task_type: str | None, config: str | None) -> HubDataset | None:
-    """The mapping of a data set by its short name or its path, the latter with the config and task if given."""
+    """A known data set by its short name, or by its path if config and task, where given, agree."""
     if name in HUB_DATASETS:
         return HUB_DATASETS[name]
     for known in HUB_DATASETS.values():
@@ -125,7 +125,7 @@ def _known_hub_dataset(name: str, task_type: str | None, config: str | None) -> 
 
 
 def _local_path(dataset: str) -> Path | None:
-    """The path of a local data set; None for the hub's, the built-in and the model's own texts."""
+    """The path of a local data set; None for the hub's, the built-in texts and the model's own."""
     path = Path(dataset)
     if dataset in (BUILTIN, SELF):
         return None
@@ -147,7 +147,7 @@ def _read_builtin(task_type: str) -> Iterator[Mapping]:
 def _read_file(path: Path, *, documents: bool) -> Iterator[Mapping]:
     reader = _READERS.get(path.suffix)
     if reader is None:
-        raise PartInferError(f"{path}: expected a file ending in {', '.join(_READERS)}")
+        raise PartInferError(f"{path}: expected a file whose name ends in {', '.join(_READERS)}")
     if reader is _read_lines and documents:
         reader = _read_documents
     try:
@@ -181,7 +181,7 @@ def _read_lines(path: Path) -> Iterator[Mapping]:
 
 
 def _read_documents(path: Path) -> Iterator[Mapping]:
-    """A text file in large pieces that end at a line's end."""
+    """A text file in large pieces, each ending with a whole line."""
     piece: list[str] = []
     length = 0
     with open(path, encoding=ENCODING) as file:
@@ -198,7 +198,7 @@ _READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_lines}
 
 
 def _read_saved(folder: Path, split: str | None) -> Iterator[Mapping]:
-    """A data set that download.py saved, that is `save_to_disk` of the datasets library."""
+    """A data set saved by download.py with `save_to_disk` of the datasets library."""
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -221,10 +221,10 @@ def _stream_hub(path: str, config: str | None, split: str) -> Iterator[Mapping]:
     try:
         try:
             rows = load_dataset(path, config, split=split, streaming=True)
-        except RuntimeError:  # a repository with a loading script; the hub keeps its own Parquet copy of most of those
+        except RuntimeError:  # a repository with a loading script: the hub has a Parquet copy of most of these
             rows = load_dataset(path, config, split=split, streaming=True, revision="refs/convert/parquet")
         yield from rows
-    except (OSError, ValueError, RuntimeError) as error:  # what datasets raises for no network, unknown names, scripts
+    except (OSError, ValueError, RuntimeError) as error:  # no network, unknown names, loading scripts
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PartInferError(
             f"can't read {path} (config {config}, split {split}) from the hub: {reason}; "

@@ -11,7 +11,7 @@ from downloads.catalog import model_folder
 from evaluation.methods import METHODS, Configuration
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.load.loader import LoadedModel, load_model, read_config
 from transformers_patches.neurons.lookup import NEURON_FILES, find_neuron_files
 from transformers_patches.neurons.neuron_file import NeuronFile
@@ -59,7 +59,7 @@ def random_rankings(folder: Path, given: str | None, seed: int) -> dict[str, Neu
         ranking = NeuronFile.load(path)
     else:
         config = read_config(folder)
-        size = ffn_spec(config).intermediate_size(config)
+        size = family_of(config).intermediate_size(config)
         generator = torch.Generator().manual_seed(seed)
         rows = [torch.randperm(size, generator=generator) for _ in range(config.num_hidden_layers)]
         ranking = NeuronFile(torch.stack(rows).to(torch.int32), source=f"(random ranking, seed {seed})")

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from profiler.statistics import ActivationStatistics
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 
 
 class Collector:
@@ -24,17 +24,17 @@ class Collector:
 
     def __init__(self, model: PreTrainedModel, statistics: ActivationStatistics, max_new_tokens: int) -> None:
         self.model, self.statistics, self.max_new_tokens = model.eval(), statistics, max_new_tokens
-        self._spec = ffn_spec(model.config)
+        self._family = family_of(model.config)
         self._counted: torch.Tensor | None = None
         self._linears = [watched_linears(model, layer) for layer in range(statistics.num_layers)]
 
     @classmethod
     def of(cls, model: PreTrainedModel, max_new_tokens: int) -> Collector:
         """A collector with statistics for every activation and input of the model that can be observed."""
-        config, spec = model.config, ffn_spec(model.config)
+        config, family = model.config, family_of(model.config)
         widths = {name: linear.in_features for name, linear in watched_linears(model, 0).items()}
         widths["head"] = model.get_output_embeddings().in_features
-        statistics = ActivationStatistics(config.num_hidden_layers, spec.intermediate_size(config), widths)
+        statistics = ActivationStatistics(config.num_hidden_layers, family.intermediate_size(config), widths)
         return cls(model, statistics, max_new_tokens)
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class Collector:
     def _watched(self) -> Iterator[None]:
         handles = []
         for layer, linears in enumerate(self._linears):
-            down = self._spec.down_projection(self.model, layer)
+            down = self._family.down_projection(self.model, layer)
             handles.append(down.register_forward_pre_hook(self._hook(layer)))
             for name, linear in linears.items():
                 if name in self.statistics.inputs:
@@ -86,9 +86,9 @@ class Collector:
 
 def watched_linears(model: PreTrainedModel, layer: int) -> dict[str, torch.nn.Linear]:
     """For each name of INPUT_SQUARES that the layer has, one linear layer that takes this input."""
-    spec = ffn_spec(model.config)
-    children = dict(spec.decoder_layers(model)[layer].named_modules())
-    there = {name: [place for place in places if place in children] for name, places in spec.inputs().items()}
+    family = family_of(model.config)
+    children = dict(family.decoder_layers(model)[layer].named_modules())
+    there = {name: [place for place in places if place in children] for name, places in family.inputs().items()}
     return {name: children[places[0]] for name, places in there.items() if places}
 
 

@@ -18,7 +18,7 @@ from profiler.fitting import FitSettings, FittedLayer, Fitter
 from profiler.layerwise import Batch, LayerwiseModel, make_batches
 from profiler.store import CheckpointFile, interrupts_deferred
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.neurons.fit_file import FitFile, LayerFit
 
 PROMPT_SHARE = 2 / 3  # share of a text without continuation that counts as prefilled; the rest counts as decoded
@@ -112,7 +112,7 @@ class FitRun:
 
     def run(self, *, resume: bool) -> FitFile:
         """Fit all layers. Ctrl-C loses at most the layer that was being fitted."""
-        size = ffn_spec(self.model.config).intermediate_size(self.model.config)
+        size = family_of(self.model.config).intermediate_size(self.model.config)
         fits, first, last = FitFile({}, size), 0, max(self.layers)
         fitter = Fitter(LayerwiseModel(self.model), self.texts.batches, self.fit_settings)
         if resume:

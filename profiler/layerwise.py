@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from profiler.collect import pad
-from transformers_patches.families import FFNSpec, ffn_spec
+from transformers_patches.families import family_of
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class LayerwiseModel:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.spec = model.eval(), ffn_spec(model.config)
-        self.layers = self.spec.decoder_layers(model)
+        self.model, self.family = model.eval(), family_of(model.config)
+        self.layers = self.family.decoder_layers(model)
         self._arguments: dict[int, list[dict]] = {}  # text length -> the keyword arguments of every layer
 
     @torch.no_grad()
@@ -94,24 +94,13 @@ class LayerwiseModel:
     @contextmanager
     def ffn_replaced(self, layer: int, compute: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Within the block, `compute` replaces the layer's FFN: [B*T, H] -> [B*T, H], output bias included."""
-        module = self.spec.ffn_module(self.model, layer)
-        if self.spec.ffn:
-            stands_in = {self.spec.ffn: _Compute(compute)}
-            module = self.layers[layer]
-        else:  # the projections belong to the layer itself: the first becomes the FFN, the rest do nothing
-            stands_in = {
-                self.spec.up: _Compute(compute),
-                self.spec.activation_module: nn.Identity(),
-                self.spec.down: nn.Identity(),
-            }
-        originals = {name: getattr(module, name) for name in stands_in}
+        module = self.layers[layer]
+        originals = self.family.swap_ffn(module, _Compute(compute))
         try:
-            for name, stand_in in stands_in.items():
-                setattr(module, name, stand_in)
             yield
         finally:
             for name, original in originals.items():
-                setattr(module, name, original)
+                module.set_submodule(name, original)
 
     def _calls(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, dict]]:
         """The hidden states and keyword arguments that the model passes to each layer; the layers do nothing."""
@@ -167,11 +156,11 @@ class FFNWeights:
     @classmethod
     def of(cls, model: PreTrainedModel, layer: int) -> FFNWeights:
         """The FFN of a model's layer."""
-        spec: FFNSpec = ffn_spec(model.config)
-        module = spec.ffn_module(model, layer)
-        up, down = getattr(module, spec.up), getattr(module, spec.down)
-        gate = getattr(module, spec.gate) if spec.gated else None
-        activation = getattr(module, spec.activation_module or "act_fn")
+        family = family_of(model.config)
+        module = family.ffn_module(model, layer)
+        up, down = getattr(module, family.up), getattr(module, family.down)
+        gate = getattr(module, family.gate) if family.gated else None
+        activation = getattr(module, family.activation_module)
         return cls(
             None if gate is None else gate.weight,
             up.weight,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.load.loader import load_model, read_config, resolve_device
 from transformers_patches.modules.fast_linear import native_kernels_wanted, replace_linears
 from transformers_patches.neurons.fingerprint import fingerprint
@@ -46,7 +46,7 @@ def estimate_memory(config: PretrainedConfig, dtype: torch.dtype, batch_size: in
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    size, layers = ffn_spec(config).intermediate_size(config), config.num_hidden_layers
+    size, layers = family_of(config).intermediate_size(config), config.num_hidden_layers
     element = torch.empty(0, dtype=dtype).element_size()
     keys = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -124,7 +124,7 @@ def load_for_profiling(
     processes: how many processes on this machine load the model
     """
     config = read_config(folder)
-    ffn_spec(config)  # refuses an unknown architecture
+    family_of(config)  # refuses an unknown architecture
     _check_length(config, tokens)
     torch_dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     where = resolve_device(device)

@@ -7,7 +7,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
 
 WEIGHTED = "_down"  # suffix of scores that are multiplied by the norm of the neuron's down column
@@ -67,10 +67,10 @@ def rank(
 
 def down_norms(model: nn.Module) -> torch.Tensor:
     """||W_down[:, i]||_2 of every neuron: float32 [layers, N] on the CPU. Offloaded weights are fetched."""
-    spec = ffn_spec(model.config)
+    family = family_of(model.config)
     norms = []
     for layer in range(model.config.num_hidden_layers):
-        down = spec.down_projection(model, layer)
+        down = family.down_projection(model, layer)
         with align_module_device(down):
             weight = down.weight.detach()  # [H, N]
             norms.append(torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).cpu())

@@ -1,43 +1,90 @@
-"""Where an architecture keeps its FFN weights, and its activation.
+"""What each architecture looks like: the one place where a new family of models is added.
 
-Another family is one more entry in FAMILIES. The neuron axis is dimension 0 of the input projections (`gate_proj`,
-`up_proj`, `fc1`) and dimension 1 of the output projection (`down_proj`, `fc2`).
+A family is an entry of FAMILIES: what its models call the parts that PartInfer reads, replaces or computes natively, and
+what sets it apart from Llama, whose layout the defaults are. The neuron axis is dimension 0 of the FFN's input projections
+(`gate`, `up`) and dimension 1 of its output projection (`down`).
+
+Nothing heavy is imported here: transformers and torch are only needed once there is a model to look at.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import nn
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from transformers_patches.errors import PartInferError
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
 
 @dataclass(frozen=True)
-class FFNSpec:
-    """The FFN of one decoder layer.
+class GGUFLayout:
+    """How llama.cpp keeps a family's weights in a GGUF file."""
 
-    layers: path of the layer list inside the model; ffn: path of the FFN module inside a layer, empty if its
-    projections are children of the layer itself; gate: the gate projection, None for a plain FFN; up, down: the
-    other projections (`fc1`, `fc2` of a plain FFN); activation_field: the config field that names the activation;
-    size_field: the config field that holds N; activation_module: the layer's own activation, made an identity
-    when a plain FFN is replaced; norm: a norm of every layer, which identifies a trained model.
-    """
+    architecture: str  # `general.architecture` of the file
+    rotary_pairs: bool = False  # rows of q and k lie in rotary pairs; transformers has two halves of a head
+    can_be_written: bool = False  # the speed benchmark's writer knows all the settings that llama.cpp needs
 
-    layers: str = "model.layers"
-    ffn: str = "mlp"
-    gate: str | None = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    activation_field: str = "hidden_act"
-    size_field: str = "intermediate_size"
-    activation_module: str | None = None
-    norm: str = "post_attention_layernorm"
+
+@dataclass(frozen=True)
+class Family:
+    """The architecture of a `model_type` in transformers. Paths are of modules, relative to what the comment names."""
+
+    # The decoder
+    decoder: str = "model"  # in the model: what has `embed_tokens`, `layers` and the last norm
+    last_norm: str = "norm"  # in the decoder: the norm after the last layer
+    learned_positions: str | None = None  # in the decoder: embeddings of positions; None: rotary (`rotary_emb`)
+    norm_offset: float = 0.0  # what norms add to their weights
+    native_decoder: bool = False  # layers are norm, attention, residual, norm, FFN, residual, with no factor anywhere
+
+    # A layer's attention and norms
+    attention: str = "self_attn"  # in the layer
+    attention_inputs: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # in the attention
+    attention_output: str = "o_proj"  # in the attention
+    attention_norm: str = "input_layernorm"  # in the layer: before the attention
+    ffn_norm: str = "post_attention_layernorm"  # in the layer: before the FFN
+    attention_post_norm: str | None = None  # in the layer: of the attention's output, if there is one
+    ffn_post_norm: str | None = None  # in the layer: of the FFN's output, if there is one
+    window_in_config: bool = False  # the sliding window is the config's for all layers, not each attention's own
+
+    # A layer's FFN
+    ffn: str = "mlp"  # in the layer: what has the projections; empty: they are the layer's own children
+    gate: str | None = "gate_proj"  # in the FFN; None: a plain FFN
+    up: str = "up_proj"  # in the FFN: the first projection of a plain FFN
+    down: str = "down_proj"  # in the FFN
+    activation_module: str = "act_fn"  # in the FFN
+    activation_field: str = "hidden_act"  # in the config: the activation's name in transformers' ACT2FN
+    size_field: str = "intermediate_size"  # in the config: N
+
+    # Files
+    fingerprint_norm: str | None = None  # in the layer: the norm that neuron files know a model by; None: `ffn_norm`
+    gguf: GGUFLayout | None = None  # None: GGUF files of the family can't be read
 
     @property
     def gated(self) -> bool:
         return self.gate is not None
+
+    @property
+    def layers(self) -> str:
+        """Path of the layer list inside the model."""
+        return f"{self.decoder}.layers"
+
+    @property
+    def ffn_inputs(self) -> tuple[str, ...]:
+        """The FFN's projections whose rows are neurons."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    @property
+    def ffn_children(self) -> tuple[str, ...]:
+        """The children of a layer that are its FFN, in the order in which the layer calls them."""
+        return (self.ffn,) if self.ffn else (self.up, self.activation_module, self.down)
+
+    @property
+    def identifying_norm(self) -> str:
+        """The norm of a layer whose weights identify a trained model."""
+        return self.fingerprint_norm or self.ffn_norm
 
     def intermediate_size(self, config: PretrainedConfig) -> int:
         """N, the FFN neurons of one layer."""
@@ -47,21 +94,24 @@ class FFNSpec:
         """The activation's name in transformers' ACT2FN."""
         return getattr(config, self.activation_field)
 
+    def sliding_window(self, attention: nn.Module, config: PretrainedConfig) -> int:
+        """How many tokens one layer's attention sees; 0: all."""
+        return getattr(config if self.window_in_config else attention, "sliding_window", None) or 0
+
+    def in_ffn(self, name: str) -> str:
+        """Path of a projection inside a layer, such as `mlp.up_proj`."""
+        return f"{self.ffn}.{name}" if self.ffn else name
+
     def projection(self, layer: int, name: str) -> str:
         """The parameter prefix of a projection, such as `model.layers.3.mlp.up_proj`."""
-        return ".".join(part for part in (self.layers, str(layer), self.ffn, name) if part)
+        return f"{self.layers}.{layer}.{self.in_ffn(name)}"
 
     def inputs(self) -> dict[str, tuple[str, ...]]:
-        """Which children of a decoder layer have the same input, by its name in the neuron file's INPUT_SQUARES.
-
-        Not all of them need to be there.
-        """
-        ffn = tuple(".".join(part for part in (self.ffn, name) if part) for name in (self.gate, self.up) if name)
-        attention = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj"))
+        """Which children of a layer have the same input, by its name in the neuron file's INPUT_SQUARES."""
         return {
-            "attention": attention,
-            "attention_output": ("self_attn.o_proj", "self_attn.out_proj"),
-            "ffn": ffn,
+            "attention": tuple(f"{self.attention}.{name}" for name in self.attention_inputs),
+            "attention_output": (f"{self.attention}.{self.attention_output}",),
+            "ffn": tuple(self.in_ffn(name) for name in self.ffn_inputs),
         }
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
@@ -69,44 +119,122 @@ class FFNSpec:
 
     def ffn_module(self, model: nn.Module, layer: int) -> nn.Module:
         """The module whose children are the projections of a layer."""
-        return model.get_submodule(".".join(part for part in (self.layers, str(layer), self.ffn) if part))
+        return self.decoder_layers(model)[layer].get_submodule(self.ffn)
 
     def down_projection(self, model: nn.Module, layer: int) -> nn.Linear:
         """The output projection; what enters it is the activation h of every neuron."""
         return getattr(self.ffn_module(model, layer), self.down)
 
+    def swap_ffn(self, layer: nn.Module, new: nn.Module) -> dict[str, nn.Module]:
+        """Put a module in the place of a layer's FFN; returns the children that were there, by their names.
 
-_GATED = FFNSpec()
-_GATED_GEMMA = FFNSpec(activation_field="hidden_activation")
+        Where the projections are the layer's own children, the first becomes the FFN and those after it do nothing.
+        """
+        from torch import nn
 
-FAMILIES: dict[str, FFNSpec] = {
-    "llama": _GATED,  # SmolLM2 too
-    "mistral": _GATED,
-    "qwen2": _GATED,
-    "qwen3": _GATED,
-    "gemma": _GATED,
-    "gemma2": _GATED_GEMMA,
-    "gemma3_text": _GATED_GEMMA,
-    "opt": FFNSpec(
-        layers="model.decoder.layers",
+        originals = {name: layer.get_submodule(name) for name in self.ffn_children}
+        for name in originals:
+            layer.set_submodule(name, new if name == self.ffn_children[0] else nn.Identity())
+        return originals
+
+    def fits_native_decoder(self, model: PreTrainedModel) -> bool:
+        """Whether the native decoder knows a model's layers. Some models are not built as their family usually is:
+        OPT-350m has its norms elsewhere and projects its embeddings, others have norms without weights."""
+        if not self.native_decoder:
+            return False
+        decoder = model.get_submodule(self.decoder)
+        norms = [getattr(layer, name) for layer in decoder.layers for name in (self.attention_norm, self.ffn_norm)]
+        norms.append(getattr(decoder, self.last_norm))  # None in some models
+        norms_before = getattr(model.config, "do_layer_norm_before", True)
+        projects = getattr(decoder, "project_in", None) is not None
+        return norms_before and not projects and all(n is not None and n.weight is not None for n in norms)
+
+    def gguf_names(self) -> dict[str, str]:
+        """Names in a GGUF file -> names in the model, without `.weight`: of a block's tensors those in a layer."""
+        queries, keys, values = self.attention_inputs
+        layer = {
+            "attn_norm": self.attention_norm,
+            "attn_q": f"{self.attention}.{queries}",
+            "attn_k": f"{self.attention}.{keys}",
+            "attn_v": f"{self.attention}.{values}",
+            "attn_output": f"{self.attention}.{self.attention_output}",
+            "attn_q_norm": f"{self.attention}.q_norm",
+            "attn_k_norm": f"{self.attention}.k_norm",
+            "post_attention_norm": self.attention_post_norm,
+            "ffn_norm": self.ffn_norm,
+            "ffn_gate": self.gate and self.in_ffn(self.gate),
+            "ffn_up": self.in_ffn(self.up),
+            "ffn_down": self.in_ffn(self.down),
+            "post_ffw_norm": self.ffn_post_norm,
+        }
+        outside = {
+            "token_embd": f"{self.decoder}.embed_tokens",
+            "output_norm": f"{self.decoder}.{self.last_norm}",
+            "output": "lm_head",
+        }
+        return outside | {f"blk.{name}": place for name, place in layer.items() if place}
+
+
+_POST_NORMS = {  # Gemma 2 and 3
+    "ffn_norm": "pre_feedforward_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+    "fingerprint_norm": "post_attention_layernorm",
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(native_decoder=True, gguf=GGUFLayout("llama", rotary_pairs=True, can_be_written=True)),  # SmolLM2
+    "mistral": Family(
+        native_decoder=True,
+        window_in_config=True,
+        gguf=GGUFLayout("llama", rotary_pairs=True, can_be_written=True),
+    ),
+    "qwen2": Family(native_decoder=True, gguf=GGUFLayout("qwen2", can_be_written=True)),
+    "qwen3": Family(native_decoder=True, gguf=GGUFLayout("qwen3")),
+    "gemma": Family(norm_offset=1.0),
+    "gemma2": Family(norm_offset=1.0, activation_field="hidden_activation", gguf=GGUFLayout("gemma2"), **_POST_NORMS),
+    "gemma3_text": Family(
+        norm_offset=1.0, activation_field="hidden_activation", gguf=GGUFLayout("gemma3"), **_POST_NORMS
+    ),
+    "opt": Family(
+        decoder="model.decoder",
+        last_norm="final_layer_norm",
+        learned_positions="embed_positions",
+        native_decoder=True,
+        attention_output="out_proj",
+        attention_norm="self_attn_layer_norm",
+        ffn_norm="final_layer_norm",
         ffn="",
         gate=None,
         up="fc1",
         down="fc2",
+        activation_module="activation_fn",
         activation_field="activation_function",
         size_field="ffn_dim",
-        activation_module="activation_fn",
-        norm="final_layer_norm",
     ),
 }
 
 
-def ffn_spec(config: PretrainedConfig) -> FFNSpec:
-    """The FFNSpec of a model's config; PartInferError lists the known architectures."""
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a model's config; PartInferError lists the known architectures and says where one is added."""
     try:
         return FAMILIES[config.model_type]
     except KeyError:
         raise PartInferError(
             f"unknown architecture {config.model_type!r}; known are {', '.join(sorted(FAMILIES))}: "
-            "add an FFNSpec to transformers_patches/families.py"
+            "add a Family to FAMILIES in transformers_patches/families.py"
         ) from None
+
+
+def gguf_family(architecture: str) -> Family:
+    """The family of a GGUF file's architecture (models that share one are laid out alike).
+
+    PartInferError lists the known architectures and says where one is added.
+    """
+    known = {family.gguf.architecture: family for family in reversed(FAMILIES.values()) if family.gguf}
+    if architecture not in known:
+        raise PartInferError(
+            f"unknown GGUF architecture {architecture!r}; known are {', '.join(sorted(known))}: "
+            "give a Family in transformers_patches/families.py its `gguf`"
+        )
+    return known[architecture]

@@ -16,7 +16,7 @@ from evaluation.models import load_configuration
 from evaluation.speed.job import Job, Stopwatch, Timing
 from evaluation.speed.random_weights import RandomWeights, random_ranking, shape_config
 from evaluation.weights import weight_counts
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.generation.generate import generate_ids
 from transformers_patches.load.loader import LoadedModel, build_on_meta, load_from, resolve_device
 
@@ -92,7 +92,7 @@ def _load(job: Job) -> LoadedModel:
     ranking = None
     if settings.needs_neuron_files:
         seed = job.seed + METHODS[job.configuration.method].random  # its own ranking, though all are random here
-        ranking = random_ranking(config, ffn_spec(config).intermediate_size(config), seed)
+        ranking = random_ranking(config, family_of(config).intermediate_size(config), seed)
     weights = RandomWeights(config, getattr(torch, job.float_dtype), job.seed)
     return load_from(weights, config, settings, ranking, ranking, job.shape)
 
@@ -148,7 +148,7 @@ class TransformersEngine:
         resident = sum(p.numel() * p.element_size() for p in self.model.parameters())
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
         untied = 0 if head is embedding else embedding.numel() * embedding.element_size()
-        size = ffn_spec(self.model.config).intermediate_size(self.model.config)
+        size = family_of(self.model.config).intermediate_size(self.model.config)
         return {
             "sparsity": None,
             "loaded_neurons_percent": 1.0,

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.families import FAMILIES, family_of
 from transformers_patches.weights.source import WeightSource
 
 TYPES = {
@@ -20,8 +21,6 @@ TYPES = {
     "q8_0": GGMLQuantizationType.Q8_0,
     "q4_0": GGMLQuantizationType.Q4_0,
 }
-# config.model_type -> llama.cpp's architecture, and whether it takes rotary pairs side by side (heads are reordered)
-ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False)}
 _BYTES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 
 
@@ -31,15 +30,17 @@ def write_gguf(path: Path, weights: WeightSource, config: PretrainedConfig, dtyp
     dtype: a key of TYPES, for the matrices; vectors are float32, as llama.cpp wants them. The vocabulary is left out:
     token ids go in and come out. Raises PartInferError for an architecture that can't be written.
     """
-    if config.model_type not in ARCHITECTURES:
+    family = family_of(config)
+    layout = family.gguf
+    if layout is None or not layout.can_be_written:
+        known = [name for name, other in FAMILIES.items() if other.gguf and other.gguf.can_be_written]
         raise PartInferError(
-            f"llama.cpp can be compared for {', '.join(ARCHITECTURES)} models, this one is {config.model_type}: "
+            f"llama.cpp can be compared for {', '.join(known)} models, this one is {config.model_type}: "
             "leave out --compare"
         )
-    architecture, paired = ARCHITECTURES[config.model_type]
-    writer = GGUFWriter(path, architecture)
-    _add_settings(writer, config)
-    names = _names(architecture, config, weights)
+    writer = GGUFWriter(path, layout.architecture)
+    _add_settings(writer, config, family.intermediate_size(config))
+    names = _names(layout.architecture, config, weights)
     for name, stored in names.items():
         kind = _type_of(weights.shape(stored), dtype)
         shape = weights.shape(stored)
@@ -55,9 +56,9 @@ def write_gguf(path: Path, weights: WeightSource, config: PretrainedConfig, dtyp
     for name, stored in names.items():
         values = torch.empty(weights.shape(stored), dtype=getattr(torch, dtype, torch.float32))
         weights.read_into(stored, values)
-        if paired and ".attn_q." in name:
+        if layout.rotary_pairs and ".attn_q." in name:
             values = _paired(values, config.num_attention_heads)
-        elif paired and ".attn_k." in name:
+        elif layout.rotary_pairs and ".attn_k." in name:
             values = _paired(values, config.num_key_value_heads)
         array = _array(values, _type_of(values.shape, dtype))
         writer.write_tensor_data(array)
@@ -67,12 +68,12 @@ def write_gguf(path: Path, weights: WeightSource, config: PretrainedConfig, dtyp
     return total - (embedding if "output.weight" in names else 0)
 
 
-def _add_settings(writer: GGUFWriter, config: PretrainedConfig) -> None:
+def _add_settings(writer: GGUFWriter, config: PretrainedConfig, intermediate_size: int) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)

@@ -10,7 +10,7 @@ import torch
 from profiler.arguments import DEMO_MODEL
 from profiler.commands.run import NEURON_FILES
 from profiler.placement import checkpoint_fingerprint
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.model_files import model_name
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     config, fingerprint = checkpoint_fingerprint(arguments.checkpoint_path)
     name = model_name(arguments.checkpoint_path)
-    ranking = random_ranking(config.num_hidden_layers, ffn_spec(config).intermediate_size(config), arguments.seed)
+    ranking = random_ranking(config.num_hidden_layers, family_of(config).intermediate_size(config), arguments.seed)
     metadata = {
         "model_name": name,
         "model_type": config.model_type,

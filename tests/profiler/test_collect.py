@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from profiler.collect import Collector, until_end, with_continuations
 from profiler.statistics import ActivationStatistics
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.neurons.neuron_file import INPUT_SQUARES
 
 LENGTHS = (7, 1, 12, 4)
@@ -34,27 +34,27 @@ def greedy(model, ids: list[int], new_tokens: int) -> list[int]:
 @torch.no_grad()
 def activations(model, ids: list[int]) -> torch.Tensor:
     """h [layers, T, N], computed from what enters each FFN."""
-    spec, inputs = ffn_spec(model.config), []
-    act = ACT2FN[spec.activation(model.config)]
+    family, inputs = family_of(model.config), []
+    act = ACT2FN[family.activation(model.config)]
     handles = []
     for layer in range(model.config.num_hidden_layers):
-        up = getattr(spec.ffn_module(model, layer), spec.up)
+        up = getattr(family.ffn_module(model, layer), family.up)
         handles.append(up.register_forward_hook(lambda module, args, output: inputs.append(args[0])))
     model(torch.tensor([ids]))
     for handle in handles:
         handle.remove()
     h = []
     for layer, x in enumerate(inputs):
-        ffn = spec.ffn_module(model, layer)
-        up = getattr(ffn, spec.up)(x)
-        h.append(act(getattr(ffn, spec.gate)(x)) * up if spec.gated else act(up))
+        ffn = family.ffn_module(model, layer)
+        up = getattr(ffn, family.up)(x)
+        h.append(act(getattr(ffn, family.gate)(x)) * up if family.gated else act(up))
     return torch.stack([values.reshape(len(ids), -1) for values in h])
 
 
 @pytest.mark.parametrize("new_tokens", [0, 6])
 def test_every_token_counts_once_and_padding_never(checkpoint, new_tokens):
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    size = ffn_spec(model.config).intermediate_size(model.config)
+    size = family_of(model.config).intermediate_size(model.config)
     statistics = ActivationStatistics(model.config.num_hidden_layers, size)
     prompts = texts(model.config.vocab_size)
     tokens = Collector(model, statistics, new_tokens).observe(prompts)
@@ -85,17 +85,17 @@ def test_squares_of_inputs_are_those_of_all_linear_layers(checkpoint):
         for ids in prompts:
             model(torch.tensor([ids]))
     squares = {name: torch.cat(parts).double().square().mean(0) for name, parts in inputs.items()}
-    measured, spec, checked = collector.statistics.input_squares(), ffn_spec(model.config), {"lm_head"}
+    measured, family, checked = collector.statistics.input_squares(), family_of(model.config), {"lm_head"}
     assert set(measured) == set(INPUT_SQUARES)
     torch.testing.assert_close(measured["head"][0].double(), squares["lm_head"], rtol=1e-4, atol=1e-9)
-    for name, places in spec.inputs().items():
+    for name, places in family.inputs().items():
         for layer in range(model.config.num_hidden_layers):
-            for linear in (f"{spec.layers}.{layer}.{place}" for place in places):
+            for linear in (f"{family.layers}.{layer}.{place}" for place in places):
                 if linear in squares:
                     torch.testing.assert_close(measured[name][layer].double(), squares[linear], rtol=1e-4, atol=1e-9)
                     checked.add(linear)
     assert {name for name in squares if name not in checked} == {
-        spec.projection(layer, spec.down) for layer in range(model.config.num_hidden_layers)
+        family.projection(layer, family.down) for layer in range(model.config.num_hidden_layers)
     }
 
 

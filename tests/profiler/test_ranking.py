@@ -8,7 +8,7 @@ import torch
 from profiler.merging import merge
 from profiler.ranking import SCORES, down_norms, rank, score_neurons
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.neurons.neuron_file import ACTIVATION_STATISTICS, NeuronFile
 
 LAYERS, SIZE = 2, 10
@@ -57,7 +57,7 @@ def test_down_norms_are_those_of_columns(checkpoint):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    weight = ffn_spec(model.config).down_projection(model, 1).weight
+    weight = family_of(model.config).down_projection(model, 1).weight
     torch.testing.assert_close(down_norms(model)[1], weight.detach().norm(dim=0))
 
 
@@ -68,7 +68,7 @@ def test_down_norms_of_offloaded_weights(tiny_checkpoints):
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoints["llama"])
     expected = down_norms(model)
     cpu_offload(model, execution_device=torch.device("cpu"))
-    assert ffn_spec(model.config).down_projection(model, 0).weight.is_meta
+    assert family_of(model.config).down_projection(model, 0).weight.is_meta
     assert torch.equal(down_norms(model), expected)
 
 

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import HIDDEN, VOCABULARY, random_neuron_file
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, positions
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.load.loader import LoadedModel
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 
@@ -107,8 +107,8 @@ def sparse_layers(ours: LoadedModel) -> dict[int, SparseFFN]:
 
 def computed_rows(ours, all_passes) -> list[dict[int, float]]:
     """Per pass and sparse layer, neurons computed per token, from the floating-point operations torch counted."""
-    spec = ffn_spec(ours.model.config)
-    matrices = 3 if spec.gated else 2
+    family = family_of(ours.model.config)
+    matrices = 3 if family.gated else 2
     past, result = None, []
     for input_ids, kwargs in all_passes:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -116,7 +116,7 @@ def computed_rows(ours, all_passes) -> list[dict[int, float]]:
         root = type(ours.model).__name__
         rows = {}
         for layer in ours.plan.layers:
-            name = f"{root}.{spec.layers}.{layer}.{spec.ffn or spec.up}"
+            name = f"{root}.{family.layers}.{layer}.{family.ffn or family.up}"
             operations = sum(counter.get_flop_counts()[name].values())
             rows[layer] = operations / (2 * HIDDEN * matrices * input_ids.numel())
         result.append(rows)

@@ -12,14 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformers_patches import kernels
-from transformers_patches.fast_pass.decoder_parts import (
-    DECODERS,
-    DecoderSpec,
-    LayerParts,
-    linear_of,
-    norm_of,
-    rows_of,
-)
+from transformers_patches.families import Family, family_of
+from transformers_patches.fast_pass.decoder_parts import LayerParts, linear_of, norm_of, rows_of
 from transformers_patches.fast_pass.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.fast_pass.positions import LearnedPositions, RotaryTable
 from transformers_patches.modules.screened_head import ScreenedHead
@@ -28,10 +22,10 @@ from transformers_patches.sparse.request import DECODE
 
 def speed_up_one_token(model: PreTrainedModel) -> bool:
     """Let a causal language model's decoder take passes over one token natively; False for a family it isn't made for."""
-    spec = DECODERS.get(model.config.model_type)
-    if spec is None or not spec.knows(model):
+    family = family_of(model.config)
+    if not family.fits_native_decoder(model):
         return False
-    step = OneTokenPass(model, spec)
+    step = OneTokenPass(model, family)
     if not all(layer.usable for layer in step.layers):
         return False
     step.decoder.forward = step
@@ -40,8 +34,7 @@ def speed_up_one_token(model: PreTrainedModel) -> bool:
 
 def one_token_pass(model: PreTrainedModel) -> OneTokenPass | None:
     """What `speed_up_one_token` gave the model, if it did."""
-    spec = DECODERS.get(model.config.model_type)
-    step = None if spec is None else model.get_submodule(spec.decoder).forward
+    step = model.get_submodule(family_of(model.config).decoder).forward
     return step if isinstance(step, OneTokenPass) else None
 
 
@@ -57,15 +50,15 @@ class OneTokenPass:
     operation for attention and their own FFN module.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: DecoderSpec) -> None:
-        decoder = model.get_submodule(spec.decoder)
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        decoder = model.get_submodule(family.decoder)
         self.decoder, self.head, self.original = decoder, model.lm_head, decoder.forward
-        self.layers = [LayerParts(layer, spec, decoder.config) for layer in decoder.layers]
-        self.norm = norm_of(getattr(decoder, spec.last_norm))
+        self.layers = [LayerParts(layer, family, decoder.config) for layer in decoder.layers]
+        self.norm = norm_of(getattr(decoder, family.last_norm))
         hooked = [*decoder.modules(), self.head]
         self.hooks = [hooks for m in hooked for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.unwatched_until = -1  # the number of the next hook in PyTorch when there was none here
-        learned = spec.learned_positions and getattr(decoder, spec.learned_positions)
+        learned = family.learned_positions and getattr(decoder, family.learned_positions)
         self.positions = RotaryTable(decoder.rotary_emb) if learned is None else LearnedPositions(learned)
         self.native: kernels.Decoder | None = None
         self.has_ends = False  # whether `native` knows embeddings and head

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from transformers_patches.families import FFNSpec
+from transformers_patches.families import Family
 from transformers_patches.neurons.neuron_file import NeuronFile
 
 LEAST = 0.001  # what a column counts at least, relative to the average one
 
 
-def column_weights(spec: FFNSpec, neurons: NeuronFile | None, head: str) -> dict[str, torch.Tensor]:
+def column_weights(family: Family, neurons: NeuronFile | None, head: str) -> dict[str, torch.Tensor]:
     """float32 [columns], 1 on average, by the name of the weight, for weights whose inputs the neuron file knows.
 
     head: name of the output projection's weight. Down projections are those of layers that stay whole.
@@ -24,13 +24,13 @@ def column_weights(spec: FFNSpec, neurons: NeuronFile | None, head: str) -> dict
         return weights
     squares = neurons.input_squares
     for layer in range(neurons.num_layers):
-        prefix = f"{spec.layers}.{layer}"
-        for name, places in spec.inputs().items():
+        prefix = f"{family.layers}.{layer}"
+        for name, places in family.inputs().items():
             if name in squares:
                 values = _relative(squares[name][layer])
                 weights.update({f"{prefix}.{place}.weight": values for place in places})
         if "mean_sq" in neurons.statistics:
-            down = f"{spec.projection(layer, spec.down)}.weight"
+            down = f"{family.projection(layer, family.down)}.weight"
             weights[down] = _relative(neurons.statistics["mean_sq"][layer])
     if "head" in squares:
         weights[head] = _relative(squares["head"][0])

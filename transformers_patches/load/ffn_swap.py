@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_patches.config import PartInferConfig
-from transformers_patches.families import FFNSpec
+from transformers_patches.families import Family
 from transformers_patches.kernels import WeightFormat
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
@@ -22,7 +21,7 @@ from transformers_patches.weights.source import Source, WeightedSum
 
 def swap_ffns(
     model: PreTrainedModel,
-    spec: FFNSpec,
+    family: Family,
     plan: LoadPlan,
     settings: PartInferConfig,
     state: RequestState,
@@ -37,20 +36,20 @@ def swap_ffns(
 
     neurons: the file whose statistics compensation and selection use; fit: set if it is used.
     """
-    inputs = {"up": spec.up} | ({"gate": spec.gate} if spec.gated else {})
+    inputs = {"up": family.up} | ({"gate": family.gate} if family.gated else {})
     sources: dict[str, Source] = {}
     with_threshold = fit is not None and fit.has_thresholds(settings.selection, settings.sparsity)
     for layer, layer_plan in plan.layers.items():
-        dense = spec.ffn_module(model, layer)
-        up, down = getattr(dense, spec.up), getattr(dense, spec.down)
+        dense = family.ffn_module(model, layer)
+        up, down = getattr(dense, family.up), getattr(dense, family.down)
         layer_fit = None if fit is None else fit.layers[layer]
         with init_empty_weights():
             sparse = SparseFFN(
                 layer_plan,
                 state,
                 up.in_features,
-                spec.activation(model.config),
-                gated=spec.gated,
+                family.activation(model.config),
+                gated=family.gated,
                 input_bias=up.bias is not None,
                 output_bias=down.bias is not None,
                 token_sparsity=settings.token_sparsity,
@@ -61,19 +60,14 @@ def swap_ffns(
                 compensate_loaded=settings.compensation != "none",
                 token_count=settings.token_count,
             ).to(dtype)
-        if spec.ffn:
-            place = f"{spec.layers}.{layer}.{spec.ffn}"
-        else:  # the projections are the layer's own: the first becomes the FFN, what follows it does nothing
-            place = f"{spec.layers}.{layer}.{spec.up}"
-            setattr(dense, spec.activation_module, nn.Identity())
-            setattr(dense, spec.down, nn.Identity())
-        model.set_submodule(place, sparse)
+        family.swap_ffn(family.decoder_layers(model)[layer], sparse)
+        place = f"{family.layers}.{layer}.{family.ffn_children[0]}"
         for row, projection in inputs.items():
-            prefix = spec.projection(layer, projection)
+            prefix = family.projection(layer, projection)
             sources[f"{place}.{row}"] = Source(f"{prefix}.weight", "rows", layer_plan.neurons)
             if up.bias is not None:
                 sources[f"{place}.{row}_bias"] = Source(f"{prefix}.bias", "rows", layer_plan.neurons)
-        prefix = spec.projection(layer, spec.down)
+        prefix = family.projection(layer, family.down)
         fitted = settings.compensation == "refit"
         sources[f"{place}.down"] = Source(
             f"{prefix}.weight",

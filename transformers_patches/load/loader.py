@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from transformers_patches.config import HEAD_DTYPE, PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.fast_pass.one_token import speed_up_one_token
 from transformers_patches.kernels import FORMATS, QuantizedTensor, WeightFormat
 from transformers_patches.load.column_weights import column_weights
@@ -135,7 +135,7 @@ def load_model(
     for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.
     """
     config = read_config(folder)
-    ffn_spec(config)  # an unknown architecture is the first thing to say
+    family_of(config)  # an unknown architecture is the first thing to say
     if dataset_neurons is None and settings.dataset_neurons_filepath:
         dataset_neurons = NeuronFile.load(settings.dataset_neurons_filepath)
     if model_neurons is None and settings.model_neurons_filepath:
@@ -163,7 +163,7 @@ def load_from(
 ) -> LoadedModel:
     """`load_model` for any source of weights. name: the model's, for messages."""
     started = time.perf_counter()
-    spec = ffn_spec(config)
+    family = family_of(config)
     names = _names_in_model(weights)
     fit = find_fit(settings, dataset_neurons, model_neurons)
     _check_files(config, weights, names, name, (dataset_neurons, model_neurons), fit)
@@ -187,7 +187,9 @@ def load_from(
     state = RequestState()
     native = native_kernels_wanted(settings.kernels, device, dtype)
     native &= weight_format is None or weight_format.native is not None
-    sources = swap_ffns(model, spec, plan, settings, state, dtype, weight_format, native=native, neurons=base, fit=fit)
+    sources = swap_ffns(
+        model, family, plan, settings, state, dtype, weight_format, native=native, neurons=base, fit=fit
+    )
     if weight_format is not None:
         head_format = FORMATS[HEAD_DTYPE if settings.head_dtype == "auto" else settings.head_dtype]
         in_planes = native and settings.screen_head != "off" and head_format.splits
@@ -251,7 +253,7 @@ def _check_files(
     for file in given:
         file.check_fits(config, ours, model_name)
     if fit is not None:
-        fit.check_fits(config.num_hidden_layers, ffn_spec(config).intermediate_size(config), ours, model_name)
+        fit.check_fits(config.num_hidden_layers, family_of(config).intermediate_size(config), ours, model_name)
 
 
 def _names_in_model(weights: WeightSource) -> dict[str, str]:
@@ -288,7 +290,7 @@ def _stream_weights(
     """
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     head = "lm_head.weight" if not tied else model.all_tied_weights_keys["lm_head.weight"]
-    important = column_weights(ffn_spec(model.config), known_inputs, head)
+    important = column_weights(family_of(model.config), known_inputs, head)
     wanted: list[tuple[str, nn.Parameter | QuantizedWeight, Source]] = []
     used = set()
     for name, place in weight_places(model):

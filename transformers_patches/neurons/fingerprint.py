@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from transformers_patches.families import FFNSpec, ffn_spec
+from transformers_patches.families import Family, family_of
 
 
 def fingerprint(config: PretrainedConfig, read: Callable[[str], torch.Tensor]) -> str:
@@ -20,20 +20,20 @@ def fingerprint(config: PretrainedConfig, read: Callable[[str], torch.Tensor]) -
     untouched (checkpoints keep them in at least bfloat16), and training moves them, so two models of the same shape
     differ; a missing bias (RMSNorm) is passed over.
     """
-    spec = ffn_spec(config)
-    digest = hashlib.sha256(json.dumps(_shape(config, spec)).encode())
+    family = family_of(config)
+    digest = hashlib.sha256(json.dumps(_shape(config, family)).encode())
     for layer in (0, config.num_hidden_layers - 1):
         for parameter in ("weight", "bias"):
             try:
-                values = read(f"{spec.layers}.{layer}.{spec.norm}.{parameter}")
+                values = read(f"{family.layers}.{layer}.{family.identifying_norm}.{parameter}")
             except KeyError:
                 continue
             digest.update(values.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _shape(config: PretrainedConfig, spec: FFNSpec) -> list:
-    return [config.model_type, config.num_hidden_layers, config.hidden_size, spec.intermediate_size(config)]
+def _shape(config: PretrainedConfig, family: Family) -> list:
+    return [config.model_type, config.num_hidden_layers, config.hidden_size, family.intermediate_size(config)]
 
 
 def fingerprint_of_model(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.files import save_tensors_atomic, write_text_atomic
 
 FORMAT = "partinfer-neurons"
@@ -93,7 +93,7 @@ class NeuronFile:
 
         fingerprint: of the model (see `fingerprint`); files without one (legacy) are checked by shape only.
         """
-        size = ffn_spec(config).intermediate_size(config)
+        size = family_of(config).intermediate_size(config)
         if (self.num_layers, self.intermediate_size) != (config.num_hidden_layers, size):
             raise PartInferError(
                 f"{self.source} ranks {self.num_layers} layers of {self.intermediate_size} neurons, but {model_name} "

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from transformers_patches.config import PartInferConfig, neuron_count
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import ffn_spec
+from transformers_patches.families import family_of
 from transformers_patches.files import write_text_atomic
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
@@ -92,8 +92,8 @@ def build_load_plan(
     which neurons are loaded. Raises PartInferError if partial loading is asked for without any neuron file, and for
     budgets that can't be met.
     """
-    spec = ffn_spec(config)
-    size, num_layers = spec.intermediate_size(config), config.num_hidden_layers
+    family = family_of(config)
+    size, num_layers = family.intermediate_size(config), config.num_hidden_layers
     if not (settings.use_partial_loading or settings.computes_sparsely):
         return LoadPlan(settings.method, num_layers, size, {})
     if settings.use_partial_loading and dataset_neurons is None and model_neurons is None:
@@ -105,7 +105,7 @@ def build_load_plan(
     if settings.base_neurons_type == "model":
         base, other = other, base
     rankings = [_ranking(settings, file) for file in (base, other)]
-    matrices = 3 if spec.gated else 2
+    matrices = 3 if family.gated else 2
     layers = {}
     for layer in _sparse_layers(settings, num_layers, fit):
         base_ranking = torch.arange(size) if base is None else rankings[0][layer].long()

@@ -13,51 +13,11 @@ from gguf.quants import dequantize
 from torch import nn
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.families import gguf_family
 from transformers_patches.weights.source import Source, WeightSource
 
 VALUES_AT_ONCE = 2**21  # that are unpacked together; they are float32 for a moment
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_norm": "post_attention_layernorm",
-}
-_GEMMA_LAYER = _LAYER | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FACTORS = "rope_freqs.weight"  # what rotary frequencies are divided by; no weight of the transformers model
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    """How llama.cpp's converter changed an architecture's weights.
-
-    layer: its short names inside a block; pairs: whether the rows of q and k were reordered from rotary halves to
-    pairs; norm_offset: what was added to norm weights.
-    """
-
-    layer: dict[str, str]
-    pairs: bool = False
-    norm_offset: float = 0.0
-
-
-ARCHITECTURES = {
-    "llama": _Architecture(_LAYER, pairs=True),  # Mistral and SmolLM2 too
-    "qwen2": _Architecture(_LAYER),
-    "qwen3": _Architecture(_LAYER),
-    "gemma2": _Architecture(_GEMMA_LAYER, norm_offset=1.0),
-    "gemma3": _Architecture(_GEMMA_LAYER, norm_offset=1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -102,14 +62,14 @@ class GGUFCheckpoint(WeightSource):
         self.bytes_read = 0
         reader = open_reader(self.path)
         name = reader.get_field("general.architecture").contents()
-        if name not in ARCHITECTURES:
-            raise PartInferError(
-                f"{path} has the architecture {name!r}; GGUF files of {', '.join(ARCHITECTURES)} can be read"
-            )
-        self._architecture = ARCHITECTURES[name]
+        try:
+            self._family = gguf_family(name)
+        except PartInferError as error:
+            raise PartInferError(f"{path} can't be read: {error}") from None
+        self._names = self._family.gguf_names()
         heads = reader.get_field(f"{name}.attention.head_count").contents()
         kv_heads = reader.get_field(f"{name}.attention.head_count_kv")
-        self._heads = {"q_proj": heads, "k_proj": kv_heads.contents() if kv_heads else heads}
+        self._heads = {"attn_q": heads, "attn_k": kv_heads.contents() if kv_heads else heads}
         self._tensors: dict[str, _Stored] = {}
         self._factors: _Stored | None = None
         for tensor in reader.tensors:
@@ -123,13 +83,14 @@ class GGUFCheckpoint(WeightSource):
         """The transformers name; an unknown one stays as it is, and the loader finds no place for it."""
         head, _, kind = name.rpartition(".")
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)", head)
-        if match and match[2] in self._architecture.layer:
-            return f"model.layers.{match[1]}.{self._architecture.layer[match[2]]}.{kind}"
-        return f"{_OUTSIDE[head]}.{kind}" if head in _OUTSIDE else name
+        place = self._names.get(f"blk.{match[2]}" if match else head)
+        if place is None:
+            return name
+        return f"{self._family.layers}.{match[1]}.{place}.{kind}" if match else f"{place}.{kind}"
 
     def _stored(self, tensor) -> _Stored:
-        projection = re.search(r"(q_proj|k_proj)\.(weight|bias)$", self._name(tensor.name))
-        heads = self._heads[projection[1]] if projection and self._architecture.pairs else 0
+        projection = re.fullmatch(r"blk\.\d+\.(attn_q|attn_k)\.(weight|bias)", tensor.name)
+        heads = self._heads[projection[1]] if projection and self._family.gguf.rotary_pairs else 0
         norm = tensor.name.endswith("norm.weight")
         return _Stored(
             tuple(int(size) for size in reversed(tensor.shape)),
@@ -137,7 +98,7 @@ class GGUFCheckpoint(WeightSource):
             int(tensor.data_offset),
             int(tensor.n_bytes),
             heads,
-            -self._architecture.norm_offset if norm else 0.0,
+            -self._family.norm_offset if norm else 0.0,  # the converter adds it to the weights
         )
 
     def names(self) -> set[str]:

@@ -13,7 +13,7 @@ from tests.transformers_patches.made_up_files import with_statistics
 from tests.transformers_patches.model_passes import DATASET, MODEL
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
-from transformers_patches.fast_pass.decoder_parts import DECODERS
+from transformers_patches.families import family_of
 from transformers_patches.fast_pass.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.fast_pass.one_token import OneTokenPass, new_cache, one_token_pass
 from transformers_patches.fast_pass.positions import RotaryTable
@@ -47,7 +47,7 @@ def test_logits_are_those_of_transformers(tiny_checkpoints, family):
     cache = new_cache(loaded.model)
     ours = decode(loaded.model, cache)
     torch.testing.assert_close(ours, decode(plain, DynamicCache()), rtol=1e-4, atol=1e-4)
-    native = plain.config.model_type in DECODERS
+    native = family_of(plain.config).native_decoder
     assert native == (type(cache.layers[0]) is GrowingLayer)
     assert native == (one_token_pass(loaded.model) is not None)
 

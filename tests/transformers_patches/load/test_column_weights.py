@@ -9,7 +9,7 @@ from tests.transformers_patches.made_up_files import with_input_squares
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import FAMILIES, ffn_spec
+from transformers_patches.families import FAMILIES, family_of
 from transformers_patches.load.column_weights import column_weights
 from transformers_patches.load.loader import load_model
 from transformers_patches.modules.quantized import weight_places
@@ -39,11 +39,11 @@ def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint
     """Scales equal those of the checkpoint's weights quantised with the statistics, of neuron-major down rows without."""
     ours = load(checkpoint, dtype, head_dtype=dtype)
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    spec = ffn_spec(plain.config)
+    family = family_of(plain.config)
     head = "lm_head.weight"
     if plain.config.tie_word_embeddings:
         head = plain.all_tied_weights_keys[head]
-    known, parameters = column_weights(spec, NEURONS, head), dict(plain.named_parameters())
+    known, parameters = column_weights(family, NEURONS, head), dict(plain.named_parameters())
     assert all(name in known for name in parameters if "_proj.weight" in name or name == head)
     checked = set()
     for name, place in weight_places(ours.model):
@@ -53,12 +53,12 @@ def test_every_weight_whose_columns_are_inputs_is_quantized_with_them(checkpoint
             checked.add(name)
     for layer, plan in ours.plan.layers.items():
         ffn = next(
-            m for n, m in ours.model.named_modules() if n.startswith(f"{spec.layers}.{layer}.") and hasattr(m, "up")
+            m for n, m in ours.model.named_modules() if n.startswith(f"{family.layers}.{layer}.") and hasattr(m, "up")
         )
-        for held, projection in (("gate", spec.gate), ("up", spec.up), ("down", spec.down)):
+        for held, projection in (("gate", family.gate), ("up", family.up), ("down", family.down)):
             if projection is None:
                 continue
-            name = f"{spec.projection(layer, projection)}.weight"
+            name = f"{family.projection(layer, projection)}.weight"
             weight = parameters[name].t() if held == "down" else parameters[name]
             rows, packed = weight[plan.neurons].contiguous(), getattr(ffn, held).packed
             counts = None if held == "down" else known[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers_patches.load.loader import LoadedModel
 from transformers_patches.modules.screened_head import ScreenedHead
-from transformers_patches.sparse.sparse_ffn import SparseFFN
+from transformers_patches.sparse.request import RequestLayer
 
 
 def weight_counts(loaded: LoadedModel) -> dict:
@@ -35,15 +35,15 @@ def _bytes_per_token(loaded: LoadedModel) -> int:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     if embedding is not head.weight:
         total -= embedding.nbytes
-    skipped = sum(layer.row_bytes * (1 - _read_share(layer)) for layer in loaded.state.layers)
+    skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in loaded.state.layers)
     if isinstance(head, ScreenedHead):
         skipped += head.unread_bytes()
     return round(total - skipped)
 
 
-def _read_share(layer: SparseFFN) -> float:
+def _read_share(layer: RequestLayer) -> float:
     """Share of a layer's stored rows that decoding a token read on average; 1 if nothing was decoded."""
     if not layer.counters.tokens:
         return 1.0
     rows = layer.counters.rows / layer.counters.tokens
-    return rows / (layer.plan.loaded_count * layer.matrices)
+    return rows / (layer.rows.count * layer.rows.matrices)

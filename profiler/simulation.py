@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from profiler.layerwise import Batch
-from transformers_patches.sparse.prompt_evidence import PRIOR_TOKENS
+from transformers_patches.sparse.prior import PRIOR_TOKENS
 from transformers_patches.sparse.token_selection import TypicalSize, keep_best
 
 

@@ -95,7 +95,7 @@ def assert_equal_where_real(ours: list[torch.Tensor], expected: list[torch.Tenso
 def selection_of(ours: LoadedModel, layer: int, batch: int) -> list[set[int]]:
     """The model's neuron indices that decoding computes, per sequence."""
     module = sparse_layers(ours)[layer]
-    plan = module.plan
+    plan = ours.plan.layers[layer]
     base = set(plan.neurons[: plan.base_count].tolist())
     chosen = module.selection.selected if module.selection.selects else [torch.empty(0, dtype=torch.int64)] * batch
     return [base | set(plan.neurons[index].tolist()) for index in chosen]

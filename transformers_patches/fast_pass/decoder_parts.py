@@ -14,7 +14,8 @@ from transformers_patches.fast_pass.kv_cache import GrowingLayer
 from transformers_patches.modules.fast_linear import FastLinear
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear, weight_of
 from transformers_patches.modules.screened_head import ScreenedHead
-from transformers_patches.sparse.sparse_ffn import KERNEL_ACTIVATIONS, SparseFFN
+from transformers_patches.sparse.neuron_rows import KERNEL_ACTIVATIONS
+from transformers_patches.sparse.sparse_ffn import SparseFFN
 
 
 class LayerParts:

@@ -6,16 +6,20 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from transformers_patches.config import PartInferConfig
+from transformers_patches.config import TOKEN_SELECTIONS, PartInferConfig
 from transformers_patches.families import Family
 from transformers_patches.kernels import WeightFormat
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.load_plan import LayerPlan, LoadPlan
 from transformers_patches.sparse.compensation import Compensation
+from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.sparse.prior import Prior
-from transformers_patches.sparse.request import RequestState
+from transformers_patches.sparse.prompt_selection import PromptSelection
+from transformers_patches.sparse.request import RequestLayer, RequestState
+from transformers_patches.sparse.selection import Selection
 from transformers_patches.sparse.sparse_ffn import SparseFFN
+from transformers_patches.sparse.token_selection import TokenSelection
 from transformers_patches.weights.source import Source, WeightedSum
 
 
@@ -44,32 +48,29 @@ def swap_ffns(
         up, down = getattr(dense, family.up), getattr(dense, family.down)
         layer_fit = None if fit is None else fit.layers[layer]
         with init_empty_weights():
-            sparse = SparseFFN(
-                layer_plan,
-                state,
+            rows = NeuronRows(
+                layer_plan.loaded_count,
                 up.in_features,
                 family.activation(model.config),
                 gated=family.gated,
                 input_bias=up.bias is not None,
-                output_bias=down.bias is not None,
-                token_sparsity=settings.token_sparsity,
-                native=native,
                 weight_format=weight_format,
-                selection=settings.selection,
-                prior=Prior.of(layer_plan, layer, neurons, layer_fit, with_threshold=with_threshold),
-                compensate_loaded=settings.compensation != "none",
-                token_count=settings.token_count,
-            ).to(dtype)
+                native=native,
+                paired=settings.selection == "up",
+            )
+            prior = Prior.of(layer_plan, layer, neurons, layer_fit, with_threshold=with_threshold)
+            selection = _selection(settings, rows, layer_plan, prior)
+            sparse = SparseFFN(rows, selection, state, output_bias=down.bias is not None).to(dtype)
         family.swap_ffn(family.decoder_layers(model)[layer], sparse)
         place = f"{family.layers}.{layer}.{family.ffn_children[0]}"
         for row, projection in inputs.items():
             prefix = family.projection(layer, projection)
-            sources[f"{place}.{row}"] = Source(f"{prefix}.weight", "rows", layer_plan.neurons)
+            sources[f"{place}.rows.{row}"] = Source(f"{prefix}.weight", "rows", layer_plan.neurons)
             if up.bias is not None:
-                sources[f"{place}.{row}_bias"] = Source(f"{prefix}.bias", "rows", layer_plan.neurons)
+                sources[f"{place}.rows.{row}_bias"] = Source(f"{prefix}.bias", "rows", layer_plan.neurons)
         prefix = family.projection(layer, family.down)
         fitted = settings.compensation == "refit"
-        sources[f"{place}.down"] = Source(
+        sources[f"{place}.rows.down"] = Source(
             f"{prefix}.weight",
             "columns",
             layer_plan.neurons,
@@ -79,6 +80,20 @@ def swap_ffns(
         if down.bias is not None:
             sources[f"{place}.output_bias"] = Source(f"{prefix}.bias")
     return sources
+
+
+def _selection(settings: PartInferConfig, rows: NeuronRows, plan: LayerPlan, prior: Prior) -> Selection:
+    """What chooses the neurons of a layer."""
+    if settings.selection in TOKEN_SELECTIONS:
+        return TokenSelection(rows, plan, prior, settings.selection, average=settings.token_count == "average")
+    return PromptSelection(
+        rows,
+        plan,
+        prior,
+        settings.selection,
+        token_sparsity=settings.token_sparsity,
+        compensate=settings.compensation != "none",
+    )
 
 
 def _left_out(
@@ -94,7 +109,7 @@ def _left_out(
 
 
 def attach_compensation(
-    layers: list[SparseFFN],
+    layers: list[RequestLayer],
     plan: LoadPlan,
     settings: PartInferConfig,
     sources: dict[str, Source],

@@ -34,8 +34,8 @@ from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.load_plan import LoadPlan, build_load_plan
 from transformers_patches.plan.resolve import find_fit, resolve_settings
+from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.sparse.request import RequestState
-from transformers_patches.sparse.sparse_ffn import SparseFFN
 from transformers_patches.weights.gguf import apply_rope_factors
 from transformers_patches.weights.gguf_config import gguf_config, is_gguf
 from transformers_patches.weights.memory import WeightMemory, give_back_freed
@@ -86,7 +86,7 @@ class LoadedModel:
         tokens = sum(layer.counters.tokens for layer in self.state.layers)
         if not tokens:
             return self.plan.loaded_fraction
-        matrices = self.state.layers[0].matrices
+        matrices = self.state.layers[0].rows.matrices
         read = sum(layer.counters.rows for layer in self.state.layers)
         return read / (tokens * matrices * self.plan.intermediate_size)
 
@@ -349,7 +349,7 @@ def _is_paired(model: PreTrainedModel, name: str) -> bool:
     """Whether rows of a weight take turns in memory with another's."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    return isinstance(module, SparseFFN) and leaf in module.paired_names
+    return isinstance(module, NeuronRows) and leaf in module.paired_names
 
 
 def _memory_for(

@@ -14,8 +14,7 @@ from torch import nn
 
 from transformers_patches import kernels
 from transformers_patches.kernels import Weight
-
-PRIOR_TOKENS = 256  # the neuron file's mean weighs as much as a prompt of this many tokens
+from transformers_patches.sparse.prior import PRIOR_TOKENS
 
 
 class Compensation(nn.Module):

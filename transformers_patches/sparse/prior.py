@@ -10,6 +10,7 @@ from transformers_patches.neurons.fit_file import LayerFit
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.load_plan import LayerPlan
 
+PRIOR_TOKENS = 256  # what files say about activations weighs as much as a prompt of this many tokens
 NORM_ROWS = 1024  # rows whose norms are taken at a time, so that float copies stay small
 
 

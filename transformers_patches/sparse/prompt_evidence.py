@@ -13,10 +13,8 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.kernels import Weight
 from transformers_patches.plan.load_plan import LayerPlan
-from transformers_patches.sparse.prior import Prior
-from transformers_patches.sparse.selection import select_active, select_best
+from transformers_patches.sparse.prior import PRIOR_TOKENS, Prior
 
-PRIOR_TOKENS = 256  # the neuron file's means weigh as much as a prompt of this many tokens
 GLOBAL_WEIGHT = 0.5  # of the neuron file's ranks against the prompt's
 
 
@@ -24,9 +22,9 @@ class Evidence(ABC):
     """Collects one sequence's prompt activations and chooses from them."""
 
     def __init__(
-        self, plan: LayerPlan, prior: Prior, down: Weight, token_sparsity: float, device: torch.device
+        self, plan: LayerPlan, prior: Prior, down: Weight, device: torch.device, token_sparsity: float = 0.0
     ) -> None:
-        """down: [L, H], the loaded rows of the output projection."""
+        """down: [L, H], the loaded rows of the output projection. token_sparsity: what CoreNeurons goes by."""
         self.plan, self.prior, self.down, self.token_sparsity = plan, prior, down, token_sparsity
         self.tokens = 0
         self.begin(device)
@@ -54,7 +52,7 @@ class CoreNeurons(Evidence):
         self.counts = kernels.core_counts(h, self.token_sparsity).add_(self.counts)
 
     def choose(self) -> torch.Tensor:
-        return select_active(self.counts, self.plan)
+        return most_counted(self.counts, self.plan)
 
 
 class _Sums(Evidence):
@@ -76,7 +74,7 @@ class _Sums(Evidence):
         """float32 [L], higher is better."""
 
     def choose(self) -> torch.Tensor:
-        return select_best(self.scores(), self.plan)
+        return best_scored(self.scores(), self.plan)
 
 
 class Griffin(_Sums):
@@ -127,6 +125,27 @@ def _places(values: torch.Tensor) -> torch.Tensor:
     places = torch.empty_like(values, dtype=torch.float32)
     places[order] = torch.arange(len(values), dtype=torch.float32, device=values.device)
     return places
+
+
+def most_counted(counts: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """Stored positions of the neurons chosen beside the base: int32 [K - base_count], ascending.
+
+    counts: int64 [L]. The largest counts win; equal counts (also 0, never marked) go by the base ranking, so the
+    choice is unique and always complete.
+    """
+    priority = plan.priority.to(counts.device)
+    return kernels.most_marked(counts, priority, plan.base_count, plan.computed_count - plan.base_count)
+
+
+def best_scored(scores: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """Stored positions of the best-scored neurons beside the base: int32 [K - base_count], ascending.
+
+    scores: float [L], higher is better; equal scores go by the base ranking.
+    """
+    wanted = plan.computed_count - plan.base_count
+    by_priority = plan.priority[plan.base_count :].argsort().to(scores.device) + plan.base_count
+    ranked = by_priority[scores[by_priority].argsort(descending=True, stable=True)]
+    return ranked[:wanted].sort().values.int()
 
 
 EVIDENCE: dict[str, type[Evidence]] = {"core": CoreNeurons, "griffin": Griffin, "blend": Blend, "glass": Glass}

@@ -10,16 +10,46 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-if TYPE_CHECKING:
-    from transformers_patches.sparse.sparse_ffn import SparseFFN
+from transformers_patches.sparse.neuron_rows import NeuronRows
 
 PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(slots=True)
+class Counters:
+    """What decoding did since they were reset: tokens, neurons that were computed, rows of weights that were read.
+
+    An object of its own, because setting a number on a module takes microseconds.
+    """
+
+    tokens: int = 0
+    neurons: int = 0
+    rows: int = 0
+
+    def add(self, tokens: int, neurons: int, rows: int) -> None:
+        self.tokens += tokens
+        self.neurons += neurons
+        self.rows += rows
+
+
+class RequestLayer(Protocol):
+    """What others know of a layer that works on the request (a SparseFFN): the rows that it has and what it counted."""
+
+    rows: NeuronRows
+    counters: Counters
+
+    def reset(self) -> None:
+        """Forget the request."""
+
+    def reset_counters(self) -> None:
+        """Count from 0 again."""
 
 
 class RequestState:
@@ -34,7 +64,7 @@ class RequestState:
         self.phase = PREFILL
         self.batch = self.tokens = self.cached = 0
         self.token_mask: torch.Tensor | None = None
-        self.layers: list[SparseFFN] = []
+        self.layers: list[RequestLayer] = []
         self._prompt_length: int | None = None
         self._watching: RemovableHandle | None = None
 

@@ -1,29 +1,95 @@
-"""The neurons that a prompt's evidence speaks for: counts or scores of the loaded neurons -> active neurons."""
+"""Selection: what every way to choose the neurons of a decoded token has to offer to SparseFFN.
+
+prompt_selection.py chooses once per prompt, token_selection.py for every token.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from transformers_patches import kernels
-from transformers_patches.plan.load_plan import LayerPlan
+from transformers_patches.sparse.neuron_rows import Activations
 
 
-def select_active(counts: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-    """Stored positions of the neurons chosen beside the base: int32 [K - base_count], ascending.
+class SequenceActivations:
+    """Of all loaded neurons at one sequence's tokens, no padding: [T, L] each, as in Activations; cut out when asked for."""
 
-    counts: int64 [L]. The largest counts win; equal counts (also 0, never marked) go by the base ranking, so the
-    choice is unique and always complete.
+    def __init__(self, values: Activations, sequence: int, token_mask: torch.Tensor | None) -> None:
+        """values: [B, T, L] each; token_mask: bool [B, T], False where padding, or None."""
+        self._values, self._sequence, self._mask = values, sequence, token_mask
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        return self._cut(self._values.first)
+
+    @cached_property
+    def up(self) -> torch.Tensor:
+        return self._cut(self._values.up)
+
+    @cached_property
+    def h(self) -> torch.Tensor:
+        return self._cut(self._values.h)
+
+    def _cut(self, part: torch.Tensor) -> torch.Tensor:
+        tokens = part[self._sequence]
+        return tokens if self._mask is None else tokens[self._mask[self._sequence]]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decode pass: output like x, and, summed over its tokens, neurons computed and rows of weights read."""
+
+    y: torch.Tensor
+    computed: int
+    rows: int
+
+
+class Selection(ABC):
+    """Chooses neurons for the sequences of a request, and decodes with them.
+
+    For each request: `begin`, then `observe` for every sequence and `choose` after each pass over prompt tokens, then
+    `decode`.
     """
-    priority = plan.priority.to(counts.device)
-    return kernels.most_marked(counts, priority, plan.base_count, plan.computed_count - plan.base_count)
 
+    @property
+    @abstractmethod
+    def observes(self) -> bool:
+        """Whether prompts decide anything: if not, begin, observe and choose are not called."""
 
-def select_best(scores: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
-    """Stored positions of the best-scored neurons beside the base: int32 [K - base_count], ascending.
+    @property
+    @abstractmethod
+    def started(self) -> bool:
+        """Whether `begin` was called for the request."""
 
-    scores: float [L], higher is better; equal scores go by the base ranking.
-    """
-    wanted = plan.computed_count - plan.base_count
-    by_priority = plan.priority[plan.base_count :].argsort().to(scores.device) + plan.base_count
-    ranked = by_priority[scores[by_priority].argsort(descending=True, stable=True)]
-    return ranked[:wanted].sort().values.int()
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the request."""
+
+    @abstractmethod
+    def begin(self, batch: int, device: torch.device) -> None:
+        """Evidence of `batch` sequences, none so far."""
+
+    @abstractmethod
+    def observe(self, sequence: int, activations: SequenceActivations) -> None:
+        """Take in one sequence's prompt tokens."""
+
+    @abstractmethod
+    def choose(self) -> None:
+        """Choose from what was observed so far."""
+
+    @abstractmethod
+    def decode(self, x: torch.Tensor) -> Decoded:
+        """x: [B, T, H]. Raises RuntimeError if a prompt must come first."""
+
+    @abstractmethod
+    def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
+        """What a token of a single sequence computes, for the native decoder. None if it can't compute that, if there
+        are several sequences, or if nothing was chosen yet. x: any hidden states, for their type."""
+
+    @abstractmethod
+    def rows_read(self, computed: int) -> int:
+        """Rows of weights that a token reads which computes so many neurons."""

@@ -17,19 +17,17 @@ one above which the last prompt tokens, and those of the fit file, had K neurons
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from transformers_patches import kernels
 from transformers_patches.modules.fast_linear import FEW_TOKENS
+from transformers_patches.plan.load_plan import LayerPlan
+from transformers_patches.sparse.neuron_rows import NeuronRows, Rows
+from transformers_patches.sparse.prior import PRIOR_TOKENS, Prior
 from transformers_patches.sparse.prompt_evidence import Blend
-from transformers_patches.sparse.prompt_selection import Decoded, SequenceActivations
+from transformers_patches.sparse.selection import Decoded, Selection, SequenceActivations
 
-if TYPE_CHECKING:
-    from transformers_patches.sparse.sparse_ffn import Rows, SparseFFN
-
-PRIOR_TOKENS = 256
 SAMPLE_TOKENS = 64  # prompt tokens that a threshold is taken from
 MIN_SAMPLE = 8  # with fewer, tokens keep their exact count
 
@@ -87,26 +85,24 @@ def score_threshold(scores: torch.Tensor, count: int) -> float:
     return float(scores.flatten().topk(kept + 1).values[-2:].mean())
 
 
-class TokenSelection:
+class TokenSelection(Selection):
     """Decodes with neurons chosen for every token; the candidates of B sequences are each one's own.
 
     by: `up` or `gate`. Where the plan has fewer candidates than loaded neurons, a prompt chooses them, as selection
     `blend` does. average: keep all above a threshold instead of an exact count.
     """
 
-    compensates = False  # for loaded neurons: what the others write while they are small is in the fitted bias
     observes = True
 
-    def __init__(self, ffn: SparseFFN, by: str, *, average: bool = False) -> None:
-        self.ffn, self.by = ffn, by if ffn.gated else "plain"
-        plan = ffn.plan
+    def __init__(self, rows: NeuronRows, plan: LayerPlan, prior: Prior, by: str, *, average: bool = False) -> None:
+        self.rows, self.plan, self.prior = rows, plan, prior
+        self.by = by if rows.gated else "plain"
         self.average = average
         self.all_are_candidates = plan.candidate_count == plan.loaded_count
         self._candidate_plan = replace(plan, computed_count=plan.candidate_count)
         self.reset()
 
     def reset(self) -> None:
-        """Forget the request."""
         self.sizes: list[TypicalSize] | None = None
         self.evidence: list[Blend] | None = None
         self.selected: list[torch.Tensor] | None = None  # candidates per sequence beside the base: int32
@@ -121,16 +117,14 @@ class TokenSelection:
         return self.sizes is not None
 
     def begin(self, batch: int, device: torch.device) -> None:
-        """Evidence of `batch` sequences, none so far."""
-        ffn = self.ffn
-        down = ffn.weight("down")
-        self._norms = ffn.prior.down_norm(down).to(device)
-        prior = ffn.prior.gate_size if self.by == "up" else None
+        down = self.rows.weight("down")
+        self._norms = self.prior.down_norm(down).to(device)
+        prior = self.prior.gate_size if self.by == "up" else None
         self.sizes = [TypicalSize(prior, device) for _ in range(batch)]
         self.samples = [ScoreSample() for _ in range(batch)] if self.average else None
         if not self.all_are_candidates:
             plan = self._candidate_plan
-            self.evidence = [Blend(plan, ffn.prior, down, ffn.token_sparsity, device) for _ in range(batch)]
+            self.evidence = [Blend(plan, self.prior, down, device) for _ in range(batch)]
 
     def observe(self, sequence: int, activations: SequenceActivations) -> None:
         if self.by != "plain":
@@ -156,38 +150,33 @@ class TokenSelection:
         """The prompt's and the fit file's, which weighs as much as SAMPLE_TOKENS tokens; of scores, so geometrically."""
         scale, sample = self.scales[sequence], self.samples[sequence]
         index = self._candidate_index(sequence, scale.device)
-        found, known = sample.threshold(scale, index, self.ffn.plan.computed_count), self.ffn.prior.threshold
+        found, known = sample.threshold(scale, index, self.plan.computed_count), self.prior.threshold
         if found is None or known is None or min(found, known) <= 0:
             return found if known is None else known
         weight = SAMPLE_TOKENS / (SAMPLE_TOKENS + len(sample.values))
         return known**weight * found ** (1 - weight)
 
     def decode(self, x: torch.Tensor) -> Decoded:
-        """x: [B, T, H]."""
         if not self.scales:
             raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
         one = self._native if self._kernel_fits(x) else self._few if x.shape[1] <= FEW_TOKENS else self._many
         parts, kept = zip(*(one(sequence, part) for sequence, part in enumerate(x)), strict=True)
         y = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         computed, tokens = sum(kept), x.shape[0] * x.shape[1]
-        return Decoded(y, computed, self.rows_read(computed) + (tokens - 1) * self.ffn.plan.candidate_count)
+        return Decoded(y, computed, self.rows_read(computed) + (tokens - 1) * self.plan.candidate_count)
 
     def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
-        """Of a single sequence, for the native decoder; None if it can't choose so, or nothing was chosen yet. x: any
-        hidden states."""
-        ffn = self.ffn
         if not self._made_for_kernels or len(self.scales) != 1:
             return None
         choice, rest = self._choice(0)
-        return kernels.ActiveNeurons(ffn.projections(), ffn.kernel_activation, *choice, **rest)
+        return kernels.ActiveNeurons(self.rows.projections(), self.rows.kernel_activation, *choice, **rest)
 
     def rows_read(self, computed: int) -> int:
-        """By one token that computes so many neurons."""
-        return self.ffn.plan.candidate_count + computed * (self.ffn.matrices - 1)
+        return self.plan.candidate_count + computed * (self.rows.matrices - 1)
 
     def _choice(self, sequence: int) -> tuple[tuple[int, torch.Tensor | None, torch.Tensor], dict]:
         """Candidates and sizes, and how many are kept, as the kernels take them."""
-        plan = self.ffn.plan
+        plan = self.plan
         prefix, index = plan.candidate_count, None
         if self.selected is not None:
             prefix, index = plan.base_count, self.selected[sequence]
@@ -197,22 +186,22 @@ class TokenSelection:
 
     @property
     def _made_for_kernels(self) -> bool:
-        return self.by == "plain" or (self.by == "up" and not self.ffn.input_bias)
+        return self.by == "plain" or (self.by == "up" and not self.rows.input_bias)
 
     def _kernel_fits(self, x: torch.Tensor) -> bool:
-        return self._made_for_kernels and self.ffn.native_fits(x)
+        return self._made_for_kernels and self.rows.native_fits(x)
 
     def _native(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Output [T, H] and neurons computed for one sequence's x [T, H]; nothing is gathered."""
-        ffn = self.ffn
+        rows = self.rows
         choice, rest = self._choice(sequence)
-        rest["activation"] = ffn.kernel_activation
-        up, down = ffn.weight("up"), ffn.weight("down")
+        rest["activation"] = rows.kernel_activation
+        up, down = rows.weight("up"), rows.weight("down")
         if self.by == "plain":
-            bias = ffn.weight("up_bias") if ffn.input_bias else None
+            bias = rows.weight("up_bias") if rows.input_bias else None
             y, computed = kernels.sparse_ffn_plain_by_size(x, up, bias, down, *choice, **rest)
         else:
-            y, computed = kernels.sparse_ffn_by_up(x, ffn.weight("gate"), up, down, *choice, **rest)
+            y, computed = kernels.sparse_ffn_by_up(x, rows.weight("gate"), up, down, *choice, **rest)
         return y, int(computed.sum())
 
     def _few(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -227,49 +216,48 @@ class TokenSelection:
         self, x: torch.Tensor, rows: Rows, scale: torch.Tensor, threshold: float | None
     ) -> tuple[torch.Tensor, int]:
         """[1, H] for x [1, H], and how many neurons it took."""
-        ffn = self.ffn
+        neurons = self.rows
         read_for_all = "gate" if self.by == "gate" else "up"
-        values = ffn.project(x, rows, read_for_all)
+        values = neurons.project(x, rows, read_for_all)
         if self.by != "up":
-            values = ffn.act_fn(values)
+            values = neurons.act_fn(values)
         scores = (values.float().abs() * scale)[0]
         if threshold is None:
-            best = scores.topk(ffn.plan.computed_count, sorted=False).indices
+            best = scores.topk(self.plan.computed_count, sorted=False).indices
             best = best[scores[best] > 0]  # what ReLU left at 0 adds nothing
         else:
             best = (scores > threshold).nonzero()[:, 0]
         kept = {name: weight.index_select(0, best) for name, weight in rows.items() if name != read_for_all}
         h = values[:, best]
         if self.by == "up":
-            h = ffn.act_fn(ffn.project(x, kept, "gate")) * h
+            h = neurons.act_fn(neurons.project(x, kept, "gate")) * h
         elif self.by == "gate":
-            h = h * ffn.project(x, kept, "up")
-        return ffn.combine(h, kept), len(best)
+            h = h * neurons.project(x, kept, "up")
+        return neurons.combine(h, kept), len(best)
 
     def _many(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         """As _native for many tokens, which together would read nearly all rows: the others' activations are set to 0."""
-        ffn, kept = self.ffn, self.ffn.plan.computed_count
         rows, scale = self._candidates(sequence, x.device)
-        values = ffn.activations(x, rows)
+        values = self.rows.activations(x, rows)
         chosen_by = values.up if self.by == "up" else values.first
         scores, threshold = chosen_by.float().abs() * scale, self.thresholds[sequence]
-        chosen = keep_best(scores, scores, kept) > 0 if threshold is None else scores > threshold
-        return ffn.combine(values.h * chosen, rows), int(chosen.sum())
+        chosen = keep_best(scores, scores, self.plan.computed_count) > 0 if threshold is None else scores > threshold
+        return self.rows.combine(values.h * chosen, rows), int(chosen.sum())
 
     def _candidates(self, sequence: int, device: torch.device) -> tuple[Rows, torch.Tensor]:
         """The candidates' rows and scales; rows of chosen candidates are gathered once per prompt."""
         index = self._candidate_index(sequence, device)
         if index is None:
-            return self.ffn.all_rows(device), self.scales[sequence]
+            return self.rows.all(device), self.scales[sequence]
         if sequence not in self._gathered:
-            self._gathered[sequence] = self.ffn.gathered_rows(index, device)
+            self._gathered[sequence] = self.rows.gathered(index, device)
         return self._gathered[sequence], self.scales[sequence][index.long()]
 
     def _candidate_index(self, sequence: int, device: torch.device) -> torch.Tensor | None:
         """int32 [C], or None where every loaded neuron is a candidate."""
         if self.selected is None:
             return None
-        base = torch.arange(self.ffn.plan.base_count, dtype=torch.int32, device=device)
+        base = torch.arange(self.plan.base_count, dtype=torch.int32, device=device)
         return torch.cat([base, self.selected[sequence]])
 
 

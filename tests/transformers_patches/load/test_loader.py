@@ -107,11 +107,15 @@ def test_the_rows_of_a_sparse_layer_are_the_planned_neurons(checkpoint):
     for ours, theirs in names.items():
         stored = weights[f"{prefix}{theirs}.weight"]
         expected = stored.t()[neurons] if ours == "down" else stored[neurons]
-        assert torch.equal(getattr(module, ours), expected)
+        assert torch.equal(getattr(module.rows, ours), expected)
         bias = weights.get(f"{prefix}{theirs}.bias")
         if bias is not None:
             assert torch.equal(
-                *((module.output_bias, bias) if ours == "down" else (getattr(module, f"{ours}_bias"), bias[neurons]))
+                *(
+                    (module.output_bias, bias)
+                    if ours == "down"
+                    else (getattr(module.rows, f"{ours}_bias"), bias[neurons])
+                )
             )
 
 

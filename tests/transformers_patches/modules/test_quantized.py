@@ -186,7 +186,7 @@ def test_bytes_in_memory_are_data_and_scales(family, dtype, tiny_checkpoints):
     vocabulary = packed(VOCABULARY, HIDDEN, 8) * (1 if FAMILY_CONFIGS[family][1].get("tie_word_embeddings") else 2)
     ours = load(tiny_checkpoints[family], dtype)
     assert ours.report.bytes_resident == LAYERS * attention + 4 * sparse + 2 * whole + norms + vocabulary
-    assert [layer.row_bytes for layer in ours.state.layers] == [sparse] * 4
+    assert [layer.rows.row_bytes for layer in ours.state.layers] == [sparse] * 4
 
 
 def test_what_is_quantized(checkpoint):
@@ -263,7 +263,7 @@ def test_cuda_gives_the_logits_of_the_cpu(dtype, memory_limit, tiny_checkpoints,
     settings = {"memory_limit": memory_limit, "device": "cuda", "dtype": dtype, "start_num": 1, "end_num": 4}
     ours = load_model(tiny_checkpoints["llama"], PartInferConfig(**settings), DATASET, MODEL)
     ours.model.float()
-    assert {layer.down.device.type for layer in ours.state.layers} == {"cpu" if memory_limit else "cuda"}
+    assert {layer.rows.down.device.type for layer in ours.state.layers} == {"cpu" if memory_limit else "cuda"}
     all_passes = passes(*padded_prompts([5, 2], "left"), [1, 1, 2])
     on_gpu = [(ids.cuda(), {name: value.cuda() for name, value in kwargs.items()}) for ids, kwargs in all_passes]
     expected = run(quantized("llama", dtype, "partinfer").model, all_passes)

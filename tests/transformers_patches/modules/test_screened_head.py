@@ -148,7 +148,7 @@ def test_bytes_of_a_token_are_those_that_were_read(tmp_path, dtype):
     head = loaded.model.get_output_embeddings()
     assert head.tokens == 6
     refining = 3000 * HIDDEN * (0.5 if dtype == "int8" else 2)
-    neurons = sum(layer.row_bytes for layer in loaded.state.layers) * (1 - loaded.bytes_fraction() / 0.7)
+    neurons = sum(layer.rows.row_bytes for layer in loaded.state.layers) * (1 - loaded.bytes_fraction() / 0.7)
     read = weight_counts(loaded)["bytes_per_token"]
     assert read == pytest.approx(everything - neurons - refining * (1 - head.exact / (6 * 3000)), abs=2)
     loaded.reset_counters()

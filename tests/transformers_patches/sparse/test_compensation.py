@@ -152,7 +152,7 @@ def test_thresholds_of_a_fit_are_used_for_what_they_were_made_for(tiny_checkpoin
 
     def settled(**settings) -> tuple[str, list[float | None]]:
         ours = load_model(tiny_checkpoints["llama"], PartInferConfig(**(ask | settings)))
-        return ours.settings.token_count, [layer.prior.threshold for layer in ours.state.layers]
+        return ours.settings.token_count, [layer.selection.prior.threshold for layer in ours.state.layers]
 
     assert settled() == ("exact", [None] * 4)  # a fit of before there were thresholds
     for number, layer in fit.layers.items():

@@ -46,7 +46,7 @@ def test_the_choice_is_that_of_the_formula(seed, tokens, name):
     mean_abs, down = torch.rand(LOADED, generator=generator), torch.randn(LOADED, HIDDEN, generator=generator)
     places = torch.randperm(30, generator=generator)[:LOADED]
     plan = LayerPlan(torch.arange(LOADED), BASE, COMPUTED, places)
-    evidence = EVIDENCE[name](plan, Prior(mean_abs), down, 0.2, torch.device("cpu"))
+    evidence = EVIDENCE[name](plan, Prior(mean_abs), down, torch.device("cpu"), 0.2)
     for part in h.split(2):  # evidence may come in pieces
         evidence.observe(part)
     norms = [math.sqrt(sum(v * v for v in row)) for row in down.double().tolist()]
@@ -58,7 +58,7 @@ def test_the_choice_is_that_of_the_formula(seed, tokens, name):
 def test_a_long_prompt_outweighs_the_prior():
     plan = LayerPlan(torch.arange(2), 0, 1, torch.arange(2))
     for tokens, expected in ((10, 0), (1000, 1)):
-        evidence = EVIDENCE["blend"](plan, Prior(torch.tensor([1.0, 0.0])), torch.eye(2), 0.2, torch.device("cpu"))
+        evidence = EVIDENCE["blend"](plan, Prior(torch.tensor([1.0, 0.0])), torch.eye(2), torch.device("cpu"), 0.2)
         evidence.observe(torch.tensor([[0.0, 1.0]]).expand(tokens, 2))
         assert evidence.choose().tolist() == [expected]
 
@@ -93,6 +93,6 @@ def test_statistics_reach_the_layers(tiny_checkpoints):
     settings = PartInferConfig(selection="blend", start_num=1, end_num=4, dtype="float32", device="cpu")
     ours = load_model(tiny_checkpoints["llama"], settings, neurons)
     for (layer, plan), module in zip(ours.plan.layers.items(), ours.state.layers, strict=True):
-        assert torch.equal(module.prior.mean_abs, neurons.statistics["mean_abs"][layer][plan.neurons])
-        norms = module.prior.down_norm(module.down)
-        assert torch.allclose(norms, module.down.norm(dim=1))
+        assert torch.equal(module.selection.prior.mean_abs, neurons.statistics["mean_abs"][layer][plan.neurons])
+        norms = module.selection.prior.down_norm(module.rows.down)
+        assert torch.allclose(norms, module.rows.down.norm(dim=1))

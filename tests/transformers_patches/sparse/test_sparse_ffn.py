@@ -21,7 +21,7 @@ from tests.transformers_patches.model_passes import (
 )
 from transformers_patches.config import PartInferConfig
 from transformers_patches.load.loader import load_model
-from transformers_patches.sparse.sparse_ffn import SparseFFN
+from transformers_patches.sparse.neuron_rows import NeuronRows
 
 # sequences of these lengths, padded on one side to the longest
 LENGTHS = {"one sequence": [7], "left": [7, 3, 1], "right": [5, 9, 2], "one token": [1]}
@@ -162,7 +162,7 @@ def moved_rows(monkeypatch):
         moved.append(len(rows["down"]))
         return {name: weights.clone() for name, weights in rows.items()}
 
-    monkeypatch.setattr(SparseFFN, "_on_device", staticmethod(copy))
+    monkeypatch.setattr(NeuronRows, "_on_device", staticmethod(copy))
     return moved
 
 
@@ -198,7 +198,7 @@ def test_with_memory_limit_only_active_neurons_are_moved_once_per_prompt(family,
 def test_cuda_gives_the_logits_of_the_cpu(family, memory_limit, tiny_checkpoints, loaded):
     settings = {"memory_limit": memory_limit, "device": "cuda", "dtype": "float32", "start_num": 1, "end_num": 4}
     ours = load_model(tiny_checkpoints[family], PartInferConfig(**settings), DATASET, MODEL)
-    kinds = {module.down.device.type for module in ours.state.layers}
+    kinds = {module.rows.down.device.type for module in ours.state.layers}
     assert kinds == {"cpu" if memory_limit else "cuda"}
     all_passes = passes(*padded_prompts([5, 2], "left"), [1, 1, 2])
     on_gpu = [(ids.cuda(), {name: value.cuda() for name, value in kwargs.items()}) for ids, kwargs in all_passes]

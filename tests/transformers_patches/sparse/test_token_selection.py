@@ -140,7 +140,7 @@ def test_a_threshold_keeps_the_count_on_average_over_the_prompt(family, loaded):
     layer(x)
     result = layer.selection.decode(x)
     assert result.computed == kept * 40
-    assert result.rows == LOADED * 40 + kept * 40 * (layer.matrices - 1)
+    assert result.rows == LOADED * 40 + kept * 40 * (layer.rows.matrices - 1)
     each = [layer.selection.decode(x[:, t : t + 1]) for t in range(40)]
     assert sum(one.computed for one in each) == kept * 40
     assert len({one.computed for one in each}) > 1
@@ -164,7 +164,7 @@ def test_the_threshold_of_a_fit_is_blended_with_that_of_the_prompt(tokens, loade
     layer, x = ours.state.layers[0], torch.randn(1, tokens, HIDDEN, generator=torch.Generator().manual_seed(1))
 
     def threshold(known: float | None) -> float | None:
-        layer.reset(), setattr(layer.prior, "threshold", known)
+        layer.reset(), setattr(layer.selection.prior, "threshold", known)
         ours.state.begin_pass(1, tokens, 0, None)
         layer(x)
         return layer.selection.thresholds[0]

@@ -88,8 +88,8 @@ def test_a_mapped_pack_is_the_model(huge, native, tiny_checkpoints, tmp_path, fa
     assert torch.equal(logits(mapped), logits(read))
     assert mapped.report.bytes_read == read.report.bytes_read
     for ours, theirs in zip(mapped.state.layers, read.state.layers, strict=True):
-        for name in ours.paired_names:  # rows take turns in the file, too
-            ours_weight, theirs_weight = getattr(ours, name), getattr(theirs, name)
+        for name in ours.rows.paired_names:  # rows take turns in the file, too
+            ours_weight, theirs_weight = getattr(ours.rows, name), getattr(theirs.rows, name)
             if dtype == "bfloat16":
                 assert ours_weight.stride() == theirs_weight.stride() == (2 * ours_weight.shape[1], 1)
 
@@ -123,7 +123,7 @@ def test_rows_that_a_fit_changes_do_not_stay_in_the_file(huge, native, tiny_chec
     assert packed.settings.compensation == "refit"
     names = mapped_names(packed, tmp_path)
     sparse = [name for name in packed.model.state_dict() if name.startswith("model.layers.2.mlp.")]
-    assert {name for name in sparse if name in names} == {"model.layers.2.mlp.up"}
+    assert {name for name in sparse if name in names} == {"model.layers.2.mlp.rows.up"}
     partial = load_model(
         tiny_checkpoints["llama"],
         settings(dtype="bfloat16", dataset_neurons_filepath=str(tmp_path / "neurons.safetensors")),

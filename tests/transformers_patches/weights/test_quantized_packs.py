@@ -79,9 +79,9 @@ def test_packs_from_before_column_scales_have_none(packs, tmp_path):
     description.write_text(json.dumps(json.loads(description.read_text()) | {"version": 4}))
     old, new = (load_model(path, settings()) for path in (folder, packs("llama", "int8")))
     for before, after in zip(old.state.layers, new.state.layers, strict=True):
-        assert torch.equal(before.down.packed.data, after.down.packed.data)
-        assert torch.equal(before.down.packed.column_scales, torch.ones(HIDDEN))
-        assert not torch.equal(after.down.packed.column_scales, torch.ones(HIDDEN))
+        assert torch.equal(before.rows.down.packed.data, after.rows.down.packed.data)
+        assert torch.equal(before.rows.down.packed.column_scales, torch.ones(HIDDEN))
+        assert not torch.equal(after.rows.down.packed.column_scales, torch.ones(HIDDEN))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,7 +33,7 @@ def test_gate_and_down_take_turns_where_tokens_choose_by_up(tiny_checkpoints, dt
         loaded[kernels] = load_model(tiny_checkpoints["llama"], settings, random_neuron_file(1))
     for ours, theirs in zip(loaded["native"].state.layers, loaded["torch"].state.layers, strict=True):
         for name in names:
-            held, expected = ours.weight(name), theirs.weight(name)
+            held, expected = ours.rows.weight(name), theirs.rows.weight(name)
             parts = (
                 [(held, expected)]
                 if dtype == "float32"

@@ -1,4 +1,4 @@
-"""Selection: the counts and the choice against the formula in plain Python."""
+"""Core neurons of a prompt: the counts and the choice against the formula in plain Python."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from tests.transformers_patches.masked_reference import naive_core_counts, naive_selection
 from transformers_patches.kernels import core_counts
 from transformers_patches.plan.load_plan import LayerPlan
-from transformers_patches.sparse.selection import select_active
+from transformers_patches.sparse.prompt_evidence import most_counted
 
 
 def distinct_activations(seed: int, tokens: int, neurons: int, positive: float) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_the_choice_is_the_naive_one(data, size, method):
         torch.tensor(neurons), base_count, computed, torch.tensor([base_ranking.index(n) for n in neurons])
     )
 
-    chosen = select_active(torch.tensor(counts), plan)
+    chosen = most_counted(torch.tensor(counts), plan)
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert len(chosen) == computed - base_count
     selected = set(plan.neurons[:base_count].tolist()) | set(plan.neurons[chosen].tolist())
@@ -81,4 +81,4 @@ def test_the_choice_is_the_naive_one(data, size, method):
 
 def test_a_prompt_that_marks_nothing_gets_the_best_of_the_base_ranking():
     plan = LayerPlan(torch.tensor([9, 5, 0, 7, 2]), 1, 3, torch.tensor([0, 4, 1, 3, 2]))
-    assert select_active(torch.zeros(5, dtype=torch.int64), plan).tolist() == [2, 4]
+    assert most_counted(torch.zeros(5, dtype=torch.int64), plan).tolist() == [2, 4]

@@ -15,7 +15,7 @@ from transformers_patches.families import family_of
 from transformers_patches.load.loader import LoadedModel, load_model, read_config
 from transformers_patches.neurons.lookup import NEURON_FILES, find_neuron_files
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.weights.gguf_config import is_gguf
+from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.model_files import model_name
 from transformers_patches.weights.pack_description import is_pack
 

@@ -33,7 +33,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import LoadedModel, load_model, read_config, resolve_device
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.weights.gguf_config import is_gguf
+from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.model_files import load_tokenizer
 
 logger = logging.getLogger(__name__)

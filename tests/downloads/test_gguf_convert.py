@@ -45,7 +45,7 @@ def test_folder_is_standard(converted):
     assert config["rms_norm_eps"] == 1e-5
     assert config["tie_word_embeddings"] is True
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert (generation["eos_token_id"], generation["pad_token_id"]) == (2, 2)
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == ([2, 0], 2)  # <|endoftext|> ends an answer, too
 
 
 def test_tokenizer(converted):

@@ -36,8 +36,8 @@ from transformers_patches.plan.load_plan import LoadPlan, build_load_plan
 from transformers_patches.plan.resolve import find_fit, resolve_settings
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.sparse.request import RequestState
-from transformers_patches.weights.gguf import apply_rope_factors
-from transformers_patches.weights.gguf_config import gguf_config, is_gguf
+from transformers_patches.weights.gguf_config import gguf_config
+from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.memory import WeightMemory, give_back_freed
 from transformers_patches.weights.model_files import model_name, open_weights
 from transformers_patches.weights.pack import Pack
@@ -147,7 +147,6 @@ def load_model(
             files = weights.neuron_files()
             dataset_neurons, model_neurons = files.get("dataset_neurons"), files.get("model_neurons")
     loaded = load_from(weights, config, settings, dataset_neurons, model_neurons, model_name(folder))
-    apply_rope_factors(loaded.model, weights)
     if (Path(folder) / "generation_config.json").is_file():
         loaded.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return loaded

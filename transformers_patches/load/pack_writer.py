@@ -21,7 +21,8 @@ from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.resolve import find_fit
 from transformers_patches.weights.aligned_file import save_aligned
-from transformers_patches.weights.gguf_config import gguf_tokenizer, is_gguf
+from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
 from transformers_patches.weights.mapped_files import forget
 from transformers_patches.weights.model_files import model_name, open_weights
 from transformers_patches.weights.pack_description import (
@@ -32,7 +33,6 @@ from transformers_patches.weights.pack_description import (
     INDEX,
     LARGEST,
     NEURONS,
-    ROPE_FACTORS,
     VERSION,
     checksum_of,
     is_pack,
@@ -217,9 +217,6 @@ def _fill(folder: Path, source: Path, settings: PartInferConfig, *neurons: Neuro
     plain = replace(settings, device="cpu", memory_limit=False)
     config = read_config(source)
     loaded = load_from(recorder, config, plain, *neurons, model_name(source))
-    factors = recorder.weights.rope_factors()
-    if factors is not None:
-        recorder.keep(ROPE_FACTORS, factors)
     recorder.finish()
     quantized = settings.dtype in kernels.FORMATS
     _save_neurons(folder / NEURONS, neurons, find_fit(settings, *neurons), loaded, quantized=quantized)

@@ -8,22 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from torch import nn
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import gguf_family
+from transformers_patches.families import Family, gguf_family
+from transformers_patches.weights.gguf_file import GGUFFile, StoredTensor, read_gguf
+from transformers_patches.weights.gguf_rope import FACTOR_TENSORS
+from transformers_patches.weights.gguf_schema import Metadata
 from transformers_patches.weights.source import Source, WeightSource
 
+_ATTENTION_INPUTS = ("attn_q", "attn_k", "attn_v")
+_FFN = ("ffn_gate", "ffn_up", "ffn_down")
 VALUES_AT_ONCE = 2**21  # that are unpacked together; they are float32 for a moment
-ROPE_FACTORS = "rope_freqs.weight"  # what rotary frequencies are divided by; no weight of the transformers model
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in the file: its shape as PyTorch has it, and where its rows lie."""
+    """A tensor in the file: its shape as PyTorch has it, and where its rows lie; one that is not there is 0."""
 
+    path: Path | None
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     offset: int
@@ -40,17 +44,8 @@ class _Stored:
         return self.nbytes // self.rows
 
 
-def open_reader(path: Path) -> GGUFReader:
-    """The gguf package's reader; PartInferError if the file is none or damaged."""
-    try:
-        return GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PartInferError(f"{path} can't be read as GGUF (truncated?): {reason}; fetch it again") from None
-
-
 class GGUFCheckpoint(WeightSource):
-    """The tensors of one GGUF file, in any type that the gguf package can unpack (Q8_0, Q4_0, Q4_K, F16, …).
+    """The tensors of one GGUF file and its other parts, in any type that the gguf package can unpack (Q8_0, Q4_K, F16, …).
 
     Reads and unpacks only the rows that are asked for; nothing keeps the file mapped. bytes_read counts packed bytes.
     Raises PartInferError for damaged files and for architectures whose names are not known here.
@@ -60,24 +55,21 @@ class GGUFCheckpoint(WeightSource):
         self.path = Path(path)
         self.source = str(path)
         self.bytes_read = 0
-        reader = open_reader(self.path)
-        name = reader.get_field("general.architecture").contents()
-        try:
-            self._family = gguf_family(name)
-        except PartInferError as error:
-            raise PartInferError(f"{path} can't be read: {error}") from None
+        file = read_gguf(self.path)
+        metadata = Metadata(file)
+        name = metadata.architecture
+        self._family = family_of(metadata)
         self._names = self._family.gguf_names()
-        heads = reader.get_field(f"{name}.attention.head_count").contents()
-        kv_heads = reader.get_field(f"{name}.attention.head_count_kv")
-        self._heads = {"attn_q": heads, "attn_k": kv_heads.contents() if kv_heads else heads}
-        self._tensors: dict[str, _Stored] = {}
-        self._factors: _Stored | None = None
-        for tensor in reader.tensors:
-            stored = self._stored(tensor)
-            if tensor.name == ROPE_FACTORS:
-                self._factors = stored
-            else:
-                self._tensors[self._name(tensor.name)] = stored
+        heads = metadata.integer(f"{name}.attention.head_count", low=1)
+        self._heads = {"attn_q": heads, "attn_k": metadata.integer(f"{name}.attention.head_count_kv", heads, low=1)}
+        self._tensors = {
+            self._name(tensor.name): self._stored(tensor)
+            for tensor in file.tensors.values()
+            if tensor.name not in FACTOR_TENSORS
+        }
+        for tensor in missing_biases(file, name):
+            zero = _Stored(None, tensor.shape, tensor.kind, 0, 0, 0, 0.0)
+            self._tensors[self._name(tensor.name)] = zero
 
     def _name(self, name: str) -> str:
         """The transformers name; an unknown one stays as it is, and the loader finds no place for it."""
@@ -88,18 +80,16 @@ class GGUFCheckpoint(WeightSource):
             return name
         return f"{self._family.layers}.{match[1]}.{place}.{kind}" if match else f"{place}.{kind}"
 
-    def _stored(self, tensor) -> _Stored:
+    def _stored(self, tensor: StoredTensor) -> _Stored:
         projection = re.fullmatch(r"blk\.\d+\.(attn_q|attn_k)\.(weight|bias)", tensor.name)
         heads = self._heads[projection[1]] if projection and self._family.gguf.rotary_pairs else 0
+        if heads and tensor.shape[0] % (2 * heads):
+            raise PartInferError(
+                f"{self.path}: the {tensor.shape[0]} rows of {tensor.name} are no pairs of {heads} heads: fetch it again"
+            )
         norm = tensor.name.endswith("norm.weight")
-        return _Stored(
-            tuple(int(size) for size in reversed(tensor.shape)),
-            tensor.tensor_type,
-            int(tensor.data_offset),
-            int(tensor.n_bytes),
-            heads,
-            -self._family.norm_offset if norm else 0.0,  # the converter adds it to the weights
-        )
+        add = -self._family.norm_offset if norm else 0.0  # the converter adds it to the weights
+        return _Stored(tensor.path, tensor.shape, tensor.kind, tensor.offset, tensor.nbytes, heads, add)
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -115,11 +105,11 @@ class GGUFCheckpoint(WeightSource):
         """Size of all tensors in the file, packed."""
         return sum(stored.nbytes for stored in self._tensors.values())
 
-    def rope_factors(self) -> torch.Tensor | None:
-        return None if self._factors is None else self._unpack(self._factors, torch.zeros(1, dtype=torch.int64))[0]
-
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         stored = self._tensors[name]
+        if stored.path is None:
+            out.zero_()
+            return
         if len(stored.shape) == 1:
             values = self._unpack(stored, torch.zeros(1, dtype=torch.int64))[0]
             values = values if stored.heads == 0 else values[_places_of_pairs(len(values), stored.heads)]
@@ -145,19 +135,43 @@ class GGUFCheckpoint(WeightSource):
     def _unpack(self, stored: _Stored, rows: torch.Tensor) -> torch.Tensor:
         """float32 [len(rows), columns] of a tensor's rows as they lie in the file."""
         shape = (stored.rows, stored.row_bytes)
-        packed = np.memmap(self.path, dtype=np.uint8, mode="r", offset=stored.offset, shape=shape)[rows.numpy()]
+        packed = np.memmap(stored.path, dtype=np.uint8, mode="r", offset=stored.offset, shape=shape)[rows.numpy()]
         self.bytes_read += packed.nbytes
         values = torch.from_numpy(np.ascontiguousarray(dequantize(np.asarray(packed), stored.kind), dtype=np.float32))
         return values + stored.add if stored.add else values
 
 
-def apply_rope_factors(model: nn.Module, weights: WeightSource) -> None:
-    """Divide the rotary frequencies by the file's factors: Llama 3's scaling, which the file's metadata don't tell."""
-    factors = weights.rope_factors()
-    if factors is not None:
-        rotary = model.model.rotary_emb
-        for frequencies in (rotary.inv_freq, rotary.original_inv_freq):
-            frequencies.div_(factors.to(frequencies.device))
+def family_of(metadata: Metadata) -> Family:
+    """The family of a file's architecture; PartInferError if it is none that can be read."""
+    try:
+        return gguf_family(metadata.architecture[:80])
+    except PartInferError as error:
+        raise PartInferError(f"{metadata.file.path} can't be read: {error}") from None
+
+
+def biased_together(file: GGUFFile, architecture: str) -> list[tuple[str, ...]]:
+    """Groups of a block's projections that have biases in the transformers model: where one has, all of a group have.
+
+    llama.cpp adds those that are there. Qwen 2 has them whatever the file says; gates and their like only in Llamas.
+    """
+    if architecture == "qwen2":
+        return [_ATTENTION_INPUTS]
+    groups = [(*_ATTENTION_INPUTS, "attn_output"), *([_FFN] if architecture == "llama" else [])]
+    biased = {name.split(".")[2] for name in file.tensors if re.fullmatch(r"blk\.\d+\.\w+\.bias", name)}
+    return [group for group in groups if biased & set(group)]
+
+
+def missing_biases(file: GGUFFile, architecture: str) -> list[StoredTensor]:
+    """Biases of `biased_together` that the file lacks, which are 0."""
+    missing = []
+    for group in biased_together(file, architecture):
+        for tensor in file.tensors.values():
+            match = re.fullmatch(r"blk\.\d+\.(\w+)\.weight", tensor.name)
+            bias = tensor.name.removesuffix("weight") + "bias"
+            if match and match[1] in group and bias not in file.tensors:
+                kind = GGMLQuantizationType.F32
+                missing.append(StoredTensor(tensor.path, bias, tensor.shape[:1], kind, 0, 0))
+    return missing
 
 
 def _places_of_pairs(rows: int, heads: int) -> torch.Tensor:

@@ -1,73 +1,199 @@
-"""Config and tokenizer of a GGUF file, as the original model's folder has them."""
+"""The transformers config of a GGUF file: what llama.cpp honours, with llama.cpp's defaults."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
-from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from transformers import AutoConfig, PretrainedConfig
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.weights.gguf import open_reader
+from transformers_patches.families import FAMILIES
+from transformers_patches.weights.gguf import biased_together, family_of
+from transformers_patches.weights.gguf_file import GGUFFile, read_gguf
+from transformers_patches.weights.gguf_rope import FACTOR_TENSORS, gemma_rope_parameters, rope_parameters
+from transformers_patches.weights.gguf_schema import Metadata
+from transformers_patches.weights.gguf_vocabulary import has_vocabulary, read_vocabulary
 
-# GGUF pre-tokenizers that set every digit apart, as the original tokenizer.json of these models does, and that
-# transformers' GGUF reader leaves at plain GPT-2 splitting
-DIGITS_ALONE = ("smollm",)
+GEMMA2_WINDOW, GEMMA2_ATTENTION_SOFTCAP, GEMMA2_LOGIT_SOFTCAP = 4096, 50.0, 30.0  # where a file does not say
+WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6}  # of so many layers the last one sees everything
+LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of those that scale attention by H / heads, the 27B ones
 _QUANTIZATION = re.compile(r"[-._](?:Q\d+(?:_[0-9A-Z]+)*|IQ\d+_\w+|F16|BF16|F32)$", re.IGNORECASE)
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a checkpoint is one GGUF file."""
-    return Path(path).suffix.lower() == ".gguf"
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def gguf_model_name(path: str | Path) -> str:
     """The file's name without its ending and type: SmolLM2-135M-Instruct of SmolLM2-135M-Instruct-Q4_K_M.gguf."""
-    return _QUANTIZATION.sub("", Path(path).stem)
+    name = Path(path).name
+    name = name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
+    return _QUANTIZATION.sub("", _PART.sub("", name))
 
 
 def gguf_config(path: Path) -> PretrainedConfig:
-    """The transformers config that the file's metadata stand for. PartInferError if transformers can't read them."""
-    if not path.is_file():
-        raise PartInferError(f"no model at {path}: fetch one with python download.py")
-    reader = open_reader(path)  # damaged: said in one line
+    """The transformers config that the file's metadata stand for.
+
+    Raises PartInferError if the file is damaged, of another architecture, or sets what can't be followed; and if its sizes
+    are not those of its tensors, so that nothing is built that does not fit into the file.
+    """
+    file = read_gguf(path)
+    metadata = Metadata(file)
+    family = family_of(metadata)
+    metadata.check_keys()
+    fields = _sizes(metadata)
+    _check_sizes(file, fields)
+    rope = rope_parameters(metadata, fields["head_dim"], _rope_factors(file))
+    fields |= _biases(file, metadata.architecture) | _token_ids(metadata, fields["vocab_size"])
+    if metadata.architecture in WINDOW_PATTERNS:
+        fields |= _gemma(metadata, fields) | {"rope_parameters": gemma_rope_parameters(metadata, rope)}
+    else:
+        fields["rope_parameters"] = rope
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise PartInferError(f"{path} can't be used: {str(error).splitlines()[0]}") from None
-    vars(config).pop("_name_or_path", None)
-    shortest_floats(config)
-    head_dim = reader.get_field(f"{reader.get_field('general.architecture').contents()}.attention.key_length")
-    if head_dim is not None:  # transformers does not take it from the files of every architecture
-        config.head_dim = head_dim.contents()
-    config.dtype = _float_type(reader)
+        model_type = next(name for name, known in FAMILIES.items() if known is family)
+        config = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # of transformers' own checks, whatever their type
+        raise PartInferError(f"{path} can't be used: {' '.join(str(error).split())[:200]}") from None
+    config.dtype = _float_type(file)
     return config
 
 
-def _float_type(reader: GGUFReader) -> torch.dtype:
+def _sizes(metadata: Metadata) -> dict[str, Any]:
+    key, file = metadata.of_model, metadata.file
+    embeddings = file.tensors.get("token_embd.weight")
+    if embeddings is None or len(embeddings.shape) != 2:
+        raise PartInferError(f"{file.path} has no token_embd.weight: it is damaged, or no language model")
+    for name in ("expert_count", "expert_used_count"):
+        if metadata.integer(key(name), 0):
+            raise PartInferError(
+                f"{file.path} is a mixture of experts ({key(name)}), which can't be read from GGUF files"
+            )
+    if not metadata.flag(key("attention.causal"), True):
+        raise PartInferError(f"{file.path} does not generate text: its attention is not causal")
+    hidden = metadata.integer(key("embedding_length"), low=1)
+    heads = metadata.integer(key("attention.head_count"), low=1)
+    kv_heads = metadata.integer(key("attention.head_count_kv"), heads, low=1)
+    head_dim = metadata.integer(key("attention.key_length"), hidden // heads, low=1)
+    if (
+        metadata.integer(key("attention.value_length"), head_dim if head_dim * heads == hidden else hidden // heads)
+        != head_dim
+    ):
+        raise PartInferError(f"{file.path} has values of another length than keys, which can't be computed")
+    if heads % kv_heads or head_dim % 2:
+        raise PartInferError(
+            f"{file.path} has {heads} heads of {head_dim} dimensions, {kv_heads} of keys: expected an even number of "
+            "dimensions, and as many heads for each of the keys"
+        )
+    return {
+        "vocab_size": embeddings.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": metadata.integer(key("feed_forward_length"), low=1),
+        "num_hidden_layers": metadata.integer(key("block_count"), low=1),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": metadata.integer(key("context_length"), low=1),
+        "rms_norm_eps": metadata.number(key("attention.layer_norm_rms_epsilon")),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+
+
+def _check_sizes(file: GGUFFile, fields: dict[str, Any]) -> None:
+    """Raise PartInferError unless the tensors are those of the layers and sizes that the metadata tell."""
+    layers = {int(match[1]) for name in file.tensors if (match := re.match(r"blk\.(\d{1,6})\.", name))}
+    if layers != set(range(len(layers))) or len(layers) != fields["num_hidden_layers"]:
+        raise PartInferError(
+            f"{file.path} has tensors of {len(layers)} layers, but block_count {fields['num_hidden_layers']}: fetch it again"
+        )
+    hidden, head_dim = fields["hidden_size"], fields["head_dim"]
+    expected = {
+        "token_embd": (fields["vocab_size"], hidden),
+        "blk.0.attn_q": (fields["num_attention_heads"] * head_dim, hidden),
+        "blk.0.attn_k": (fields["num_key_value_heads"] * head_dim, hidden),
+        "blk.0.attn_v": (fields["num_key_value_heads"] * head_dim, hidden),
+        "blk.0.ffn_up": (fields["intermediate_size"], hidden),
+    }
+    for name, shape in expected.items():
+        stored = file.tensors.get(f"{name}.weight")
+        if stored is None or stored.shape != shape:
+            given = "is not there" if stored is None else f"is {list(stored.shape)}"
+            raise PartInferError(
+                f"{file.path}: {name}.weight {given}, but the metadata mean {list(shape)}: fetch it again"
+            )
+
+
+def _rope_factors(file: GGUFFile) -> dict[str, np.ndarray]:
+    found = {}
+    for name in FACTOR_TENSORS:
+        if name in file.tensors:
+            stored = file.tensors[name]
+            packed = np.fromfile(stored.path, dtype=np.uint8, count=stored.nbytes, offset=stored.offset)
+            found[name] = dequantize(packed.reshape(1, -1), stored.kind).reshape(-1).astype(np.float32)
+    return found
+
+
+def _biases(file: GGUFFile, architecture: str) -> dict[str, bool]:
+    """Whether attention and FFNs have biases, where a config says that."""
+    biased = {name for group in biased_together(file, architecture) for name in group}
+    fields = {} if architecture == "qwen2" else {"attention_bias": "attn_q" in biased}
+    return fields | ({"mlp_bias": "ffn_up" in biased} if architecture == "llama" else {})
+
+
+def _token_ids(metadata: Metadata, rows: int) -> dict[str, Any]:
+    if not has_vocabulary(metadata):
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    vocabulary = read_vocabulary(metadata)
+    if len(vocabulary.tokens) != rows:
+        raise PartInferError(
+            f"{metadata.file.path} has {len(vocabulary.tokens)} tokens, but embeddings of {rows}: fetch it again"
+        )
+    ends = vocabulary.ends
+    return {
+        "bos_token_id": vocabulary.bos,
+        "eos_token_id": (ends if len(ends) > 1 else ends[0]) if ends else None,
+        "pad_token_id": vocabulary.named.get("pad"),
+    }
+
+
+def _gemma(metadata: Metadata, fields: dict[str, Any]) -> dict[str, Any]:
+    """Attention scale, windows and softcaps of Gemma 2 and 3. The scale is not in the file: llama.cpp knows the largest models."""
+    key, layers = metadata.of_model, fields["num_hidden_layers"]
+    second = metadata.architecture == "gemma2"
+    window = metadata.integer(key("attention.sliding_window"), GEMMA2_WINDOW if second else 0)
+    largest = LARGEST_GEMMA[metadata.architecture] == layers
+    softcap = metadata.number(key("final_logit_softcapping"), GEMMA2_LOGIT_SOFTCAP if second else 0.0)
+    found = {
+        "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"]
+        if largest
+        else fields["head_dim"],
+        "final_logit_softcapping": softcap or None,
+        "layer_types": _layer_types(metadata, layers, window),
+        "sliding_window": window or None,
+    }
+    if second:
+        attention = metadata.number(key("attn_logit_softcapping"), GEMMA2_ATTENTION_SOFTCAP)
+        if not attention or not softcap:
+            raise PartInferError(f"{metadata.file.path}: the softcaps of Gemma 2 must be above 0: fetch it again")
+        found["attn_logit_softcapping"] = attention
+    return found
+
+
+def _layer_types(metadata: Metadata, layers: int, window: int) -> list[str]:
+    key = metadata.of_model("attention.sliding_window_pattern")
+    given = metadata.file.metadata.get(key) if metadata.has(key) else None
+    if isinstance(given, np.ndarray):
+        windowed = [bool(value) for value in metadata.numbers(key, layers)[:layers]]
+    else:
+        period = metadata.integer(key, WINDOW_PATTERNS[metadata.architecture])
+        windowed = [period == 0 or layer % period < period - 1 for layer in range(layers)]
+    return ["sliding_attention" if window and here else "full_attention" for here in windowed]
+
+
+def _float_type(file: GGUFFile) -> torch.dtype:
     """The type that the file's matrices have, bfloat16 where they are quantised."""
-    types = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
+    types = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
     plain = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
     return plain.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
-
-
-def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The file's tokenizer and chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    kind = open_reader(path).get_field("tokenizer.ggml.pre")
-    if kind and kind.contents() in DIGITS_ALONE:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    return tokenizer
-
-
-def shortest_floats(config: PretrainedConfig) -> None:
-    """GGUF keeps numbers in float32: 9.999999747378752e-06 was 1e-05 in the original config."""
-    for name, value in vars(config).items():
-        if isinstance(value, float):
-            setattr(config, name, float(str(np.float32(value))))

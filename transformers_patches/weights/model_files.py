@@ -8,7 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf import GGUFCheckpoint
-from transformers_patches.weights.gguf_config import gguf_model_name, gguf_tokenizer, is_gguf
+from transformers_patches.weights.gguf_config import gguf_model_name
+from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
 from transformers_patches.weights.pack import Pack
 from transformers_patches.weights.pack_description import is_pack
 from transformers_patches.weights.safetensors_folder import Checkpoint
@@ -27,6 +29,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if is_gguf(path):
             return gguf_tokenizer(Path(path))
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except PartInferError:
+        raise
     except (OSError, ValueError) as error:
         raise PartInferError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from None
 

@@ -46,6 +46,10 @@ class Pack(Checkpoint):
         ]  # shapes of weights that the fit file has, or that are tied
         self._neurons: dict[int, torch.Tensor] = {}
         self._mapped = MappedFiles()
+        if ROPE_FACTORS in self._files:
+            raise PartInferError(
+                f"{self.source} is an earlier version's, without the RoPE scaling in its config: pack again"
+            )
 
     def with_own_type(self, settings: PartInferConfig) -> PartInferConfig:
         """The settings with the pack's types in place of `auto`. PartInferError if they ask for other types than it is quantised to."""
@@ -85,13 +89,6 @@ class Pack(Checkpoint):
     def total_bytes(self) -> int:
         """Size of the whole checkpoint."""
         return self._description["bytes_dense"]
-
-    def rope_factors(self) -> torch.Tensor | None:
-        if ROPE_FACTORS not in self._files:
-            return None
-        factors = torch.empty(super().shape(ROPE_FACTORS))
-        self.read_into(ROPE_FACTORS, factors)
-        return factors
 
     def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
         name, entry = source.name, self._packed.get(source.name)

@@ -30,7 +30,7 @@ from transformers_patches.weights.source import WeightedSum
 
 FORMAT, VERSION, READABLE = "partinfer-pack", 6, (1, 2, 3, 4, 5, 6)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
-ROPE_FACTORS = "rope_factors"
+ROPE_FACTORS = "rope_factors"  # a tensor of packs whose config did not tell the scaling
 COLUMN_SCALES, LARGEST = "column_scales", "largest"
 ADDED = (  # how the names of tensors begin that are not weights of the checkpoint under their own name
     *("packed.", "data.", "scales.", f"{COLUMN_SCALES}.", f"{LARGEST}.", "left_out.", "neurons."),

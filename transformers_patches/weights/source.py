@@ -102,10 +102,6 @@ class WeightSource(ABC):
         """
         return None
 
-    def rope_factors(self) -> torch.Tensor | None:
-        """float32 [head_dim / 2], divisors of the rotary frequencies; None if these are as the config says."""
-        return None
-
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
         """Read weights one after the other, and quantise those that go into quantised memory.
 

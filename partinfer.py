@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--cpu_only", action="store_true", help="the same as --device cpu")
     model.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice)")
     PartInferConfig.add_arguments(parser)
+    cli.add_gguf_arguments(parser)
     add("--mask_filepath", metavar="FILE", help="write the load plan that was used, as JSON")
     task = parser.add_argument_group("what to do")
     task.add_argument("--function", choices=FUNCTIONS, default="normal", help="pack writes --output")

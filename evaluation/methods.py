@@ -6,6 +6,7 @@ import argparse
 import itertools
 from dataclasses import dataclass, replace
 
+from transformers_patches.cli import add_gguf_arguments
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 
@@ -97,6 +98,7 @@ def add_method_arguments(
     for name in SWEPT_NAMES:
         group.add_argument(f"--{name}", type=lambda text: text.split(","), help=fields[name].metadata["help"])
     PartInferConfig.add_arguments(parser, skip=("method", *SWEPT, *SWEPT_NAMES))
+    add_gguf_arguments(parser)
 
 
 def _fractions(text: str) -> list[float]:

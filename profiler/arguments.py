@@ -7,6 +7,7 @@ from pathlib import Path
 
 from profiler.templates import TASK_TYPES
 from profiler.texts import BUILTIN, HUB_DATASETS, SELF, ResolvedSource, TextSource
+from transformers_patches.cli import add_gguf_arguments
 from transformers_patches.config import FLOAT_DTYPES
 from transformers_patches.errors import PartInferError
 
@@ -40,6 +41,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
+    add_gguf_arguments(model)
     model.add_argument(
         "--dtype", choices=FLOAT_DTYPES, default="auto", help="of the weights; auto: as the checkpoint says"
     )

@@ -13,6 +13,8 @@ import yaml
 from transformers_patches.errors import PartInferError
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+IGNORE_FLAG = "--ignore_gguf_key"
+IGNORED_GGUF_KEYS: set[str] = set()  # of this process: what is read without them does not depend on who reads it
 
 
 def wait_briefly() -> None:
@@ -39,6 +41,22 @@ def run(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
+
+
+class _IgnoreKey(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        IGNORED_GGUF_KEYS.add(values)
+
+
+def add_gguf_arguments(parser: argparse._ActionsContainer) -> None:
+    """The flag of every script that reads models for keys of GGUF files that are not understood."""
+    parser.add_argument(
+        IGNORE_FLAG,
+        action=_IgnoreKey,
+        metavar="KEY",
+        default=argparse.SUPPRESS,
+        help="read a GGUF file as if it did not have this metadata key; may be given several times",
+    )
 
 
 def parse_with_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ import torch
 from profiler.arguments import DEMO_MODEL
 from profiler.commands.run import NEURON_FILES
 from profiler.placement import checkpoint_fingerprint
+from transformers_patches.cli import add_gguf_arguments
 from transformers_patches.families import family_of
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.model_files import model_name
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
+    add_gguf_arguments(parser)
     parser.add_argument("--output", type=Path, help="neuron file (neuron_files/<model>/random.safetensors)")
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other permutations (0)")
 

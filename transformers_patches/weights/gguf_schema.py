@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
 import numpy as np
 
+from transformers_patches.cli import IGNORE_FLAG, IGNORED_GGUF_KEYS
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf_file import GGUFFile
 
-IGNORE_FLAG = "--ignore_gguf_key"
-_IGNORED: set[str] = set()  # of this process: a key's meaning does not depend on who reads it
 _REQUIRED = object()
 
 # What is read, without the architecture's name in front
@@ -100,7 +98,7 @@ class Metadata:
         return f"{self.architecture}.{name}"
 
     def has(self, key: str) -> bool:
-        return key in self.file.metadata and key not in _IGNORED
+        return key in self.file.metadata and key not in IGNORED_GGUF_KEYS
 
     def _value(self, key: str, default: Any) -> Any:
         if self.has(key):
@@ -167,7 +165,7 @@ class Metadata:
                 known = rest in _TOKENIZER | _TOKENIZER_HARMLESS or key.startswith(_TEMPLATE)
             else:
                 known = not (".rope." in key or ".attention." in key or key.startswith("general.tensor_extra"))
-            if not known and key not in _IGNORED:
+            if not known and key not in IGNORED_GGUF_KEYS:
                 raise PartInferError(
                     f"{self.file.path} sets {key[:120]}, which is not understood and could change the output: "
                     f"{IGNORE_FLAG} {key[:120]} goes on without it"
@@ -183,26 +181,3 @@ def named_templates(metadata: Metadata) -> dict[str, str]:
     """The chat templates beside the default one, by name."""
     keys = [key for key in metadata.file.metadata if key.startswith(_TEMPLATE)]
     return {key.removeprefix(_TEMPLATE): metadata.text(key) for key in keys if metadata.has(key)}
-
-
-def ignore_gguf_key(key: str) -> None:
-    """Go on as if no GGUF file that this process reads had the key."""
-    _IGNORED.add(key)
-
-
-class IgnoreKey(argparse.Action):
-    """The flag's action; may be given several times."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        ignore_gguf_key(values)
-
-
-def add_ignore_flag(parser: argparse._ActionsContainer) -> None:
-    """--ignore_gguf_key for a script that loads models."""
-    parser.add_argument(
-        IGNORE_FLAG,
-        action=IgnoreKey,
-        metavar="KEY",
-        default=argparse.SUPPRESS,
-        help="a key of a GGUF file's metadata to read the file without; may be given several times",
-    )

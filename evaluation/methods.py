@@ -13,12 +13,12 @@ from transformers_patches.errors import PartInferError
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the comparison: what computes, whether neurons are left out, by which ranking, and what is preset."""
+    """A method of the comparison."""
 
-    compute: str
-    partial: bool = False
-    random: bool = False
-    preset: tuple[tuple[str, str], ...] = ()
+    compute: str  # PartInferConfig's `method`
+    partial: bool = False  # whether only a part of the neurons is loaded
+    random: bool = False  # whether a random ranking chooses that part
+    preset: tuple[tuple[str, str], ...] = ()  # settings that define the method
 
 
 # PartInfer as it was published.
@@ -48,11 +48,11 @@ SWEPT_NAMES = {"selection": "selection", "compensation": "compensation"}
 
 @dataclass(frozen=True)
 class Configuration:
-    """One point of the grid: `label` names it in tables, `settings` is what the model is loaded with."""
+    """One point of the grid."""
 
-    label: str
+    label: str  # its name in tables
     method: str
-    settings: PartInferConfig
+    settings: PartInferConfig  # what the model is loaded with
 
     @property
     def folder_name(self) -> str:

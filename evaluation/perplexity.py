@@ -1,4 +1,4 @@
-"""Negative log-likelihood, KL divergence and top-1 agreement of methods on the same examples."""
+"""Negative log-likelihood, KL divergence and top-1 agreement of several methods on the same examples."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import LoadedModel
 
 COLUMNS = ("nll", "tokens", "kl", "agreement")
-_BLOCK = 16  # tokens whose distributions are in memory in float32
+_BLOCK = 16  # tokens whose float32 distributions are in memory at a time
 
 
 class DenseLogits:
-    """The dense model's logits of every example, in a temporary folder, in the type they were computed in.
+    """The dense model's logits of every example, as files in a temporary folder, in the type they were computed in.
 
-    Files, so that one model at a time is in memory, whatever the number of examples.
+    With files, only one model is in memory at a time, however many examples there are.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def check_space(self, examples: list[Example], vocabulary: int, bytes_each: int) -> None:
-        """PartInferError unless the folder's disk takes the logits of all examples."""
+        """Raise PartInferError if the folder's disk has no room for the logits of all examples."""
         needed = sum(len(example.target) for example in examples) * vocabulary * bytes_each
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -54,7 +54,7 @@ class DenseLogits:
 
 @contextmanager
 def dense_logits() -> Iterator[DenseLogits]:
-    """A place for the dense model's logits, removed at the end."""
+    """A temporary place for the dense model's logits."""
     with tempfile.TemporaryDirectory(prefix="partinfer-dense-") as folder:
         yield DenseLogits(Path(folder))
 
@@ -62,11 +62,11 @@ def dense_logits() -> Iterator[DenseLogits]:
 def score_examples(
     loaded: LoadedModel, examples: list[Example], batch_size: int | None, dense: DenseLogits | None, *, is_dense: bool
 ) -> dict[str, np.ndarray]:
-    """Sums over each example's scored tokens, float64 [examples], by the names of COLUMNS.
+    """Sums over each example's scored tokens: float64 [examples] for each name in COLUMNS.
 
-    batch_size: examples that are scored together, in one pass; None scores one example after the other, token by token,
-    as decoding computes. dense: where the dense logits are, or are put if is_dense; None leaves `kl` and `agreement`
-    not-a-number.
+    batch_size: how many examples to score together, in one pass; None: one example at a time, token by token, as
+        decoding computes
+    dense: the dense model's logits, written if is_dense, else read; None: `kl` and `agreement` are NaN
     """
     table = {name: np.full(len(examples), np.nan) for name in COLUMNS}
     if is_dense and dense is not None:
@@ -86,7 +86,7 @@ def score_examples(
 def _logits(
     model: PreTrainedModel, examples: list[Example], batch_size: int | None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, logits [T, V] of the target) of each example."""
+    """For each example, its index and the logits [T, V] of its target."""
     if batch_size is None:
         for index, example in enumerate(examples):
             yield index, decoded_logits(model, example.context, example.target)
@@ -122,7 +122,8 @@ def result_row(
 ) -> dict:
     """One row of the result: means per scored token, each with its 95 % interval as `<name>_ci`.
 
-    dense: the dense model's table; same: the table of the same settings in another type, for perplexity_ratio.
+    dense: the dense model's table
+    same: the table of the same settings in the first type of weights, for perplexity_ratio
     """
     settings, tokens = configuration.settings, table["tokens"]
     row = {

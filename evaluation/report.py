@@ -78,7 +78,7 @@ def _of(rows: list[dict], model: str) -> list[dict]:
 
 
 def _write_figures(rows: dict[str, list[dict]], out: Path) -> list[tuple[str, str]]:
-    """(model, file name) of the figures that the rows allow."""
+    """Draw the figures that the rows allow. Returns (model, file name) of each."""
     from evaluation.report_figures import relative_scores, trade_off
 
     written = []
@@ -99,7 +99,7 @@ def _write_figures(rows: dict[str, list[dict]], out: Path) -> list[tuple[str, st
 
 
 def _markdown(rows: dict[str, list[dict]], figures: list[tuple[str, str]]) -> str:
-    """A section per model: means, tasks, perplexity, figures."""
+    """A section for each model: means, tasks, perplexity, figures."""
     parts = []
     for model in _models(rows):
         tasks, perplexity = _of(rows["tasks"], model), _of(rows["perplexity"], model)

@@ -14,12 +14,15 @@ from transformers_patches.files import atomic_path
 
 _PALETTE = ("black", *matplotlib.color_sequences["tab10"])
 _COLORS = {method: _PALETTE[i % len(_PALETTE)] for i, method in enumerate(METHODS)}
-_MARKERS = "os^Dv"  # of the variants of one method
+_MARKERS = "os^Dv"  # for the variants of one method
 _SIZES = {"loaded_bytes_fraction": "weight bytes in memory", "token_bytes_fraction": "weight bytes read per token"}
 
 
 def relative_scores(rows: list[dict], model: str, path: Path) -> None:
-    """Bars: each task's score over dense, by configuration, with standard errors. rows: of task_rows, of one model."""
+    """Bars of each task's score relative to dense, by configuration, with standard errors.
+
+    rows: those of task_rows for one model
+    """
     rows = [row for row in rows if row["relative"] is not None and row["configuration"] != "dense"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     configurations = list(dict.fromkeys(row["configuration"] for row in rows))
@@ -43,14 +46,14 @@ def relative_scores(rows: list[dict], model: str, path: Path) -> None:
 
 
 def _relative_error(row: dict) -> float:
-    """The standard error of a score, on the scale of `relative`; that of the dense score is not in it."""
+    """The standard error of a score on the scale of `relative`, without that of the dense score."""
     return row["stderr"] / row["score"] * row["relative"] if row["stderr"] and row["score"] else 0.0
 
 
 def trade_off(rows: list[dict], quality: str, label: str, model: str, path: Path) -> None:
     """Two panels: a quality against the weight bytes in memory, and against those read per token.
 
-    rows: with `method`, `configuration`, the quality, and the fractions of dense bytes.
+    rows: need `method`, `configuration`, the quality, and the fractions of dense bytes
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for panel, (size, name) in zip(panels, _SIZES.items(), strict=True):
@@ -70,7 +73,7 @@ def trade_off(rows: list[dict], quality: str, label: str, model: str, path: Path
 
 
 def _series(row: dict) -> str:
-    """What the points of one line have in common: the configuration without the fractions that were swept."""
+    """The name of a line: the configuration without the fractions that were swept."""
     parts = row["configuration"].split(" ")
     return " ".join(part for part in parts if not part.rpartition("=")[2].replace(".", "", 1).isdigit())
 
@@ -78,6 +81,6 @@ def _series(row: dict) -> str:
 def _save(figure, path: Path) -> None:
     figure.tight_layout()
     with atomic_path(path) as temporary:
-        # without the version of the program, so that the same numbers give the same file
+        # without matplotlib's version, so that the same numbers give the same file
         figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""From task results and perplexities to rows: one score per task and configuration, relative to dense."""
+"""Turns task results and perplexities into rows: one score per task and configuration, relative to dense."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from evaluation.results import read_perplexities, read_results
 from evaluation.tables import number
 from transformers_patches.errors import PartInferError
 
-# The metric that stands for a task is the first of these that it has.
+# A task's score is the first of these metrics that it has.
 _PRIMARY = ("HasAns_f1", "f1", "exact_match", "bleu", "rougeL", "rouge1", "rougeL_max", "acc", "word_perplexity")
 _SETTINGS = ("sparsity", "loaded_neurons_percent")
 _SIZES = {"loaded_bytes_fraction": "weight_bytes_resident", "token_bytes_fraction": "bytes_per_token"}
-# A result is compared with the dense result of the same model, task and options.
+# A result is compared with the dense result for the same model, task and options.
 _SAME = (
     *("limit", "shuffle", "num_fewshot", "seed", "apply_chat_template", "system_instruction", "gen_kwargs"),
     *("max_length", "prefill_tokens", "scored_tokens"),
@@ -31,11 +31,13 @@ PERPLEXITY_COLUMNS = (
 
 
 def task_rows(folder: str | Path, metrics: Sequence[str] = ()) -> list[dict]:
-    """A row per model, task and configuration, with the names of TASK_COLUMNS, methods in the order of METHODS.
+    """A row per model, task and configuration with the columns TASK_COLUMNS, methods in the order of METHODS.
 
-    metrics: preferred to the usual ones where a task has them. relative: score over the dense score, inverted where
-    lower is better; loaded_bytes_fraction, token_bytes_fraction: weight bytes in memory, and read for one token, over
-    dense. None without a dense result of the same sample, or where its score is 0.
+    `relative` is the score divided by the dense score, or the inverse where lower is better. loaded_bytes_fraction and
+    token_bytes_fraction are the weight bytes in memory, and those read for one token, divided by the dense model's. They
+    are None if there is no dense result of the same sample, or if its score is 0.
+
+    metrics: preferred to the usual ones where a task has them
     """
     results = sorted(
         read_results(folder), key=lambda result: (result["model"], result["task"], _place(result["method"]))
@@ -80,12 +82,12 @@ def _task_row(result: dict, dense: dict | None, metrics: Sequence[str]) -> dict:
 
 
 def _decoded(result: dict) -> bool:
-    """Whether a run decoded anything, so that its neurons were counted (answers may all end with their first token)."""
+    """Whether a run decoded anything, so that neurons were counted. Every answer may end with its first token."""
     return result["method"] == "dense" or result["weights"]["decoded_tokens"] > 0
 
 
 def primary_metric(result: dict, preferred: Sequence[str] = ()) -> dict:
-    """The metric row that stands for a task; PartInferError if it has none that is known or preferred."""
+    """The metric row that gives a task's score; PartInferError if it has no known or preferred metric."""
     for name in (*preferred, *_PRIMARY):
         for metric in result["metrics"]:
             if metric["metric"] == name:
@@ -98,9 +100,9 @@ def primary_metric(result: dict, preferred: Sequence[str] = ()) -> dict:
 
 
 def perplexity_rows(folder: str | Path) -> list[dict]:
-    """A row per configuration of each result of evaluate_perplexity.py, with the names of PERPLEXITY_COLUMNS.
+    """A row per configuration of each result of evaluate_perplexity.py, with the columns PERPLEXITY_COLUMNS.
 
-    Configurations that were scored token by token say so.
+    The name of a configuration that was scored token by token says so.
     """
     rows = []
     for result in read_perplexities(folder):
@@ -138,9 +140,7 @@ def by_configuration(rows: list[dict]) -> list[dict]:
 
 
 def mean_relative(rows: list[dict]) -> list[dict]:
-    """Per model and configuration, the mean of `relative` over the tasks that have one, and the mean sizes (of those
-    that were counted).
-    """
+    """For each model and configuration, the mean of `relative` and of the sizes over the tasks that have them."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         if row["relative"] is not None:

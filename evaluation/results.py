@@ -1,4 +1,4 @@
-"""The results folder: results/<model>/<configuration>/<task>.json, each written whole when its run has finished."""
+"""The results folder: results/<model>/<configuration>/<task>.json, each written when its run has finished."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FORMAT = "partinfer-task-result"
 
 
 def result_path(folder: str | Path, model: str, configuration: str, task: str) -> Path:
-    """Where the result of a run belongs; slashes in a task's name are not folders."""
+    """The path of a run's result. Slashes in a task's name do not make folders."""
     return Path(folder) / model / configuration / f"{task.replace('/', '__')}.json"
 
 
@@ -21,7 +21,7 @@ def write_result(path: Path, result: dict) -> None:
 
 
 def is_finished(path: Path, run: dict) -> bool:
-    """Whether a result of the very same run (settings, limit, seed, …) is there."""
+    """Whether there is a result of exactly this run: the same settings, limit, seed and so on."""
     if not path.is_file():
         return False
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def is_finished(path: Path, run: dict) -> bool:
 
 
 def read_results(folder: str | Path) -> list[dict]:
-    """Every task result below a folder, in the order of their paths; PartInferError for damaged files."""
+    """Every task result below a folder, sorted by path. Raises PartInferError for damaged files."""
     return [content for content in _read_all(folder) if content.get("format") == FORMAT]
 
 

@@ -1,4 +1,4 @@
-"""Rows of results as Markdown and CSV."""
+"""Result rows as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(rows: Sequence[dict], columns: Sequence[str]) -> str:
-    """A Markdown table; numbers to three places after the point, with `<name>_ci` in brackets if there."""
+    """A Markdown table. Numbers have three decimals, and `<name>_ci`, if present, follows in brackets."""
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' for _ in columns)}|"]
     for row in rows:
         lines.append(f"| {' | '.join(_cell(row, column) for column in columns)} |")
@@ -31,7 +31,7 @@ def _cell(row: dict, column: str) -> str:
 
 
 def number(value) -> str:
-    """A short text of a value: three digits after the point, - for None."""
+    """A value as a short text: three decimals, `-` for None."""
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,11 +1,11 @@
-"""Which group of tasks, and so which neuron file, an lm-eval task belongs to."""
+"""The group of tasks that an lm-eval task belongs to, which decides its neuron file."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatch
 
-# Task groups of the original, with the offline tasks beside them. Language modelling belongs to none: it takes the
-# model's neuron file.
+# The original's task groups, extended by the offline tasks. Language modelling belongs to none: it uses the model's
+# neuron file.
 _GROUPS = {
     "QA": ("*triviaqa*", "*squad*", "*mlqa*", "*piqa*", "*truthfulqa*"),
     "Summarize": ("*cnn_dailymail*", "*xsum*", "*samsum*"),
@@ -14,5 +14,5 @@ _GROUPS = {
 
 
 def task_type_of(task: str) -> str | None:
-    """QA, Summarize or translate_de_en, as --task_type has them; None for tasks of no group."""
+    """The --task_type of a task: QA, Summarize or translate_de_en; None if it belongs to no group."""
     return next((group for group, patterns in _GROUPS.items() if any(fnmatch(task, p) for p in patterns)), None)

@@ -1,4 +1,4 @@
-"""Runs of lm-eval tasks: which tasks there are, where their data is, one result file per task and configuration."""
+"""Runs lm-eval tasks: finds them and their data, and writes one result file per task and configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers_patches.files import write_text_atomic
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 DATA_DIR_VARIABLE = "PARTINFER_DATA_DIR"
-# What makes two runs the same, beside the settings of the model.
+# Two runs are the same if these agree, and the model's settings.
 _RUN_OPTIONS = (
     "num_fewshot",
     "limit",
@@ -44,7 +44,7 @@ _RUN_OPTIONS = (
 
 
 class TaskRunner:
-    """Runs the tasks that were asked for on one checkpoint. Raises PartInferError for tasks that do not exist."""
+    """Runs the requested tasks on one checkpoint. Raises PartInferError for tasks that do not exist."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.folder, self.arguments = folder, arguments
@@ -57,14 +57,14 @@ class TaskRunner:
             raise PartInferError(f"no folder {data_dir}: --data_dir is where local tasks find their files")
 
     def tasks_by_type(self) -> dict[str | None, list[str]]:
-        """The tasks by the neuron file they take: each group needs one model."""
+        """The tasks grouped by their neuron file. Each group needs one model."""
         groups: dict[str | None, list[str]] = {}
         for task in self.tasks:
             groups.setdefault(self.arguments.task_type or task_type_of(task), []).append(task)
         return groups
 
     def run(self, configuration: Configuration, task_type: str | None, tasks: list[str]) -> list[dict]:
-        """Run tasks on a model loaded once, write their files, and return a row per metric."""
+        """Load the model once, run tasks on it, write their result files, and return a row per metric."""
         model = None
         rows = []
         for task in tasks:
@@ -145,17 +145,15 @@ class TaskRunner:
         return [shared | metric for metric in result["metrics"]]
 
     def _sample(self, task: Task) -> list[int]:
-        """--limit rows of a task, drawn with --seed: neighbours in a data set are often of one subject."""
+        """--limit rows of a task, drawn with --seed, since neighbouring rows are often about one subject."""
         count = len(task.eval_docs)
         wanted = min(count, get_sample_size(task, self.arguments.limit))
         return sorted(random.Random(self.arguments.seed).sample(range(count), wanted))
 
     def _load_task(self, task: str) -> tuple[list, dict[str, Task]]:
-        """The task or group as objects, and the tasks in it by name.
-
-        lm-eval takes relative data files from the current folder.
-        """
+        """The task or group as lm-eval's objects, and the tasks in it by name."""
         try:
+            # lm-eval looks for relative data files in the current folder
             with contextlib.chdir(self.data_dir):
                 found = self.manager.load([task])
         except (OSError, ValueError) as error:  # what datasets raises for missing files, and without a hub
@@ -169,8 +167,8 @@ class TaskRunner:
 
 
 def _find_tasks(names: list[str], include_path: str | None) -> tuple[TaskManager, list[str]]:
-    """The tasks of names and patterns. lm-eval's own thousands are indexed only if they are asked for."""
-    # lm-eval reads a task's file again later, from the folder of the data
+    """The tasks that names and patterns match. The thousands of lm-eval's own are indexed only if needed."""
+    # absolute paths: lm-eval reads a task's file again later, from the folder of the data
     folders = [str(TASKS), *([str(Path(include_path).resolve())] if include_path else [])]
     if include_path and not Path(include_path).is_dir():
         raise PartInferError(f"no folder {include_path}: --include_path is where own task YAMLs are")
@@ -188,7 +186,7 @@ def _find_tasks(names: list[str], include_path: str | None) -> tuple[TaskManager
 
 
 def _metrics(results: dict[str, dict]) -> list[dict]:
-    """lm-eval's `metric,filter` entries as rows."""
+    """The `metric,filter` entries of lm-eval's results as rows."""
     rows = []
     for task, entries in results.items():
         for key, value in entries.items():

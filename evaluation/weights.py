@@ -1,4 +1,4 @@
-"""How many weight bytes a model has loaded and reads for one decoded token, with the neurons that were counted."""
+"""How many weight bytes a model has loaded, and how many it reads for one decoded token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from transformers_patches.sparse.request import RequestLayer
 def weight_counts(loaded: LoadedModel) -> dict:
     """Bytes and fractions of a loaded model.
 
-    ffn_bytes_fraction: share of the sparse layers' FFN bytes read per decoded token, from the rows that decode passes
-    read since the counters were reset; loaded_fraction: share of those layers' neurons that is in memory;
-    weight_bytes_read, weight_bytes_dense: read from disk, and what the whole checkpoint holds; bytes_per_token: weight
-    bytes read for one token, in the resident type (an input embedding that is not also the output is one row, so
-    not counted; of a screened head what decoded tokens read on average).
+    loaded_fraction: share of the sparse layers' neurons that is in memory
+    ffn_bytes_fraction: share of those layers' FFN bytes that a decoded token reads, from the rows that decode passes
+        have read since the counters were reset
+    decoded_tokens, computed_neurons: what the counters have counted
+    weight_bytes_read: bytes read from disk
+    weight_bytes_dense: bytes of the whole checkpoint
+    weight_bytes_resident: bytes in memory
+    bytes_per_token: bytes read for one token. An input embedding that is not also the output layer is left out, since a
+        token reads one row of it. A screened head counts with what decoded tokens read on average.
     """
     layers = loaded.state.layers
     return {
@@ -42,7 +46,7 @@ def _bytes_per_token(loaded: LoadedModel) -> int:
 
 
 def _read_share(layer: RequestLayer) -> float:
-    """Share of a layer's stored rows that decoding a token read on average; 1 if nothing was decoded."""
+    """Share of a layer's stored rows that a decoded token has read on average; 1 if nothing was decoded."""
     if not layer.counters.tokens:
         return 1.0
     rows = layer.counters.rows / layer.counters.tokens

@@ -1,4 +1,4 @@
-"""What perplexity is measured on: windows of a text, or prompts and answers of a question set."""
+"""The examples that perplexity is measured on: windows of a text, or prompts and answers of a question set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers_patches.errors import PartInferError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREFILL_TOKENS, SCORED_TOKENS = 256, 128  # of a window, see ALGORITHM's evaluation semantics
+PREFILL_TOKENS, SCORED_TOKENS = 256, 128  # of a window
 HALVES = ("all", "first", "second")
 _QUESTION = "Question: {question}\nAnswer:"
 _QUESTION_ABOUT = "Context: {context}\nQuestion: {question}\nAnswer:"
@@ -22,30 +22,29 @@ _ANSWER = " {answer}"
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids: `context` is prefilled (all but its last token), `target` is scored. Neither is empty."""
+    """The token ids of one example. Neither part is empty."""
 
-    context: list[int]
-    target: list[int]
+    context: list[int]  # prefilled, except for its last token
+    target: list[int]  # scored
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where examples come from: a file or hub id (`ID` or `ID:CONFIG`), a split, a half, and a sample of it.
+    """Where examples come from.
 
-    limit: at most this many, drawn with `seed`, in the order of the source; None takes all. prefill_tokens,
-    scored_tokens: of a text's windows. Templates are Python format strings over a row's fields; without any, rows
-    with `question` and `answer` get a plain question prompt, and rows with `text` are joined to one text.
+    Templates are Python format strings over a row's fields. Without them, rows with `question` and `answer` get a plain
+    question prompt, and rows with `text` are joined into one text.
     """
 
-    dataset: str
-    split: str = "test"
-    half: str = "all"
-    limit: int | None = None
-    seed: int = 0
-    prefill_tokens: int = PREFILL_TOKENS
-    scored_tokens: int = SCORED_TOKENS
-    prompt_template: str | None = None
-    target_template: str | None = None
+    dataset: str  # a file, or a hub id: ID or ID:CONFIG
+    split: str = "test"  # of a hub data set
+    half: str = "all"  # one of HALVES
+    limit: int | None = None  # take at most this many examples, drawn at random but kept in order; None: all
+    seed: int = 0  # of that draw
+    prefill_tokens: int = PREFILL_TOKENS  # of a window
+    scored_tokens: int = SCORED_TOKENS  # of a window
+    prompt_template: str | None = None  # gives what is prefilled
+    target_template: str | None = None  # gives what is scored
 
     def __post_init__(self) -> None:
         if self.half not in HALVES:
@@ -59,9 +58,9 @@ class Source:
 
 
 def read_examples(source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """The examples of a source; PartInferError if it can't be read or holds none.
+    """The examples of a source. Raises PartInferError if it can't be read or has none.
 
-    max_length: of the model; prompts that exceed it lose their beginning.
+    max_length: the model's; prompts that exceed it lose their beginning
     """
     content = _read(source)
     if isinstance(content, str):
@@ -98,7 +97,7 @@ def _read(source: Source) -> str | list[dict]:
 
 def _read_rows(path: Path) -> list[dict]:
     try:
-        # by "\n" only: texts may contain the other separators of str.splitlines
+        # split at "\n" only: texts may contain the other separators of str.splitlines
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise PartInferError(f"{path} is not JSON lines: {error}") from None
@@ -121,7 +120,7 @@ def _read_hub(source: Source) -> list[dict]:
 
 
 def _text_windows(text: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Windows that follow one another; each begins with the first token that the tokenizer gives every text."""
+    """Consecutive windows. Each begins with the token that the tokenizer puts before every text, if there is one."""
     tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     prefix = _prefix(tokenizer)
     own = source.prefill_tokens - len(prefix)

@@ -1,16 +1,16 @@
-"""The fit of a set of loaded neurons: layer by layer, what stands in for those that are not loaded or not computed.
+"""Fits the loaded neurons of each layer so that they make up for those that are not loaded or not computed.
 
-For one layer, with x what enters its FFN, h~ [L] the activations of the loaded neurons (those that decoding does not
-compute are 0 for decoded tokens, as the selection per token leaves them), D [L, H] their down rows and
-e = FFN(x) - D^T h~, least squares finds M and biases for which
+For one layer, let x be its FFN's input, h~ [L] the activations of the loaded neurons (for decoded tokens 0 where the
+selection per token skips a neuron), D [L, H] their down rows, and e = FFN(x) - D^T h~. Least squares finds M and b that
+minimise
 
     E |e - M^T h~ - b|^2 + ridge |M|^2
 
-is smallest. D + M are the refitted rows, b one bias for prefilled and one for decoded tokens. Inputs x are those that the
-already fitted layers below give, so a layer also learns to answer their errors.
+D + M are the refitted rows; b is one bias for prefilled and one for decoded tokens. The inputs x come from the fitted
+layers below, so each layer also learns to correct their errors.
 
-Tokens count in relation to the size of their hidden states: otherwise the few with massive activations (Sun et al. 2024,
-arXiv 2402.17762), often a text's first, would be all that some layers are fitted to.
+A token's weight depends on the size of its hidden state. Otherwise some layers would be fitted to nothing but the few
+tokens with massive activations, often the first of a text (Sun et al. 2024, arXiv 2402.17762).
 """
 
 from __future__ import annotations
@@ -28,30 +28,24 @@ from transformers_patches.neurons.fit_file import LayerFit
 from transformers_patches.plan.load_plan import candidate_count, kept_count
 from transformers_patches.sparse.token_selection import score_threshold
 
-THRESHOLD_TOKENS = 2048  # decoded tokens, about, whose scores say where a layer's threshold is
-PREFILL, DECODE = 0, 1  # groups of tokens, each with its bias
-SURVEY_TOKENS, SURVEY_TOKENS_PER_NEURON = 8192, 1.5  # enough to choose neurons by; the fit itself takes all tokens
+THRESHOLD_TOKENS = 2048  # about how many decoded tokens determine a layer's threshold
+PREFILL, DECODE = 0, 1  # groups of tokens, each with its own bias
+SURVEY_TOKENS, SURVEY_TOKENS_PER_NEURON = 8192, 1.5  # enough to choose neurons; the fit itself uses all tokens
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What is fitted, and for what use.
+    """What is fitted, and for which use."""
 
-    loaded, sparsity: fractions of a layer's bytes that are loaded and that a decoded token reads; down_rank: store
-    what is added to the rows as a product of that rank, a smaller file (0: whole rows); token_selection: "up", "gate",
-    or None where decoding computes every loaded neuron; ridge: pull towards the original rows, as a share of the mean
-    E[h_i^2].
-    """
-
-    loaded: float
-    sparsity: float
-    down_rank: int = 0
-    token_selection: str | None = "up"
-    ridge: float = 0.03
+    loaded: float  # gamma: fraction of a layer's bytes that is loaded
+    sparsity: float  # phi: fraction of a layer's bytes that a decoded token reads
+    down_rank: int = 0  # store the change of the rows as a product of this rank, for a smaller file; 0: whole rows
+    token_selection: str | None = "up"  # "up", "gate", or None if decoding computes every loaded neuron
+    ridge: float = 0.03  # pull towards the original rows, as a share of the mean E[h_i^2]
 
     @property
     def share(self) -> Share:
-        """Of every layer, unless the budget is spread by layers."""
+        """The share of every layer, unless each has its own."""
         return Share(self.loaded, self.sparsity)
 
     def counts(self, weights: FFNWeights, share: Share) -> Counts:
@@ -68,27 +62,20 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """A layer's fit, and its mean squared output error relative to the mean squared output.
-
-    before: with the original rows and the best biases; after: with what was fitted.
-    """
+    """A layer's fit, and its mean squared output errors relative to the mean squared output."""
 
     fit: LayerFit
-    before: float
-    after: float
+    before: float  # error with the original rows and the best biases
+    after: float  # error with the fit
 
 
 @dataclass(frozen=True)
 class _Survey:
-    """Of all neurons of a layer, over a sample of the batches.
+    """What the choice of neurons needs to know about all neurons of a layer, from a sample of the batches."""
 
-    mean_abs [N], mean |h|; gate_size [N], root of the mean act(gate)^2, None if plain; covariance [N, N] of h, or None;
-    float32, covariance float64.
-    """
-
-    mean_abs: torch.Tensor
-    gate_size: torch.Tensor | None
-    covariance: torch.Tensor | None
+    mean_abs: torch.Tensor  # float32 [N]: mean |h|
+    gate_size: torch.Tensor | None  # float32 [N]: root of the mean act(gate)^2; None if the FFN is plain
+    covariance: torch.Tensor | None  # float64 [N, N]: of h; None if not asked for
 
     @classmethod
     def of(
@@ -124,33 +111,33 @@ class _Survey:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Mean squares of the hidden states that enter a layer: per batch float32 [B*T], and their median."""
+    """Mean squares of the hidden states that enter a layer."""
 
-    entering: list[torch.Tensor]
-    usual: float
+    entering: list[torch.Tensor]  # float32 [B*T] for each batch
+    usual: float  # the median of all real tokens
 
     @classmethod
     def of(cls, batches: list[Batch], hidden: list[torch.Tensor]) -> _Sizes:
-        """hidden: per batch [B, T, H]."""
+        """hidden: [B, T, H] for each batch."""
         entering = [values.float().square().mean(-1).flatten() for values in hidden]
         real = [size[batch.real.flatten()] for batch, size in zip(batches, entering, strict=True)]
         return cls(entering, float(torch.cat(real).median()))
 
     def weights(self, entering: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """float32 [T]: what tokens count, 1, or less where the hidden state is larger than usual.
+        """float32 [T]: the tokens' weights, 1, or less if the hidden state is larger than usual.
 
-        entering: [T], some of `entering`; output: [T, H], what the FFN writes. The layers above normalise the sum of
-        both, so an error matters in relation to its size: min(1, median |hidden|^2 / (|hidden|^2 + |output|^2)).
+        The layers above normalise the sum of hidden state and output, so an error matters relative to its size:
+        min(1, median |hidden|^2 / (|hidden|^2 + |output|^2)).
+
+        entering: [T], mean squares of the tokens' hidden states, taken from the field of that name
+        output: [T, H], the FFN's output
         """
         size = entering.to(output.device) + output.float().square().mean(-1)
         return (self.usual / size.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1.0)
 
 
 class Fitter:
-    """Fits layers from the first to the last, over hidden states that it keeps.
-
-    hidden: per batch [B, T, H], what enters the next layer.
-    """
+    """Fits layers from the first to the last. `hidden` holds the next layer's input, [B, T, H] for each batch."""
 
     def __init__(self, model: LayerwiseModel, batches: list[Batch], settings: FitSettings) -> None:
         self.model, self.batches, self.settings = model, batches, settings
@@ -158,15 +145,15 @@ class Fitter:
 
     @torch.no_grad()
     def pass_through(self, layer: int) -> None:
-        """Run a layer that stays whole."""
+        """Run a layer that is not sparse."""
         self.hidden = [self.model.run(layer, hidden) for hidden in self.hidden]
 
     @torch.no_grad()
     def fit(self, layer: int, ranking: torch.Tensor | None, share: Share | None = None) -> FittedLayer:
         """Fit a layer and run it.
 
-        ranking: int64 [N], the neurons best first; None: chosen here, the best to refit. share: the layer's part of a
-        budget that is not the same for all.
+        ranking: int64 [N], neurons best first; None: choose those whose refit leaves the smallest error
+        share: the layer's own share of the budget; None: that of the settings
         """
         weights = FFNWeights.of(self.model.model, layer)
         counts = self.settings.counts(weights, share or self.settings.share)
@@ -185,7 +172,7 @@ class Fitter:
         del survey
         fitted = self._solve(weights, part, neurons, selection, inputs, sizes)
         down = fitted.fit.refitted(part.down).to(part.down.device)
-        selection = selection.with_rows(down)  # online, too, the refitted rows count
+        selection = selection.with_rows(down)  # decoding scores neurons by the refitted rows, too
         fitted.fit.threshold = self._threshold(part, selection, inputs)
         self._run_fitted(layer, part, down, selection, fitted.fit)
         return fitted
@@ -241,7 +228,7 @@ class Fitter:
     def _threshold(
         self, part: FFNWeights, selection: SimulatedSelection, inputs: list[torch.Tensor]
     ) -> torch.Tensor | None:
-        """float32 [1]: above which decoded tokens have as many scores on average as one computes. Of a sample."""
+        """float32 [1]: the score that as many neurons exceed, on average over decoded tokens, as a token computes."""
         if selection.kind is None or selection.counts.everything:
             return None
         decoded = sum(int(batch.decoded.sum()) for batch in self.batches)
@@ -258,7 +245,7 @@ class Fitter:
     def _run_fitted(
         self, layer: int, part: FFNWeights, down: torch.Tensor, selection: SimulatedSelection, fit: LayerFit
     ) -> None:
-        """Run the layer over the hidden states as decoding and prefill will compute it. down: [L, H], as fitted."""
+        """Run the layer over the hidden states as prefill and decoding will compute it. down: [L, H], refitted."""
         device, dtype = part.down.device, part.down.dtype
         bias = torch.stack([fit.bias_prefill, fit.bias_decode]).to(device, dtype)
         for place, (batch, hidden) in enumerate(zip(self.batches, self.hidden, strict=True)):

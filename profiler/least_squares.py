@@ -1,7 +1,4 @@
-"""The linear algebra of the fit: normal equations with intercepts, and which neurons to keep.
-
-h [T, L] are activations of the neurons that are there, y [T, H] what they should write, D [L, H] their down rows.
-"""
+"""The linear algebra of the fit: normal equations with intercepts, and the choice of the neurons to keep."""
 
 from __future__ import annotations
 
@@ -11,18 +8,18 @@ import torch
 
 from transformers_patches.errors import PartInferError
 
-BLOCK_ROWS = 4096  # tokens that are multiplied at a time
-BLOCK_FEATURES = 1024  # of the symmetric Gram matrix, of which only blocks on and above the diagonal are summed
-MIN_RIDGE = 1e-6  # keeps the covariance of dependent activations invertible
-DOUBLE_SIZE = 2048  # up to here choosing neurons is done in float64; above, time and memory would be too much
-ELIMINATION_STEPS = 64  # in how many blocks `best_to_keep` leaves out neurons
+BLOCK_ROWS = 4096  # tokens in one matrix product
+BLOCK_FEATURES = 1024  # block size of the symmetric Gram matrix; only blocks on and above the diagonal are summed
+MIN_RIDGE = 1e-6  # keeps the covariance of linearly dependent activations invertible
+DOUBLE_SIZE = 2048  # up to this many neurons are chosen among in float64; for more it would take too long
+ELIMINATION_STEPS = 64  # `best_to_keep` eliminates neurons in this many blocks
 
 
 class NormalEquations:
-    """E[f f^T] and E[f e^T] of features f and errors e, about their means in each of several groups of tokens.
+    """E[f f^T] and E[f e^T] of features f and errors e, centred on the means of each of several groups of tokens.
 
-    Means that differ between groups (prefilled and decoded tokens) are what the groups' biases are for, so they do not
-    count as something to explain. Sums are float32, in blocks, the small ones float64. `tokens` are the groups' weights.
+    Each group (prefilled or decoded tokens) has its own bias, which takes care of its means. Large sums are float32 and
+    taken in blocks, small ones are float64. `tokens` holds the total weight of each group.
     """
 
     def __init__(self, features: int, outputs: int, groups: int, device: torch.device) -> None:
@@ -34,7 +31,12 @@ class NormalEquations:
         self.tokens = [0.0] * groups
 
     def add(self, features: torch.Tensor, errors: torch.Tensor, weights: torch.Tensor, group: int) -> None:
-        """features: [T, F], errors: [T, H], weights: [T], of tokens of one group; a token of weight 2 counts as two."""
+        """Add tokens of one group. A token of weight 2 counts as two.
+
+        features: [T, F]
+        errors: [T, H]
+        weights: [T]
+        """
         parts = (values.split(BLOCK_ROWS) for values in (features, errors, weights))
         for f, e, w in zip(*parts, strict=True):
             root = w.float().sqrt()[:, None]
@@ -64,7 +66,7 @@ class NormalEquations:
         return gram / total, cross / total
 
     def biases(self, solution: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """float32 [H] per group: what is left of the mean error; zeros for a group without tokens."""
+        """float32 [H] for each group: the mean error that the solution leaves; zeros for a group without tokens."""
         biases = []
         for sums, errors, tokens in zip(self.feature_sums, self.error_sums, self.tokens, strict=True):
             explained = 0 if solution is None else sums @ solution
@@ -72,7 +74,7 @@ class NormalEquations:
         return biases
 
     def error(self, solution: torch.Tensor | None) -> float:
-        """Mean squared length per token of the error that the solution and its biases leave."""
+        """Mean squared length, per token, of the error that the solution and its biases leave."""
         total = sum(self.tokens) or 1.0
         left = self.squares / total
         if solution is not None:
@@ -85,12 +87,12 @@ class NormalEquations:
 
 
 def solve_symmetric(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """matrix^-1 right for a symmetric matrix that should be positive definite (see `cholesky`)."""
+    """matrix^-1 right, for a symmetric matrix that should be positive definite (see `cholesky`)."""
     return torch.cholesky_solve(right, cholesky(matrix))
 
 
 def cholesky(matrix: torch.Tensor) -> torch.Tensor:
-    """The lower Cholesky factor; `matrix` is raised on its diagonal, in place, until it has one."""
+    """The lower Cholesky factor. The diagonal of `matrix` is increased, in place, until there is one."""
     raised = 0.0
     scale = float(matrix.diagonal().mean())
     for attempt in range(8):
@@ -104,10 +106,12 @@ def cholesky(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def refit(equations: NormalEquations, ridge: float) -> torch.Tensor:
-    """float32 [L, H]: what to add to the down rows so that the activations explain the error best.
+    """float32 [L, H]: the change of the down rows that removes most of the error.
 
-    equations: their features are the activations. ridge: the pull towards 0, as a share of the features' mean variance.
     Raises PartInferError for NaN or Inf.
+
+    equations: their features are the activations
+    ridge: pull towards no change, as a share of the features' mean variance
     """
     gram, cross = equations.centered()
     if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
@@ -118,9 +122,9 @@ def refit(equations: NormalEquations, ridge: float) -> torch.Tensor:
 
 
 def product_of(solution: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(left, right), float32 [L, r] and [r, H]: the product that stays nearest to what `solution` [L, H] writes.
+    """(left, right), float32 [L, r] and [r, H]: the best approximation of h -> solution^T h of rank r.
 
-    gram: [L, L], covariance of the activations. The best approximation of h -> solution^T h of that rank.
+    gram: [L, L], covariance of the activations
     """
     full = solution.double()
     _, directions = torch.linalg.eigh(full.t() @ gram.double() @ full)
@@ -129,12 +133,14 @@ def product_of(solution: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[t
 
 
 def best_to_keep(gram: torch.Tensor, down: torch.Tensor, keep: int, ridge: float) -> torch.Tensor:
-    """int64 [keep], best first: the neurons whose refitted rows reproduce the output of all best.
+    """int64 [keep], best first: the neurons that, once refitted, best reproduce the output of all N.
 
-    gram: float [N, N], covariance of all activations; down: [N, H]. Neurons are left out in blocks, each time those
-    with the smallest |d_i|^2 / [G^-1]_ii, the error that leaving out neuron i alone would cause after the others'
-    rows are refitted, d being the rows refitted so far: the Optimal Brain Surgeon (Hassibi and Stork 1993), for rows
-    as in ZipLM (Kurtic et al. 2023, arXiv 2302.04089).
+    Neurons are eliminated in blocks, each time those with the smallest |d_i|^2 / [G^-1]_ii. That is the error from
+    eliminating neuron i alone and refitting the other rows, where d are the rows refitted so far. This is the Optimal
+    Brain Surgeon (Hassibi and Stork 1993), applied to rows as in ZipLM (Kurtic et al. 2023, arXiv 2302.04089).
+
+    gram: float [N, N], covariance of all activations
+    down: [N, H]
     """
     size = len(gram)
     scale = float(gram.diagonal().mean())

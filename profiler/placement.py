@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from transformers_patches.load.loader import load_model, read_config, resolve_de
 from transformers_patches.modules.fast_linear import native_kernels_wanted, replace_linears
 from transformers_patches.neurons.fingerprint import fingerprint
 from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.memory import free_memory
 from transformers_patches.weights.model_files import load_tokenizer, model_name, open_weights
 
 AUTO = "auto"  # spread over all GPUs, and the CPU if those are not enough
@@ -88,17 +88,6 @@ def _too_large(estimate: Estimate, free: str, processes: int = 1) -> str:
         f"profiling needs about {estimate}{each}, but {free} is free: {fewer}"
         "lower --batch_size or --max_length, use --dtype bfloat16, a larger machine, or a smaller model"
     )
-
-
-def free_memory() -> int:
-    """Free main memory in bytes, within the control group's limit if there is one."""
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-    except OSError:  # not Linux, or no such controller
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What evaluate_speed.py is made of: engines in processes of their own, measured in turn, and the rows of the result."""
+"""The parts of evaluate_speed.py: engines, each in its own process, measured in turn, and the rows of the result."""

@@ -1,4 +1,4 @@
-"""The engines that run in PyTorch: PartInfer as its scripts run it, and plain transformers."""
+"""The engines that use PyTorch: PartInfer as its scripts run it, and plain transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TUNING_TOKENS = 8
 
 
 def greedy(new_tokens: int) -> GenerationConfig:
-    """Exactly so many tokens, whatever they are."""
+    """Settings that generate exactly `new_tokens` tokens, greedily."""
     return GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, eos_token_id=None)
 
 
@@ -66,7 +66,7 @@ class PartInferEngine:
 
 
 class _SelectionClock:
-    """Counts the seconds in which layers take evidence of a prompt and choose neurons by it."""
+    """Measures the seconds that layers spend on a prompt's evidence and on choosing neurons by it."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.seconds = 0.0
@@ -91,16 +91,16 @@ def _load(job: Job) -> LoadedModel:
     config, settings = shape_config(job.shape), job.configuration.settings
     ranking = None
     if settings.needs_neuron_files:
-        seed = job.seed + METHODS[job.configuration.method].random  # its own ranking, though all are random here
+        seed = job.seed + METHODS[job.configuration.method].random  # a ranking of its own, although all are random here
         ranking = random_ranking(config, family_of(config).intermediate_size(config), seed)
     weights = RandomWeights(config, getattr(torch, job.float_dtype), job.seed)
     return load_from(weights, config, settings, ranking, ranking, job.shape)
 
 
 class TransformersEngine:
-    """The model as transformers itself loads and generates, twice: with its defaults, and with its best settings.
+    """The model as transformers itself loads and runs it, once with its defaults and once with its best settings.
 
-    What is tried for the best: matrix products without oneDNN in decoding, where PyTorch's own are faster on some CPUs.
+    The best settings may turn oneDNN off in decoding: on some CPUs PyTorch's own matrix products are faster.
     """
 
     variants = [DEFAULT, BEST]
@@ -166,7 +166,7 @@ def _settings_text(without_onednn: bool | None) -> str:
 
 
 class _WithoutOneDnn(Stopwatch):
-    """Switches oneDNN off once the first token is there: prefill needs it."""
+    """Switches oneDNN off after the first token, since prefill needs it."""
 
     def put(self, value) -> None:
         super().put(value)
@@ -175,7 +175,7 @@ class _WithoutOneDnn(Stopwatch):
 
 
 def _random_model(shape: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """The plain transformers model of a shape, filled with the same random weights as the others."""
+    """The plain transformers model of a shape, with the same random weights as the other engines."""
     config = shape_config(shape)
     model, weights = build_on_meta(config, dtype), RandomWeights(config, dtype, seed)
     names = weights.names()

@@ -1,4 +1,4 @@
-"""What one process of a speed measurement holds and runs, and what a run takes."""
+"""What a process of a speed measurement loads and runs, and how its answers are timed."""
 
 from __future__ import annotations
 
@@ -12,34 +12,29 @@ from evaluation.methods import Configuration
 
 @dataclass(frozen=True)
 class Job:
-    """One model in one process.
+    """One model in one process."""
 
-    engine: partinfer | transformers | llama.cpp; label: of its row; dtype: of the weights, as --dtype names it (of a GGUF:
-    by its own name); float_dtype: the type of random weights, and of those that transformers loads; folder: the checkpoint, or shape: random weights of this shape; configuration: what partinfer is
-    loaded with; gguf: the file that llama.cpp reads, and what one token reads of it.
-    """
-
-    engine: str
-    label: str
-    dtype: str
-    float_dtype: str
-    folder: Path | None
+    engine: str  # partinfer, transformers or llama.cpp
+    label: str  # of its row
+    dtype: str  # of the weights, as --dtype or GGUF names it
+    float_dtype: str  # of random weights, and of the weights that transformers loads
+    folder: Path | None  # the checkpoint; None: random weights of `shape`
     shape: str | None
     threads: int
     device: str
     seed: int
-    configuration: Configuration | None = None
+    configuration: Configuration | None = None  # for partinfer
     task_type: str | None = None
     random_neurons_filepath: str | None = None
-    gguf: Path | None = None
-    gguf_bytes_per_token: int | None = None
+    gguf: Path | None = None  # the file that llama.cpp reads
+    gguf_bytes_per_token: int | None = None  # how much of it one token reads
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One answer: seconds from its start to each of its tokens (of all sequences of a batch at once)."""
+    """The times of one answer, or of a batch of answers decoded together."""
 
-    token_seconds: tuple[float, ...]
+    token_seconds: tuple[float, ...]  # seconds from the start to each token
 
     @property
     def first_token_s(self) -> float:
@@ -51,22 +46,22 @@ class Timing:
 
 
 class Engine(Protocol):
-    """A loaded model. variants: the ways it is run, by the label of their row; load_s: seconds that loading took."""
+    """A loaded model."""
 
-    variants: list[str]
-    load_s: float
+    variants: list[str]  # the ways in which it is run, each by the label of its row
+    load_s: float  # seconds that loading took
 
     def run(self, variant: str, prompts: list[list[int]], new_tokens: int) -> Timing:
-        """Prefill the prompts (all of one length), then decode greedily, no end token. Raises PartInferError."""
+        """Prefill prompts of one length, then decode greedily, without an end token. Raises PartInferError."""
         ...
 
     def facts(self, variant: str) -> dict:
-        """Names and values for the row: bytes, and neurons as counted in the runs since the last call."""
+        """Values for the row, by name: bytes, and the neurons counted in the runs since the last call."""
         ...
 
 
 class Stopwatch:
-    """Times tokens: a streamer for transformers' generate(), which says the prompt first."""
+    """Times tokens. It is a streamer for transformers' generate(), which passes the prompt first."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

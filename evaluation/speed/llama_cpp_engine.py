@@ -22,7 +22,7 @@ def _silent(level, text, user_data) -> None:
 
 
 class LlamaCppEngine:
-    """A GGUF file in llama.cpp. Memory mapping and flash attention on or off: what decodes faster is kept."""
+    """A GGUF file in llama.cpp, with memory mapping and flash attention on or off, whichever decodes fastest."""
 
     def __init__(self, job: Job) -> None:
         llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))

@@ -1,4 +1,4 @@
-"""Every model in a process of its own, all measured in turn, round after round, with a bandwidth probe in each."""
+"""Measures models in turn, each in its own process, round after round, with a bandwidth probe in every round."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ from transformers_patches import kernels
 from transformers_patches.config import QUANTIZED_DTYPES
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import build_on_meta, read_config, resolve_device
+from transformers_patches.weights.memory import free_memory
 from transformers_patches.weights.model_files import load_tokenizer, open_weights
 from transformers_patches.weights.pack_description import is_pack, pack_type
 
-LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # that hold the same bits as ours
-MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of a process: PyTorch, the cache, activations
+LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # llama.cpp's types with as many bits as ours
+MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of each process, for PyTorch, the cache and activations
 
 
 class Measurement:
-    """What is measured on, from parsed arguments; `conditions` tells it. scratch: a folder for GGUF files.
+    """A measurement as the arguments describe it; `conditions` says under which conditions.
 
-    Raises PartInferError where a model, a prompt or memory is missing.
+    Raises PartInferError if there is no such model, if the prompt is empty or too long, or if memory is short.
+
+    scratch: a folder for GGUF files
     """
 
     def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
@@ -60,7 +63,7 @@ class Measurement:
         }
 
     def _prompts(self) -> list[list[int]]:
-        """The prompt of --prompt, or random tokens; all of one length."""
+        """The prompts, all of one length: --prompt, or random tokens."""
         arguments = self.arguments
         if arguments.prompt is not None:
             tokens = load_tokenizer(self.folder).encode(arguments.prompt)
@@ -80,7 +83,7 @@ class Measurement:
         return prompts
 
     def rows(self, grid: list[Configuration], with_transformers: bool, compared: list[str | None]) -> list[dict]:
-        """A row per configuration, two for transformers, one for each type of llama.cpp's weights."""
+        """A row for each configuration, two for transformers, and one for each type of llama.cpp's weights."""
         jobs = [self._job("partinfer", p.label, self._dtype(p.settings.dtype), configuration=p) for p in grid]
         if with_transformers:
             jobs.append(self._job("transformers", "transformers", self._float_dtype()))
@@ -117,7 +120,7 @@ class Measurement:
         return str(self.config.dtype or torch.float32).removeprefix("torch.") if given == "auto" else given
 
     def _float_dtype(self) -> str:
-        """The type of what is not quantised."""
+        """The type of the weights that are not quantised."""
         given = self.arguments.dtype or "auto"
         own = self._dtype("auto" if given in QUANTIZED_DTYPES else given)
         return "bfloat16" if own in QUANTIZED_DTYPES else own
@@ -143,14 +146,14 @@ class Measurement:
         return RandomWeights(self.config, getattr(torch, self._float_dtype()), self.arguments.seed)
 
     def _measure(self, subjects: list[tuple[Worker, str]]) -> tuple[dict[str, list[Timing]], float]:
-        """Timings by label, one for each round, and the median of the rounds' probes in bytes per second."""
+        """Timings by label, one for each round, and the median of the rounds' bandwidth probes in bytes per second."""
         arguments = self.arguments
         timings: dict[str, list[Timing]] = {variant: [] for _, variant in subjects}
         probes = []
         for turn in tqdm(range(-arguments.warmup, arguments.repetitions), desc="rounds", leave=False):
             if turn == 0:
                 for worker, variant in subjects:
-                    worker.facts(variant)  # the counters start with the measured rounds
+                    worker.facts(variant)  # resets the counters before the measured rounds
             probes.append(self._probe())
             for worker, variant in subjects:
                 timing = worker.run(variant, self.prompts, arguments.num_tokens_to_generate)
@@ -159,7 +162,7 @@ class Measurement:
         return timings, statistics.median(probes[arguments.warmup :])
 
     def _probe(self) -> float:
-        """Bytes per second that the device's memory gives."""
+        """The bandwidth of the device's memory, in bytes per second."""
         if self.device.type == "cpu":
             return kernels.bandwidth_probe(repetitions=3)
         buffer = torch.ones(2**28, device=self.device)
@@ -174,7 +177,7 @@ class Measurement:
         return buffer.nbytes / min(seconds)
 
     def _dense(self, timings: dict[str, list[Timing]]) -> list[Timing] | None:
-        """Of the first dense model of this project: what the others are compared to."""
+        """The timings of this project's first dense model, which the others are compared to."""
         return next((mine for label, mine in timings.items() if label.partition(" ")[0] == "dense"), None)
 
     def _row(
@@ -195,7 +198,7 @@ class Measurement:
 
 @contextmanager
 def _workers(jobs: list[Job]) -> Iterator[list[Worker]]:
-    """A loaded worker for each job, one after the other; all are ended at the end."""
+    """A loaded worker for each job. All of them end with the block."""
     workers: list[Worker] = []
     try:
         for job in tqdm(jobs, desc="loading", leave=False):
@@ -208,15 +211,15 @@ def _workers(jobs: list[Job]) -> Iterator[list[Worker]]:
 
 
 def _check_memory(job: Job, loaded: int) -> None:
-    """PartInferError unless the model fits into the memory that is free: swapping would be measured instead."""
+    """Raise PartInferError if the model does not fit into free memory: swapping would be measured instead."""
     if job.device != "cpu":
         return
     if job.gguf is not None:
         needed = os.path.getsize(job.gguf)
     else:
         needed = _weight_bytes(read_config(job.folder) if job.folder else shape_config(job.shape), job.float_dtype)
-    free = _available_memory()
-    if free is not None and needed + MEMORY_BESIDE_WEIGHTS > free:
+    free = free_memory()
+    if needed + MEMORY_BESIDE_WEIGHTS > free:
         raise PartInferError(
             f"{job.label} takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free with {loaded} models loaded: "
             "measure fewer at a time"
@@ -226,12 +229,3 @@ def _check_memory(job: Job, loaded: int) -> None:
 def _weight_bytes(config: PretrainedConfig, dtype: str) -> int:
     model = build_on_meta(config, getattr(torch, dtype))
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _available_memory() -> int | None:
-    """Bytes that programs can still take, where the system says so (Linux)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None

@@ -14,7 +14,7 @@ from transformers_patches.files import atomic_path
 
 
 def plot_speeds(rows: Sequence[dict], title: str, path: Path) -> None:
-    """Bars of the median decode speed with the range of the repetitions; the format follows the file's ending."""
+    """Bars of the median decode speed with the range of the repetitions. The file's ending gives the format."""
     figure, axes = plt.subplots(figsize=(8, 1 + 0.5 * len(rows)))
     medians = [row["decode_tokens_per_second"] for row in rows]
     ends = ("decode_tokens_per_second_min", "decode_tokens_per_second_max")

@@ -1,4 +1,4 @@
-"""From the timings of interleaved runs to the rows of the result."""
+"""Turns the timings of interleaved runs into the rows of the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = (
     *("share_of_probe", "peak_memory_bytes", "speedup_over_dense", "batch_size", "prompt_length", "new_tokens"),
     *("repetitions", "threads", "settings"),
 )
-_TABLE = {  # heading: how a row says it
+_TABLE = {  # heading -> a row's cell
     "": lambda r: r["label"],
     "dtype": lambda r: r["dtype"],
     "loaded": lambda r: f"{r['loaded_neurons_percent']:.0%}",
@@ -43,10 +43,13 @@ def _optional(value: float | None, form: str) -> str:
 
 
 def measured_row(timings: Sequence[Timing], facts: dict, probe: float, batch: int, prompt_length: int) -> dict:
-    """Medians over the repetitions. probe: bytes per second; facts: of the engine.
+    """Medians over the repetitions.
 
-    Tokens per second count all sequences of the batch. Bytes per second are told for one sequence only: of several,
-    each reads its own neurons.
+    Tokens per second count all sequences of the batch. Bytes per second are given for a single sequence only, because
+    the sequences of a batch read different neurons.
+
+    facts: those of the engine
+    probe: memory bandwidth in bytes per second
     """
     decode = [timing.decode_steps_per_second * batch for timing in timings]
     first = statistics.median(timing.first_token_s for timing in timings)
@@ -68,7 +71,7 @@ def measured_row(timings: Sequence[Timing], facts: dict, probe: float, batch: in
 
 
 def speedup(timings: Sequence[Timing], dense: Sequence[Timing] | None) -> float | None:
-    """Median over the rounds of this row's decode speed over that of dense in the same round."""
+    """The median of this row's decode speed divided by the dense model's in the same round."""
     if dense is None:
         return None
     pairs = zip(timings, dense, strict=True)

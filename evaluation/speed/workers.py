@@ -1,4 +1,4 @@
-"""A process per model: loaded there, and run when told to, so that models are measured in turn without meeting."""
+"""Runs each model in its own process on request, so that models are measured in turn and do not affect each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers_patches.errors import PartInferError
 
 
 class Worker:
-    """The parent's side of a process that holds an engine. Raises PartInferError for what goes wrong in there."""
+    """The parent's side of a process with an engine. Raises PartInferError for errors in that process."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -27,12 +27,12 @@ class Worker:
         return self._answer()
 
     def facts(self, variant: str) -> dict:
-        """The engine's facts, and the process's load_s and peak_memory_bytes."""
+        """The engine's facts, and load_s and peak_memory_bytes of the process."""
         self._pipe.send(("facts", variant))
         return self._answer()
 
     def close(self) -> None:
-        """End the process and wait for its memory to be free."""
+        """End the process and wait until its memory is free."""
         self._pipe.close()
         self._process.join()
 
@@ -52,7 +52,7 @@ class Worker:
 
 def _serve(pipe, job: Job) -> None:
     """The process: load, then answer until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     try:
         engine = _engine(job)
         pipe.send((True, engine.variants))

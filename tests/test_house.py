@@ -15,7 +15,6 @@ PACKAGES = ["transformers_patches", "downloads", "profiler", "evaluation", "benc
 MOST_LINES = 60  # of a function, its signature and docstring included
 # Functions that may be longer, with a reason; for now, these are being taken apart.
 LONGER = {
-    "transformers_patches/load/ffn_swap.py swap_ffns",
     "transformers_patches/load/loader.py load_from",
     "transformers_patches/load/loader.py _stream_weights",
 }

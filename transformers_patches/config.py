@@ -27,7 +27,7 @@ FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_
 
 
 def neuron_count(fraction: float, intermediate_size: int) -> int:
-    """Neurons in a fraction of a layer: round half to even of fraction * N, at least 1 (ALGORITHM: one rule for all)."""
+    """Neurons in a fraction of a layer: round half to even of fraction * N, at least 1, the one rule for all fractions."""
     return max(1, round(fraction * intermediate_size))
 
 

@@ -1,7 +1,7 @@
 """An independent reference: plain transformers models whose FFN activations are masked, and formulas written naively.
 
 Nothing here uses the project's code: the FFNs are found by the names that transformers gives their projections, the
-counts, plans and selections are Python loops over ALGORITHM's formulas.
+counts, plans and selections are Python loops over the method's formulas.
 """
 
 from __future__ import annotations

@@ -119,23 +119,27 @@ class Ffn:
         }
         for title, (prefix, index) in sets.items():
             count = prefix + (0 if index is None else len(index))
-            run = self.native(weights, prefix, index, None)
+            run = self.native(weights, prefix, index)
             yield self.measured(f"{name} {title}", run, self.bytes_read(weights[0], count, None), len(weights))
         if self.gated:
-            scale, keep, loaded = torch.ones(self.neurons), round(BY_UP * self.neurons), round(LOADED * self.neurons)
+            keep, loaded = round(BY_UP * self.neurons), round(LOADED * self.neurons)
+            choice = {"size": torch.ones(self.neurons), "keep_count": keep}
             nbytes = sum(w.nbytes for w in weights[0]) / 3 * (loaded + 2 * keep) / self.neurons
-            layouts = {"": [self.paired(*layer) for layer in weights], ", rows of gate and down apart": weights}
+            layouts = {
+                "": [self.paired(*layer) for layer in weights],
+                ", rows of gate and down not interleaved": weights,
+            }
             for layout, held in layouts.items():
-                run = lambda i, held=held: kernels.sparse_ffn_by_up(self.x, *held[i], loaded, None, scale, keep)  # noqa: E731
+                run = self.native(held, loaded, None, **choice)
                 yield self.measured(f"{name} by up, {BY_UP} of {LOADED}{layout}", run, nbytes, len(weights))
         else:
             bias = torch.full((self.neurons,), -1.2816)  # products are standard normal: a tenth is above 1.28
-            run = self.native(weights, *everything, bias)
+            run = self.native(weights, *everything, bias=bias)
             nbytes = self.bytes_read(weights[0], self.neurons, bias)
             yield self.measured(f"{name} dense, ReLU leaves a tenth", run, nbytes, len(weights))
 
     def paired(self, gate: kernels.Weight, up: kernels.Weight, down: kernels.Weight) -> list[kernels.Weight]:
-        """The same weights as models that choose by up hold them: rows of gate and down take turns."""
+        """The same weights as models that choose by up hold them: rows of gate and down interleaved."""
         pair = object()
         gate, down = (
             copied(weight, lambda part: self.memory.empty_paired((pair, part.dtype), part.shape, part.dtype))
@@ -143,10 +147,14 @@ class Ffn:
         )
         return [gate, up, down]
 
-    def native(self, weights: list, prefix: int, index: Tensor | None, bias: Tensor | None) -> Callable[[int], Tensor]:
-        if self.gated:
-            return lambda i: kernels.sparse_ffn(self.x, *weights[i], prefix, index, "silu")
-        return lambda i: kernels.sparse_ffn_plain(self.x, weights[i][0], bias, weights[i][1], prefix, index)
+    def native(
+        self, weights: list, prefix: int, index: Tensor | None, bias: Tensor | None = None, **choice
+    ) -> Callable[[int], object]:
+        """bias: of fc1; choice: size and keep_count, if tokens choose among the active neurons."""
+        activation, biases = "silu" if self.gated else "relu", [bias, *[None] * (self.matrices - 1)]
+        layers = [kernels.Projections.of(list(zip(layer, biases, strict=True))) for layer in weights]
+        active = [kernels.ActiveNeurons(layer, activation, prefix, index, **choice) for layer in layers]
+        return lambda i: kernels.ffn(self.x, active[i])
 
     def bytes_read(self, layer: list[kernels.Weight], count: int, bias: Tensor | None) -> float:
         """Rows of fc2 that ReLU leaves at 0 for every token aren't read."""

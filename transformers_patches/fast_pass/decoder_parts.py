@@ -1,4 +1,4 @@
-"""What a pass over one token takes of a decoder's layers, and what of it the native kernels know."""
+"""What a pass over one token needs of a decoder's layers, and which parts of it the native kernels support."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers_patches import kernels
 from transformers_patches.families import Family
 from transformers_patches.fast_pass.kv_cache import GrowingLayer
+from transformers_patches.fast_pass.positions import Rope
 from transformers_patches.modules.fast_linear import FastLinear
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear, weight_of
 from transformers_patches.modules.screened_head import ScreenedHead
@@ -24,7 +25,7 @@ class LayerParts:
     def __init__(self, layer: nn.Module, family: Family, config: PretrainedConfig) -> None:
         self.attention = _attention_of(layer, family, config)
         self.head_size = layer.get_submodule(family.attention).head_dim
-        self.native = False  # whether the native decoder knows the layer's FFN
+        self.native = False  # whether the native decoder computes the layer's FFN
         self.sparse, self.module = _ffn_of(layer, family)
         self.dense, self.activation = None, KERNEL_ACTIVATIONS.get(family.activation(config))
         if self.sparse is None and self.activation is not None:
@@ -36,10 +37,9 @@ class LayerParts:
     def usable(self) -> bool:
         return self.attention is not None
 
-    def attend(self, x, delta, cosine, sine, store: GrowingLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, x, delta, rope: Rope, store: GrowingLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """x + delta + attention, and its norm, both [1, 1, H]; the token's keys and values are stored."""
-        keys, values = store.room_for_one()
-        result = kernels.attention_step(x, delta, self.attention, cosine, sine, keys, values, store.length)
+        result = kernels.attention_step(x, delta, self.attention, rope, store.room_for_one(), store.length)
         store.length += 1
         return result
 
@@ -55,7 +55,7 @@ def _ffn_of(layer: nn.Module, family: Family) -> tuple[SparseFFN | None, Callabl
 
 
 def _attention_of(layer: nn.Module, family: Family, config: PretrainedConfig) -> kernels.AttentionLayer | None:
-    """None if the kernels don't take one of the projections."""
+    """None if the kernels don't support one of the projections."""
     attention, norm, next_norm = map(layer.get_submodule, (family.attention, family.attention_norm, family.ffn_norm))
     names = (*family.attention_inputs, family.attention_output)
     projections = kernels.Projections.of([linear_of(getattr(attention, name)) for name in names])
@@ -86,13 +86,13 @@ def norm_of(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None, float]:
 
 
 def linear_of(linear: nn.Module):
-    """(weight, bias) of a linear layer that the kernels take, or None."""
+    """(weight, bias) of a linear layer that the kernels support, or None."""
     known = isinstance(linear, (FastLinear, QuantizedLinear, ScreenedHead))
     return (weight_of(linear.weight), linear.bias) if known else None
 
 
 def rows_of(embedding: nn.Module):
-    """(weight, no bias) of embeddings that are looked up as they are, or None."""
+    """(weight, None) of embeddings that a plain lookup gives, or None."""
     if isinstance(embedding, QuantizedEmbedding):
         return (embedding.weight.packed, None) if embedding.scale is None else None
     return (embedding.weight, None) if type(embedding) is nn.Embedding and embedding.max_norm is None else None

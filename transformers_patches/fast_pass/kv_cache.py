@@ -63,7 +63,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def buffers(self, tokens: int, keys_like: torch.Tensor, values_like: torch.Tensor):
-        """The contiguous buffers, with room for `tokens` more; whoever fills them adds to `length`."""
+        """The contiguous buffers, with room for `tokens` more. The caller fills them and adds to `length`."""
         needed = self.length + tokens
         if self._keys.ndim < 4 or self._keys.shape[-2] < needed or not self._keys.is_contiguous():
             length, capacity = self.length, needed + max(ROOM, needed // 4)
@@ -75,7 +75,7 @@ class GrowingLayer(DynamicLayer):
         return self._keys, self._values
 
     def room_for_one(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`buffers` for one token more, where some are there."""
+        """`buffers` for one more token, in a layer that has some already."""
         return self.buffers(1, self._keys, self._values)
 
 
@@ -95,19 +95,19 @@ class GrowingCache(DynamicCache):
         self._room: dict[range, _Room] = {}
 
     def room_for_one(self, layers: range) -> _Room:
-        """The buffers of layers of one length that each have room for a token more."""
+        """Buffers of layers of equal length, each with room for one more token."""
         stores, room = self.layers[layers.start : layers.stop], self._room.get(layers)
         if room is None or not room.fits(stores):
             buffers = [store.room_for_one() for store in stores]
             room = _Room([keys for keys, _ in buffers], [values for _, values in buffers])
-            # others with some of these layers may hold buffers that have been replaced
+            # entries that share layers with this one may hold buffers that have been replaced
             apart = [other for other in self._room if other.stop <= layers.start or layers.stop <= other.start]
             self._room = {other: self._room[other] for other in apart} | {layers: room}
         return room
 
 
 class _Room:
-    """Buffers of several layers, kept because looking them all up takes a hundredth of a small model's token."""
+    """Buffers of several layers, kept because looking them up takes a hundredth of a small model's time per token."""
 
     def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
         self.keys, self.values = keys, values

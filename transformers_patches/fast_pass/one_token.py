@@ -1,7 +1,7 @@
 """A decoder's pass over one token through one native call for many layers, in place of transformers' many small operations.
 
-For one sequence, on a CPU, with the native kernels and a cache that has room (kv_cache.py). Anything else, and
-everything that somebody watches with a hook, goes through transformers' own forward.
+For one sequence, on a CPU, with the native kernels and a cache that has room (kv_cache.py). Anything else, and any model
+with hooks, goes through transformers' own forward.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from transformers_patches import kernels
 from transformers_patches.families import Family, family_of
 from transformers_patches.fast_pass.decoder_parts import LayerParts, linear_of, norm_of, rows_of
 from transformers_patches.fast_pass.kv_cache import GrowingCache, GrowingLayer
-from transformers_patches.fast_pass.positions import LearnedPositions, RotaryTable
+from transformers_patches.fast_pass.positions import LearnedPositions, Rope, RotaryTable
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.sparse.request import DECODE
 
 
 def speed_up_one_token(model: PreTrainedModel) -> bool:
-    """Let a causal language model's decoder take passes over one token natively; False for a family it isn't made for."""
+    """Make a causal language model's decoder take passes over one token natively. False if its family isn't supported."""
     family = family_of(model.config)
     if not family.fits_native_decoder(model):
         return False
@@ -33,21 +33,21 @@ def speed_up_one_token(model: PreTrainedModel) -> bool:
 
 
 def one_token_pass(model: PreTrainedModel) -> OneTokenPass | None:
-    """What `speed_up_one_token` gave the model, if it did."""
+    """The pass that `speed_up_one_token` has given the model, or None."""
     step = model.get_submodule(family_of(model.config).decoder).forward
     return step if isinstance(step, OneTokenPass) else None
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache, of the kind that the model's decoder is fastest with."""
+    """An empty cache of the kind that suits the model's decoder best."""
     return DynamicCache() if one_token_pass(model) is None else GrowingCache()
 
 
 class OneTokenPass:
-    """The forward of a decoder (LlamaModel and its like), and with its head that of the whole model.
+    """The forward of a decoder (LlamaModel and the like), and together with its lm_head of the whole model.
 
-    Layers that follow each other and that the native decoder knows how to compute are one call; the others are an
-    operation for attention and their own FFN module.
+    Consecutive layers that the native decoder can compute are one call. For each of the others there is one operation for
+    the attention, followed by the layer's own FFN module.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
@@ -57,13 +57,13 @@ class OneTokenPass:
         self.norm = norm_of(getattr(decoder, family.last_norm))
         hooked = [*decoder.modules(), self.head]
         self.hooks = [hooks for m in hooked for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.unwatched_until = -1  # the number of the next hook in PyTorch when there was none here
+        self.unwatched_until = -1  # PyTorch's next hook number when the modules last had no hook
         learned = family.learned_positions and getattr(decoder, family.learned_positions)
         self.positions = RotaryTable(decoder.rotary_emb) if learned is None else LearnedPositions(learned)
         self.native: kernels.Decoder | None = None
-        self.has_ends = False  # whether `native` knows embeddings and head
-        self.runs: list[range] = []  # of layers in one call; in between, layers of one
-        self.choices: list[object] = [None] * len(self.layers)  # those of the sparse layers that `native` knows
+        self.has_head = False  # whether `native` knows embeddings and lm_head
+        self.runs: list[range] = []  # layers that are one native call, and single layers in between
+        self.choices: list[object] = [None] * len(self.layers)  # what `native` has been told of each sparse layer
 
     def __call__(
         self,
@@ -105,7 +105,7 @@ class OneTokenPass:
         )
 
     def _watched(self) -> bool:
-        """Whether a module has a hook; looked up again only after one has been registered somewhere."""
+        """Whether a module has a hook. Checked again only after a hook has been registered somewhere in PyTorch."""
         if self.unwatched_until != RemovableHandle.next_id:
             if any(self.hooks):
                 return True
@@ -113,52 +113,53 @@ class OneTokenPass:
         return False
 
     def advance(self, ids: torch.Tensor, cache: GrowingCache, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """One token, ids [1, 1], after those of the cache, which it joins; the decoder's output [1, 1, H]."""
+        """Take one token, ids [1, 1], and append it to the cache. Returns the decoder's output [1, 1, H]."""
         position = cache.layers[0].length if positions is None else int(positions)
         x = self.decoder.embed_tokens(ids)  # [1, 1, H]
-        place = self.positions.embedding(position)
-        x = x if place is None else x + place
-        turns = self.positions.turns(x, position)
+        learned = self.positions.embedding(position)
+        x = x if learned is None else x + learned
+        rope = self.positions.rope(x, position)
         self._follow_choices(x)
         delta = None
         for run in self.runs:
             if self.layers[run.start].native:
-                x, delta = self._run(run, x, delta, turns, cache)
+                x, delta = self._run(run, x, delta, rope, cache)
             else:
                 layer = self.layers[run.start]
-                x, normed = layer.attend(x, delta, *turns, cache.layers[run.start])
+                x, normed = layer.attend(x, delta, rope, cache.layers[run.start])
                 delta = layer.ffn(normed)
         if not self.layers[-1].native:
             delta = kernels.add_norm(x, delta, *self.norm)
         return delta
 
-    def _run(self, run: range, x, delta, turns, cache: GrowingCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, run: range, x, delta, rope: Rope, cache: GrowingCache) -> tuple[torch.Tensor, torch.Tensor]:
         stores = cache.layers[run.start : run.stop]
         room = cache.room_for_one(run)
-        x, delta, computed = self.native.run(run, x, delta, *turns, room.keys, room.values, stores[0].length)
+        x, delta, computed = self.native.run(run, x, delta, rope, (room.keys, room.values), stores[0].length)
         self._count(run, stores, computed)
         return x, delta
 
     def logits(self, ids: torch.Tensor, cache: GrowingCache, needed: kernels.Needed = kernels.SOFTMAX) -> torch.Tensor:
-        """As the model's forward over one token, ids [1, 1], after those of the cache, which it joins: [1, 1, V].
+        """As the model's forward over one token, ids [1, 1], which is appended to the cache: logits [1, 1, V].
 
-        needed: which logits have to be right, where the head can tell them apart.
+        needed: which logits must be exact, if the lm_head is screened.
         """
         like = self.norm[0][None, None]
         self._follow_choices(like)
-        if not self.has_ends or len(self.runs) > 1 or not self.layers[0].native:
+        if not self.has_head or len(self.runs) > 1 or not self.layers[0].native:
             return self.head(self.advance(ids, cache))
         run, length = self.runs[0], cache.layers[0].length
         room = cache.room_for_one(run)
-        place, turns = self.positions.embedding(length), self.positions.turns(like, length)
-        logits, computed, exact = self.native.logits(int(ids), place, *turns, room.keys, room.values, length, needed)
+        learned, rope = self.positions.embedding(length), self.positions.rope(like, length)
+        caches = (room.keys, room.values)
+        logits, computed, exact = self.native.logits(int(ids), learned, rope, caches, length, needed)
         self._count(run, cache.layers, computed)
         if isinstance(self.head, ScreenedHead):
             self.head.count(1, exact)
         return logits
 
     def _count(self, run: range, stores: list[GrowingLayer], computed: torch.Tensor) -> None:
-        """What a native call did: a token more in the cache, so many neurons in each layer."""
+        """Record what a native call did: one more token in the cache, and how many neurons each layer computed."""
         for store in stores:
             store.length += 1
         for number, neurons in zip(run, computed.tolist(), strict=True):
@@ -167,7 +168,7 @@ class OneTokenPass:
                 ffn.counters.add(1, neurons, ffn.selection.rows_read(neurons))
 
     def _follow_choices(self, x: torch.Tensor) -> None:
-        """Tell the native decoder what sparse layers compute from now on, where that has changed."""
+        """Tell the native decoder which neurons the sparse layers compute from now on, where that has changed."""
         if self.native is None:
             self.native = self._new_native()
         changed = not self.runs
@@ -178,7 +179,7 @@ class OneTokenPass:
             active = ffn.active_neurons(x) if ffn.state.phase == DECODE else None
             if active is not None:
                 self.native.set_active(number, active)
-            # a pass that belongs to the prompt leaves evidence: the layer's own module runs it, and it is asked again
+            # a pass over the prompt leaves evidence: the layer's own module runs it, and the next pass asks again
             self.choices[number] = None if ffn.state.phase != DECODE else ffn.choice
             changed |= layer.native != (active is not None)
             layer.native = active is not None
@@ -190,19 +191,20 @@ class OneTokenPass:
         for number, layer in enumerate(self.layers):
             native.add_layer(layer.attention, layer.head_size)
             if layer.dense is not None:
-                native.set_whole(number, layer.dense, layer.activation)
+                native.set_dense(number, layer.dense, layer.activation)
                 layer.native = True
         native.set_norm(*self.norm)
-        ends = (rows_of(self.decoder.embed_tokens), linear_of(self.head))
-        embedding, head = (kernels.Projections.of([weight]) for weight in ends)
-        self.has_ends = embedding is not None and head is not None
-        if self.has_ends:
-            native.set_ends(embedding, head, self.head.screen if isinstance(self.head, ScreenedHead) else None)
+        embedding = kernels.Projections.of([rows_of(self.decoder.embed_tokens)])
+        head = kernels.Projections.of([linear_of(self.head)])
+        self.has_head = embedding is not None and head is not None
+        if self.has_head:
+            screen = self.head.screen if isinstance(self.head, ScreenedHead) else None
+            native.set_embedding_and_head(embedding, head, screen)
         return native
 
 
 def _runs(native: list[bool]) -> list[range]:
-    """Native layers that follow each other together, others alone."""
+    """Consecutive native layers as one range; every other layer as a range of its own."""
     runs: list[range] = []
     for number, ours in enumerate(native):
         if ours and runs and native[number - 1]:

@@ -1,27 +1,29 @@
-"""How a decoder tells places of tokens apart: by turning queries and keys, or by something added to the embeddings."""
+"""How a decoder knows the positions of tokens: rotary embeddings of queries and keys, or learned ones added to the input."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+Rope = tuple[torch.Tensor, torch.Tensor] | tuple[None, None]  # cosines and sines of a position, [1, 1, D] each
+
 
 class LearnedPositions:
-    """Places of tokens as OPT knows them: an embedding that is added to the token's own; nothing is rotated."""
+    """OPT's positions: a learned embedding is added to the token's own; queries and keys are not rotated."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         self.weight, self.offset = embedding.weight.detach(), embedding.offset
 
-    def turns(self, x: torch.Tensor, position: int) -> tuple[None, None]:
+    def rope(self, x: torch.Tensor, position: int) -> Rope:
         return None, None
 
     def embedding(self, position: int) -> torch.Tensor:
-        """[H]; IndexError past the last position that the model knows."""
+        """[H]. Raises IndexError past the model's last position."""
         return self.weight[position + self.offset]
 
 
 class RotaryTable:
-    """The rotary embedding's cosines and sines, kept for blocks of positions where they don't depend on the length."""
+    """The rotary embedding's cosines and sines, computed in blocks of positions where they don't depend on the length."""
 
     STATIC = ("default", "linear", "llama3", "yarn")
     BLOCK = 256
@@ -34,12 +36,12 @@ class RotaryTable:
     def embedding(self, position: int) -> None:
         return None
 
-    def turns(self, x: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[1, 1, D] each, of x's type."""
+    def rope(self, x: torch.Tensor, position: int) -> Rope:
+        """Cosines and sines, [1, 1, D] each, of x's type."""
         if not self.static:
             return self.rotary(x, torch.tensor([[position]]))
-        number, place = divmod(position, self.BLOCK)
+        number, offset = divmod(position, self.BLOCK)
         if (number, x.dtype) not in self.blocks:
             start = number * self.BLOCK
             self.blocks[number, x.dtype] = self.rotary(x, torch.arange(start, start + self.BLOCK)[None])
-        return tuple(part[:, place : place + 1] for part in self.blocks[number, x.dtype])
+        return tuple(part[:, offset : offset + 1] for part in self.blocks[number, x.dtype])

@@ -1,7 +1,7 @@
-"""Matrix products with weights of any kind, for many tokens and on any device.
+"""Matrix products with weights in any format, for many tokens and on any device.
 
-Quantised weights are turned into floats block by block, so that never more than a block is there twice. So are weights of 16
-bits where the processor has no fast products for them (x86 without AVX-512: bfloat16 at a seventh of float32's speed).
+Quantised weights are converted to floats block by block, so that only one block at a time takes extra memory. So are 16-bit
+weights where the processor has no fast products for them (x86 without AVX-512: bfloat16 at a seventh of float32's speed).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers_patches.kernels.quantization import QuantizedTensor
 
 BLOCK_VALUES = 2**21  # weights of a block: a few megabytes as floats, which caches hold
 
-# what turns quantised rows into floats: (weight, dtype, out)
+# converts quantised rows to floats: (weight, dtype, out)
 Dequantize = Callable[[QuantizedTensor, torch.dtype, Tensor], Tensor]
 
 
@@ -41,13 +41,13 @@ _kept = threading.local()
 
 
 def _room(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a block. On the CPU a thread's is used again and again: C libraries would neither hand fresh pages out
-    without faults nor give all of them back."""
+    """Memory for a block. On the CPU every thread reuses its own: newly allocated pages cost page faults, and the C library
+    does not return all of them to the system."""
     if device.type != "cpu":
         return torch.empty(values, dtype=dtype, device=device)
     nbytes = values * dtype.itemsize
     if len(getattr(_kept, "memory", ())) < nbytes:
-        with torch.inference_mode(False):  # used inside and outside of it
+        with torch.inference_mode(False):  # for use inside and outside inference mode
             _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
     return _kept.memory[:nbytes].view(dtype)
 
@@ -55,7 +55,7 @@ def _room(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _blocks(
     weight: Tensor | QuantizedTensor, dtype: torch.dtype, dequantize: Dequantize
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, those rows as floats), in order; the floats are gone with the next block, whosever it is."""
+    """(rows, those rows as floats), in order. The thread's next block overwrites the floats."""
     step = min(len(weight), max(1, BLOCK_VALUES // weight.shape[1]))
     block = _room(step * weight.shape[1], dtype, weight.device).view(step, weight.shape[1])
     for start in range(0, len(weight), step):
@@ -86,6 +86,6 @@ def combine(h: Tensor, weight: Tensor | QuantizedTensor, dequantize: Dequantize)
     out, wide = torch.zeros(*h.shape[:-1], weight.shape[1], dtype=torch.float32, device=h.device), h.to(dtype)
     for rows, floats in _blocks(weight, dtype, dequantize):
         out += wide[..., rows] @ floats
-    if columns is not None:  # once, and before anything is rounded
+    if columns is not None:  # once, before the result is rounded
         out *= columns
     return out.to(h.dtype)

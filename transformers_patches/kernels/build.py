@@ -82,7 +82,7 @@ ISAS: dict[str, dict[str, Isa]] = {
 
 
 def isas_of(machine: str) -> dict[str, Isa]:
-    """The variants of a processor family (`platform.machine()`); only the portable one where none is written for it."""
+    """The variants for a processor family (`platform.machine()`); only the scalar one for families without their own."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
     return ISAS.get(machine, {"scalar": Isa(("-O2",), _BOTH)})
 
@@ -101,7 +101,7 @@ def cache_folder() -> Path:
 
 
 def source_key() -> str:
-    """Changes whenever the kernels have to be compiled again, whichever compiler does it."""
+    """A hash that changes whenever the kernels must be compiled again, whichever the compiler."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -120,7 +120,7 @@ def find_compiler() -> tuple[str, str] | None:
 
 
 def find_library(folder: Path | None = None) -> Path | None:
-    """A finished library for these sources, this torch and, if there is one, this compiler."""
+    """The path of a finished library for these sources, this torch and this machine's compiler, if it has one; or None."""
     folder = folder or cache_folder()
     compiler = find_compiler()
     pattern = f"{source_key()}-{_compiler_key(compiler) if compiler else '*'}"
@@ -129,7 +129,7 @@ def find_library(folder: Path | None = None) -> Path | None:
 
 
 def build(isa_names: list[str] | None = None, force: bool = False) -> Path:
-    """Compile and load the library, or return the path of the one that is there already (then it is not loaded).
+    """Compile and load the library. If there is one already, only return its path, without loading it.
 
     Raises BuildError if there is no compiler or it fails.
     """
@@ -219,14 +219,14 @@ def _compiler_key(compiler: tuple[str, str]) -> str:
 
 @contextmanager
 def _locked(path: Path):
-    """Only one process compiles; the others wait and then find the result."""
+    """Let only one process compile; the others wait and then find the result."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line: build, print what was built."""
+    """The command line: build and print what was built."""
     known = list(isas_of(platform.machine()))
     parser = argparse.ArgumentParser(prog="python -m transformers_patches.kernels.build", description=__doc__)
     parser.add_argument(

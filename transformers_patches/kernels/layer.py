@@ -1,30 +1,27 @@
-"""The operations of a decoder layer on one token that are more than a matrix product: what they take, in PyTorch too."""
+"""What the operations of a decoder layer take: its linear layers, its attention, the neurons of its FFN."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from transformers_patches.kernels import reference
 from transformers_patches.kernels.formats import WeightFormat
-from transformers_patches.kernels.quantization import QuantizedTensor
+from transformers_patches.kernels.quantization import QuantizedTensor, Weight
 
-Linear = tuple[Tensor | QuantizedTensor, Tensor | None]  # weight [out, in] and bias
+Linear = tuple[Weight, Tensor | None]  # weight [out, in] and bias
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projections:
-    """Linear layers of one kind of weights, as the operations take them.
+    """Linear layers that share one weight format, taken apart into the tensors that the native operations take.
 
-    weights: floats [out, in], or the data of quantised weights.
-    scales: of each quantised weight; empty for floats.
-    biases: [out] each, or None.
-    format: of the quantised weights; None for floats.
-    column_scales: those of the last one, down rows that are summed up.
+    weights: one tensor per layer, floats or the `data` of a QuantizedTensor.
+    scales: one tensor per layer, empty for float weights.
+    biases: one per layer, None where a layer has none.
+    format: of the quantised weights, None for floats.
+    column_scales: float32 [H] of the last layer, or None.
     """
 
     weights: list[Tensor]
@@ -35,42 +32,105 @@ class Projections:
 
     @classmethod
     def of(cls, linears: Sequence[Linear | None]) -> Projections | None:
-        """None if one is missing, or where kinds are mixed."""
+        """None if a layer is missing, or if the layers differ in weight format."""
         if any(linear is None for linear in linears):
             return None
         weights, biases = [weight for weight, _ in linears], [bias for _, bias in linears]
-        kinds = {weight.format if isinstance(weight, QuantizedTensor) else weight.dtype for weight in weights}
-        if len(kinds) != 1:
+        formats = {weight.format if isinstance(weight, QuantizedTensor) else weight.dtype for weight in weights}
+        if len(formats) != 1:
             return None
         if isinstance(weights[0], QuantizedTensor):
             columns = weights[-1].column_scales
             return cls([w.data for w in weights], [w.scales for w in weights], biases, weights[0].format, columns)
         return cls([weight.detach() for weight in weights], [], biases, None)
 
+    def weight(self, number: int) -> Weight:
+        """The weight of one of the layers."""
+        data = self.weights[number]
+        if self.format is None:
+            return data
+        last = number in (-1, len(self.weights) - 1)
+        return QuantizedTensor(data, self.scales[number], self.format, self.column_scales if last else None)
+
     @property
     def are_native(self) -> bool:
-        """Whether the native operations know the format."""
+        """Whether the native kernels support the weight format."""
         return self.format is None or self.format.native is not None
 
     @property
-    def bits(self) -> int:
-        """What native operations call the format, 0 for floats."""
+    def native_code(self) -> int:
+        """The native operations' number for the weight format, 0 for floats."""
         return 0 if self.format is None else self.format.native.code
 
-    def linear(self, number: int, x: Tensor) -> Tensor:
-        """One of them in PyTorch."""
-        weight = self.weights[number]
-        if self.format is not None:
-            weight = QuantizedTensor(weight, self.scales[number], self.format)
-        return reference.linear(x, weight, self.biases[number])
+
+@dataclass(frozen=True, eq=False)
+class ActiveNeurons:
+    """The FFN over some of a layer's neurons: what `kernels.ffn` and the native Decoder compute.
+
+    Build one when the neurons have been chosen and keep it for all tokens that follow: what the native operations take
+    is put together once.
+
+    projections: gate, up and down of a gated FFN, fc1 and fc2 of a plain one, [L, H] each, neuron-major (down and fc2
+        are stored transposed). A bias of down or fc2 belongs to no neuron: it goes into `added`.
+    activation: silu, gelu, gelu_tanh or relu. Or a function of a tensor: PyTorch then computes everything.
+    prefix: the first `prefix` neurons are active.
+    index: int32, more active neurons, each >= prefix, in any order, or None.
+    size: float32 [L], or None: all active neurons are computed. With it the active neurons are candidates, from which every
+        token chooses those with the largest |up_i·x| size_i, in a plain FFN |act(fc1_i·x + b_i)| size_i. The weights behind
+        that product are read for all candidates, the others only for the chosen neurons.
+    keep_count: how many neurons a token keeps; None: all above `threshold`. Neurons whose product is 0 are never kept.
+    threshold: of the product times size, used where keep_count is None.
+    added: [H] each, added to the output one after the other.
+    by_gate: choose by |act(gate_i·x + b_i)| size_i in a gated FFN. PyTorch then computes everything.
+    """
+
+    projections: Projections
+    activation: str | Callable[[Tensor], Tensor]
+    prefix: int
+    index: Tensor | None = None
+    size: Tensor | None = None
+    keep_count: int | None = None
+    threshold: float = 0.0
+    added: Sequence[Tensor] = ()
+    by_gate: bool = False
+
+    # Whether the native kernels can compute this. Left to PyTorch are by_gate, biases of a gated FFN that chooses per token,
+    # activations other than the four by name, and weight formats without a native kernel.
+    native: bool = field(init=False, repr=False)
+    # What native.py has prepared for all calls.
+    native_call: tuple | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        biases = self.projections.biases
+        if biases[-1] is not None:
+            raise ValueError("the output projection has a bias, which belongs to no neuron: put it into `added`")
+        chooses_with_bias = self.size is not None and self.gated and any(bias is not None for bias in biases)
+        by_name = isinstance(self.activation, str)
+        native = by_name and not self.by_gate and not chooses_with_bias and self.projections.are_native
+        object.__setattr__(self, "native", native)
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate; if not, the FFN is fc2(act(fc1(x)))."""
+        return len(self.projections.weights) == 3
+
+    @property
+    def count(self) -> int:
+        """Active neurons, or candidates."""
+        return self.prefix + (0 if self.index is None else len(self.index))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionLayer:
-    """The attention of a decoder layer, with the norms around it: what is the same for every token.
+    """The attention of a decoder layer and the norms around it: what is the same for every token.
 
-    norm, next_norm [H], q_norm, k_norm [D] or None: weights of RMSNorms with eps; norm_bias, next_norm_bias [H]: with these the
-    first two are LayerNorms; projections: q, k, v and o; scale: of the scores; window: how many positions are seen, 0 for all.
+    norm, next_norm: [H], the weights of the norms before the attention and before the FFN.
+    projections: q, k, v and o.
+    eps: of all norms.
+    scale: the attention scores are multiplied with it.
+    q_norm, k_norm: [D], the weights of the RMSNorms of each head's query and key, or None.
+    window: how many positions the sliding window spans; 0: all.
+    norm_bias, next_norm_bias: [H], or None. With these, norm and next_norm are LayerNorms instead of RMSNorms.
     """
 
     norm: Tensor
@@ -86,64 +146,9 @@ class AttentionLayer:
 
     @property
     def norm_arguments(self) -> tuple[list[Tensor], list[Tensor], float]:
-        """Norms, their biases and eps, as the operations take them; ValueError for kinds that are mixed."""
+        """Norms, their biases and eps, as the native operations take them. Raises ValueError if only some have a bias."""
         norms = [norm for norm in (self.norm, self.next_norm, self.q_norm, self.k_norm) if norm is not None]
         biases = [bias for bias in (self.norm_bias, self.next_norm_bias) if bias is not None]
         if len(biases) not in (0, len(norms)):
             raise ValueError("a layer's norms must all be RMSNorms or all be LayerNorms")
         return norms, biases, self.eps
-
-
-def attention_step(
-    x: Tensor,
-    delta: Tensor | None,
-    layer: AttentionLayer,
-    cosine: Tensor | None,
-    sine: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    length: int,
-) -> tuple[Tensor, Tensor]:
-    """See transformers_patches.kernels.attention_step."""
-    x = x if delta is None else x + delta
-    inputs, projections, eps = norm(x, layer.norm, layer.norm_bias, layer.eps), layer.projections, layer.eps
-    q, k, v = (projections.linear(number, inputs).view(-1, keys.shape[-1]) for number in range(3))  # [heads, D]
-    if layer.q_norm is not None:
-        q, k = norm(q, layer.q_norm, None, eps), norm(k, layer.k_norm, None, eps)
-    if cosine is not None:
-        q, k = _rotated(q, cosine, sine), _rotated(k, cosine, sine)
-    keys[0, :, length] = k
-    values[0, :, length] = v
-    first = max(0, length + 1 - layer.window) if layer.window else 0
-    attended = F.scaled_dot_product_attention(
-        q[None, :, None],
-        keys[:, :, first : length + 1],
-        values[:, :, first : length + 1],
-        scale=layer.scale,
-        enable_gqa=True,
-    )
-    x = x + projections.linear(3, attended.reshape(*x.shape[:-1], -1))
-    return x, norm(x, layer.next_norm, layer.next_norm_bias, eps)
-
-
-def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
-    """See transformers_patches.kernels.dense_ffn."""
-    h = reference.ACTIVATIONS[activation](projections.linear(0, x))
-    if len(projections.weights) == 2:
-        return projections.linear(1, h)
-    return projections.linear(2, h * projections.linear(1, x))
-
-
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, in float32 (Zhang and Sennrich 2019); with a bias LayerNorm."""
-    if bias is not None:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
-
-
-def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding with halves as pairs: heads [n, D], cosine and sine [..., D] of one position."""
-    half = heads.shape[-1] // 2
-    turned = torch.cat([-heads[:, half:], heads[:, :half]], dim=-1)
-    return heads * cosine.view(-1) + turned * sine.view(-1)

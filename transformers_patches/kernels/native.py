@@ -1,127 +1,144 @@
-"""The compiled ops: found or built at first use, with their fake implementations for torch.compile."""
+"""Every operation by the compiled library, for tensors on the CPU; library.py has loaded it before any of these is called.
+
+Functions have the arguments and results of those in operations.py, where they are documented.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from transformers_patches.errors import PartInferError
-from transformers_patches.kernels.formats import GROUP
+from transformers_patches.kernels import blockwise
+from transformers_patches.kernels.formats import WeightFormat
+from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Projections
+from transformers_patches.kernels.quantization import QuantizedTensor, Weight, check_column_weights
+from transformers_patches.kernels.screening import Needed, Screen
 
-ENVIRONMENT = "PARTINFER_KERNELS"
-
-
-class Library:
-    """Loads the ops once. `ops` is torch.ops.partinfer, or None where PyTorch has to do the work (`why_not` says why)."""
-
-    def __init__(self) -> None:
-        self.ops = None
-        self.why_not = ""
-        self.loaded = False
-        self._lock = threading.Lock()
-
-    def get(self):
-        """The ops, or None; compiles them if need be (once, with a notice)."""
-        if not self.loaded:
-            with self._lock:
-                if not self.loaded:
-                    self._load(os.environ.get(ENVIRONMENT, ""))
-        return self.ops
-
-    def _load(self, forced: str) -> None:
-        if forced in ("off", "reference"):
-            self.why_not = f"switched off by {ENVIRONMENT}={forced}"
-        elif not sys.platform.startswith("linux"):
-            self.why_not = f"the kernels are built on Linux only, this is {sys.platform}"
-            _notice(f"no native kernels: {self.why_not}; PyTorch computes instead, slower")
-        else:
-            self._load_native(forced)
-        self.loaded = True
-
-    def _load_native(self, forced: str) -> None:
-        from transformers_patches.kernels import build  # Linux only: it locks files
-
-        try:
-            path = build.find_library()
-            if path is None:
-                _notice(f"compiling the CPU kernels once, about a minute, into {build.cache_folder()}")
-                path = build.build()
-            if not hasattr(torch.ops.partinfer, "sparse_ffn"):  # a build in this process has loaded it already
-                torch.ops.load_library(path)
-        except (build.BuildError, OSError) as error:
-            self.why_not = str(error)
-            _notice(f"no native kernels: {error}; PyTorch computes instead, slower")
-            return
-        _register_fakes()
-        self.ops = torch.ops.partinfer
-        if forced:
-            use_variant(self.ops, forced)
+_OPS = torch.ops.partinfer  # called by their `default` overload, which spares looking for one
 
 
-def use_variant(ops, name: str) -> None:
-    """Switch to a variant by name. Raises PartInferError if this build or processor lacks it."""
-    if name not in ops.variants():
-        raise PartInferError(
-            f"kernels {name!r} can't run here: expected off, reference or one of {', '.join(ops.variants())}"
-        )
-    ops.set_variant(name)
+def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
+    operation, arguments, counts, hidden = active.native_call or _prepare_ffn(active)
+    if counts is None:
+        y, computed = operation(x, *arguments)
+    else:
+        y = operation(x, *arguments)
+        computed = counts if x.numel() == hidden else counts.expand(x.numel() // hidden)
+    for vector in active.added:
+        y = y + vector
+    return y, computed
 
 
-@contextmanager
-def variant(library: Library, name: str) -> Iterator[None]:
-    """Another variant for a while, for comparisons; for the whole process, so not while others compute."""
-    ops = library.get()
-    before = ops.variant()
-    use_variant(ops, name)
-    try:
-        yield
-    finally:
-        ops.set_variant(before)
+def _prepare_ffn(active: ActiveNeurons) -> tuple[Callable, tuple, Tensor | None, int]:
+    """The operation that computes this, its arguments after x, the count of one token unless tokens choose, and H. Kept.
+
+    There is an operation for each kind of weights and of choice, with flat arguments: lists of tensors, or arguments that
+    most calls leave empty, would cost every call microseconds.
+    """
+    p, hidden = active.projections, active.projections.weight(0).shape[1]
+    weights = [part for pair in zip(p.weights, p.scales, strict=True) for part in pair] if p.format else list(p.weights)
+    if not active.gated:
+        weights.insert(2 if p.format else 1, p.biases[0])
+    if p.format:
+        weights += [p.column_scales, p.native_code]
+    name = ("quant_sparse_ffn" if p.format else "sparse_ffn") + ("" if active.gated else "_plain")
+    if active.size is None:
+        choice, biases = (active.prefix, active.index), p.biases[:2] if active.gated else []
+        counts = torch.tensor([active.count])
+    else:
+        keep_count = -1 if active.keep_count is None else active.keep_count
+        choice, biases = (active.prefix, active.index, active.size, keep_count, active.threshold), []
+        counts, name = None, name + ("_by_up" if active.gated else "_by_size")
+    arguments = (*weights, *choice, active.activation, *biases)
+    call = getattr(_OPS, name).default, arguments, counts, hidden
+    object.__setattr__(active, "native_call", call)
+    return call
 
 
-def _notice(text: str) -> None:
-    print(f"partinfer: {text}", file=sys.stderr)
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, QuantizedTensor):
+        if weight.in_planes:
+            return blockwise.project(x, weight, bias, dequantize)
+        return _OPS.quant_linear.default(x, weight.data, weight.scales, weight.native_code, bias)
+    return _OPS.linear.default(x, weight, bias)
 
 
-def _register_fakes() -> None:
-    for name in ("sparse_ffn", "sparse_ffn_plain", "quant_sparse_ffn", "quant_sparse_ffn_plain"):
-        torch.library.register_fake(f"partinfer::{name}")(lambda x, *_: torch.empty_like(x))
-    for name in ("sparse_ffn_out", "quantize", "dequantize"):
-        torch.library.register_fake(f"partinfer::{name}")(lambda *_: None)
-    for name in ("linear", "quant_linear"):
-        torch.library.register_fake(f"partinfer::{name}")(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight)))
-    torch.library.register_fake("partinfer::weighted_rows")(
-        lambda h, weight: h.new_empty(*h.shape[:-1], weight.shape[1])
+def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, QuantizedTensor):
+        return _OPS.quant_weighted_rows.default(h, weight.data, weight.scales, weight.column_scales, weight.native_code)
+    return _OPS.weighted_rows.default(h, weight)
+
+
+def screened_linear(x: Tensor, weight: Weight, screen: Screen, needed: Needed) -> tuple[Tensor, Tensor]:
+    whole = None if isinstance(weight, QuantizedTensor) else weight
+    return _OPS.screened_linear.default(x, screen.data, screen.scales, screen.errors, whole, *needed.arguments)
+
+
+def split_planes(weight: QuantizedTensor) -> QuantizedTensor:
+    data = torch.empty(2, len(weight), weight.shape[1] // 2, dtype=torch.uint8)
+    _OPS.split_planes.default(weight.data, data)
+    return replace(weight, data=data)
+
+
+def join_planes(weight: QuantizedTensor) -> QuantizedTensor:
+    data = torch.empty(weight.shape, dtype=torch.int8)
+    _OPS.join_planes.default(weight.data, data)
+    return replace(weight, data=data)
+
+
+def quantize(weight: Tensor, weight_format: WeightFormat, column_weights: Tensor | None) -> QuantizedTensor:
+    check_column_weights(column_weights, weight.shape[1])
+    packed = QuantizedTensor.empty(*weight.shape, weight_format)
+    weights = None if column_weights is None else column_weights.cpu().contiguous()
+    _OPS.quantize.default(weight.contiguous(), packed.native_code, weights, packed.data, packed.scales)
+    return packed
+
+
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    weight = join_planes(weight) if weight.in_planes else weight
+    out = torch.empty(weight.shape, dtype=dtype) if out is None else out
+    _OPS.dequantize.default(weight.data, weight.scales, weight.native_code, out)
+    return out if weight.column_scales is None else out.mul_(weight.column_scales)
+
+
+def attention_step(
+    x: Tensor,
+    delta: Tensor | None,
+    layer: AttentionLayer,
+    rope: tuple[Tensor, Tensor] | tuple[None, None],
+    cache: tuple[Tensor, Tensor],
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    p = layer.projections
+    weights = (p.weights, p.scales, p.biases, p.native_code)
+    return _OPS.attention_step.default(
+        x, delta, *layer.norm_arguments, *weights, *rope, *cache, length, layer.window, layer.scale
     )
-    torch.library.register_fake("partinfer::quant_weighted_rows")(
-        lambda h, weight, scales, *_: h.new_empty(*h.shape[:-1], scales.shape[1] * GROUP)
-    )
-    for name in ("join_planes", "split_planes"):
-        torch.library.register_fake(f"partinfer::{name}")(lambda *_: None)
-    torch.library.register_fake("partinfer::screened_linear")(
-        lambda x, data, *_: (
-            x.new_empty(*x.shape[:-1], data.shape[1]),
-            x.new_empty(x.shape[:-1].numel(), dtype=torch.int64),
-        )
-    )
-    torch.library.register_fake("partinfer::core_counts")(lambda h, _: h.new_empty(h.shape[1], dtype=torch.int64))
-    torch.library.register_fake("partinfer::most_marked")(
-        lambda counts, _priority, _first, wanted: counts.new_empty(wanted, dtype=torch.int32)
-    )
-    torch.library.register_fake("partinfer::sum_of_squares")(
-        lambda values: values.new_empty(values.shape[1], dtype=torch.float32)
-    )
-    torch.library.register_fake("partinfer::typical_scale")(lambda sums, *_: torch.empty_like(sums))
-    for name in ("dense_ffn", "add_norm"):
-        torch.library.register_fake(f"partinfer::{name}")(lambda x, *_: torch.empty_like(x))
-    torch.library.register_fake("partinfer::attention_step")(lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
-    by_token = ("sparse_ffn_by_up", "sparse_ffn_plain_by_size")
-    for name in (*by_token, *(f"quant_{name}" for name in by_token)):
-        torch.library.register_fake(f"partinfer::{name}")(
-            lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[:-1].numel(), dtype=torch.int64))
-        )
+
+
+def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
+    p = projections
+    return _OPS.dense_ffn.default(x, p.weights, p.scales, p.biases, p.native_code, activation)
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return _OPS.add_norm.default(x, delta, weight, bias, eps)
+
+
+def core_counts(h: Tensor, token_sparsity: float) -> Tensor:
+    return _OPS.core_counts.default(h, token_sparsity)
+
+
+def most_marked(counts: Tensor, priority: Tensor, first: int, wanted: int) -> Tensor:
+    return _OPS.most_marked.default(counts, priority, first, wanted)
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    return _OPS.sum_of_squares.default(values)
+
+
+def typical_scale(sums: Tensor, tokens: int, prior: Tensor | None, prior_tokens: int, norms: Tensor) -> Tensor:
+    return _OPS.typical_scale.default(sums, tokens, prior, prior_tokens, norms)

@@ -1,4 +1,4 @@
-"""How fast the memory is: what a kernel that is bound by it can reach at best."""
+"""The memory's bandwidth: the limit for kernels that are bound by it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def bandwidth_probe(ops, nbytes: int, repetitions: int) -> float:
-    """Bytes per second read from a buffer of nbytes, best of the repetitions; `ops` may be None (a sum in PyTorch)."""
+    """Bytes per second read from a buffer of nbytes, the best of the repetitions. ops: None measures a sum in PyTorch."""
     buffer = torch.empty(nbytes // 8, dtype=torch.int64)
     if ops is not None:
         ops.advise_huge_pages(buffer)

@@ -1,4 +1,4 @@
-"""QuantizedTensor: a weight in one of the formats of formats.py, and the same in PyTorch that kernels do with it."""
+"""QuantizedTensor: a weight in one of the formats of formats.py, and in PyTorch what the native kernels do with it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels.formats import GROUP, WeightFormat
 
-_VALUES_AT_ONCE = 2**20  # bounds the float32 copies that quantising makes
-# How large a column's largest value is beside its scale: so that the scales of groups are normal float16s.
+_VALUES_AT_ONCE = 2**20  # bounds the float32 copies made while quantising
+# A column's largest value divided by its column scale: keeps the scales of groups in float16's normal range.
 COLUMN_RANGE = 64.0
 
 
@@ -23,8 +23,8 @@ class QuantizedTensor:
     data: the packed values, [rows, …] as the format has them, or [2, rows, …] in planes.
     scales: [rows, columns / group, …] as the format has them.
     format: how values are packed, and what they stand for.
-    column_scales: float32 [columns] or None, a factor of each column besides. Where rows are summed up, columns are outputs,
-        and a large one would take up the range of its whole group.
+    column_scales: float32 [columns], a further factor for each column, or None. Weights whose columns are outputs have
+        them: a single large column would otherwise use up the range of its whole group.
     """
 
     data: Tensor
@@ -39,7 +39,7 @@ class QuantizedTensor:
 
     @property
     def native_code(self) -> int:
-        """What native operations call the format, which must be one that they know."""
+        """The native operations' number for the format, which must have a native kernel."""
         return self.format.native.code
 
     @property
@@ -54,7 +54,7 @@ class QuantizedTensor:
 
     @property
     def parts(self) -> list[Tensor]:
-        """All tensors that it consists of."""
+        """All tensors that this weight consists of."""
         return [self.data, self.scales, *([] if self.column_scales is None else [self.column_scales])]
 
     @property
@@ -78,11 +78,11 @@ class QuantizedTensor:
         return self if moved.data is self.data else moved
 
     def like(self, empty: Callable[[Tensor], Tensor]) -> QuantizedTensor:
-        """One of the same shape and format in memory that `empty` gives for its data and its scales."""
+        """An uninitialised weight of the same shape and format; `empty` allocates a tensor like the one that it is given."""
         return self.over(empty(self.data), empty(self.scales))
 
     def over(self, data: Tensor, scales: Tensor) -> QuantizedTensor:
-        """One like this whose data and scales are these, and whose column scales are still to be filled."""
+        """A weight like this one over the given data and scales, with uninitialised column scales."""
         columns = None if self.column_scales is None else torch.empty_like(self.column_scales, device=data.device)
         return replace(self, data=data, scales=scales, column_scales=columns)
 
@@ -95,11 +95,11 @@ class QuantizedTensor:
         return replace(self, data=change(self.data), scales=change(self.scales), column_scales=columns)
 
     def put(self, rows: Tensor | slice, values: QuantizedTensor) -> None:
-        """Take over some rows from another one of the same layout and column scales."""
+        """Copy `values`, of the same layout and column scales, into some of the rows."""
         self.data[..., rows, :], self.scales[rows] = values.data, values.scales
 
     def copy_(self, other: QuantizedTensor) -> None:
-        """Take over the values of another one of the same shape and format."""
+        """Copy another weight of the same shape and format into this one."""
         for own, others in zip(self.parts, other.parts, strict=True):
             own.copy_(others)
 
@@ -114,7 +114,7 @@ class QuantizedTensor:
         in_planes: bool = False,
         column_scales: bool = False,
     ) -> QuantizedTensor:
-        """Memory for a [rows, columns] weight. Raises PartInferError if columns don't make up whole groups."""
+        """An uninitialised [rows, columns] weight. Raises PartInferError if columns is not a multiple of the group size."""
         if columns % weight_format.group:
             raise PartInferError(
                 f"a weight to quantise must be [rows, columns] with columns a multiple of {weight_format.group}, "
@@ -126,6 +126,9 @@ class QuantizedTensor:
         if in_planes:
             data = torch.empty(2, rows, columns // 2, dtype=torch.uint8, device=device)
         return cls(data, scales, weight_format, torch.empty(columns, device=device) if column_scales else None)
+
+
+Weight = Tensor | QuantizedTensor
 
 
 def quantize(weight: Tensor, weight_format: WeightFormat, column_weights: Tensor | None = None) -> QuantizedTensor:
@@ -145,7 +148,7 @@ def quantize(weight: Tensor, weight_format: WeightFormat, column_weights: Tensor
 
 
 def check_column_weights(column_weights: Tensor | None, columns: int) -> None:
-    """PartInferError unless they are float32 [columns]."""
+    """Raise PartInferError unless column_weights is None or float32 [columns]."""
     if column_weights is None or (column_weights.dtype == torch.float32 and column_weights.shape == (columns,)):
         return
     raise PartInferError(
@@ -170,13 +173,14 @@ def join_planes(weight: QuantizedTensor) -> QuantizedTensor:
     return replace(weight, data=values.view(torch.int8))
 
 
-def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The float weight [rows, columns] that a quantised one stands for."""
+def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+    """`kernels.dequantize` in PyTorch."""
     weight = join_planes(weight) if weight.in_planes else weight
     floats = weight.format.unpack(weight.data, weight.scales).view(weight.shape)
-    return (floats if weight.column_scales is None else floats * weight.column_scales).to(dtype)
+    floats = floats if weight.column_scales is None else floats * weight.column_scales
+    return floats.to(dtype) if out is None else out.copy_(floats.to(dtype))
 
 
 def column_scales(largest: Tensor) -> Tensor:
-    """The column scales of a weight whose columns have these largest sizes: float32 [columns] each."""
+    """The column scales of a weight, from the largest |value| of each column: float32 [columns] each."""
     return torch.where(largest > 0, largest / COLUMN_RANGE, 1.0)

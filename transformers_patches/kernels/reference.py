@@ -1,4 +1,7 @@
-"""What the native kernels compute, in plain PyTorch: the path without a compiler, and what tests compare with."""
+"""Every operation in plain PyTorch: for machines without the native kernels, for GPUs, and for tests to compare with.
+
+Functions have the arguments and results of those in operations.py, where they are documented.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformers_patches.kernels.quantization import QuantizedTensor, dequantize
+from transformers_patches.kernels import blockwise
+from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Projections
+from transformers_patches.kernels.quantization import (
+    QuantizedTensor,
+    Weight,
+    dequantize,
+    join_planes,
+    quantize,
+    split_planes,
+)
+from transformers_patches.kernels.screening import screened_linear
+
+__all__ = [
+    "ACTIVATIONS",
+    "add_norm",
+    "attention_step",
+    "core_counts",
+    "dense_ffn",
+    "dequantize",
+    "ffn",
+    "join_planes",
+    "linear",
+    "most_marked",
+    "norm",
+    "quantize",
+    "screened_linear",
+    "split_planes",
+    "sum_of_squares",
+    "typical_scale",
+    "weighted_rows",
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -17,134 +50,178 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
-Weight = Tensor | QuantizedTensor
+Rows = slice | Tensor
 
 
-def rows_of(weight: Weight, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """Some rows of a float or quantised weight as floats."""
-    if isinstance(weight, QuantizedTensor):
-        return dequantize(weight[rows], dtype)
-    return weight[rows]
+def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
+    """The gated or plain FFN over active neurons, or over those that each token chooses among them."""
+    weights = _FfnWeights(active, x)
+    if active.size is None:
+        y, computed = weights.all_active(), torch.full((x[..., 0].numel(),), active.count)
+    else:
+        y, computed = weights.chosen_per_token()
+    y = y.to(x.dtype)
+    for vector in active.added:
+        y = y + vector
+    return y, computed
+
+
+class _FfnWeights:
+    """The weights of an FFN where x is, and in whose type products are computed: the weights' own, or of quantised ones x's."""
+
+    def __init__(self, active: ActiveNeurons, x: Tensor) -> None:
+        self.active, self.device = active, x.device
+        self.weights = [active.projections.weight(number) for number in range(len(active.projections.weights))]
+        self.x = x.to(_dtype_of(self.weights[0], x))
+        self.act = ACTIVATIONS[active.activation] if isinstance(active.activation, str) else active.activation
+
+    def rows(self, number: int, rows: Rows) -> Weight:
+        """Some rows of one of the weights: a view for a slice."""
+        return _on(self.weights[number], rows, self.device)
+
+    def product(self, x: Tensor, number: int, rows: Rows) -> Tensor:
+        """x [..., H] times some rows of an input projection, plus their biases."""
+        bias = self.active.projections.biases[number]
+        bias = None if bias is None else _on(bias, rows, self.device).to(x.dtype)
+        return blockwise.project(x, self.rows(number, rows), bias, dequantize)
+
+    def combine(self, h: Tensor, rows: Rows) -> Tensor:
+        """h [..., n] times some rows of the output projection."""
+        return blockwise.combine(h, self.rows(-1, rows), dequantize)
+
+    def all_active(self) -> Tensor:
+        """The prefix is a slice, so that it is not copied; listed rows are."""
+        y = torch.zeros_like(self.x)
+        for rows in self.parts():
+            h = self.act(self.product(self.x, 0, rows))
+            if self.active.gated:
+                h = h * self.product(self.x, 1, rows)
+            y = y + self.combine(h, rows)
+        return y
+
+    def parts(self) -> list[Rows]:
+        """The prefix and the list, without what is empty."""
+        prefix, index = self.active.prefix, self.active.index
+        parts: list[Rows] = [slice(0, prefix)] if prefix else []
+        return parts if index is None or len(index) == 0 else [*parts, index.long()]
+
+    def chosen_per_token(self) -> tuple[Tensor, Tensor]:
+        """One token after the other: the product that neurons are chosen by for all candidates, the rest for the chosen."""
+        active, candidates = self.active, self.candidates()
+        size = _on(active.size, candidates, self.device)
+        by_up = active.gated and not active.by_gate
+        y, computed = torch.empty_like(self.x), []
+        tokens = zip(self.x.view(-1, 1, y.shape[-1]), y.view(-1, 1, y.shape[-1]), strict=True)
+        for x, out in tokens:
+            values = self.product(x, 1, candidates) if by_up else self.act(self.product(x, 0, candidates))  # [1, C]
+            kept = _largest(values[0].float().abs() * size, active.keep_count, active.threshold)
+            rows, h = kept if isinstance(candidates, slice) else candidates[kept.to(candidates.device)], values[:, kept]
+            if by_up:
+                h = self.act(self.product(x, 0, rows)) * h
+            elif active.gated:
+                h = h * self.product(x, 1, rows)
+            out.copy_(self.combine(h, rows))
+            computed.append(len(kept))
+        return y, torch.tensor(computed, dtype=torch.int64)
+
+    def candidates(self) -> Rows:
+        """The active neurons as one slice, or as indices int64 [C]."""
+        prefix, index = self.active.prefix, self.active.index
+        if index is None:
+            return slice(0, prefix)
+        return torch.cat([torch.arange(prefix, device=index.device), index.long()])
+
+
+def _on(weight: Weight, rows: Rows, device: torch.device) -> Weight:
+    """Some rows of a weight or bias on a device; indices may be anywhere."""
+    return weight[rows if isinstance(rows, slice) else rows.to(weight.device)].to(device)
+
+
+def _largest(scores: Tensor, count: int | None, threshold: float) -> Tensor:
+    """Positions of the `count` largest scores [C], or of those above the threshold; never of zeros."""
+    kept = scores.topk(count).indices if count is not None else (scores > threshold).nonzero().squeeze(1)
+    return kept[scores[kept] > 0]
 
 
 def _dtype_of(weight: Weight, x: Tensor) -> torch.dtype:
     return x.dtype if isinstance(weight, QuantizedTensor) else weight.dtype
 
 
-def _active_parts(prefix: int, index: Tensor | None) -> list[slice | Tensor]:
-    """The prefix as a slice, so that nothing is copied, and the list as indices."""
-    parts: list[slice | Tensor] = [slice(0, prefix)] if prefix else []
-    return parts if index is None or index.numel() == 0 else [*parts, index.long()]
-
-
-def sparse_ffn(
-    x: Tensor,
-    gate: Weight,
-    up: Weight | None,
-    down: Weight,
-    prefix: int,
-    index: Tensor | None,
-    activation: str,
-    bias_gate: Tensor | None = None,
-    bias_up: Tensor | None = None,
-) -> Tensor:
-    """Sum over the active neurons i of act(gate_i·x + b) (up_i·x + c) down_i; without `up`, of act(gate_i·x + b) down_i.
-
-    x [..., H]; gate, up, down [L, H], neuron-major; active = the first `prefix` and those in `index`. Out like x.
-    """
-    dtype = _dtype_of(gate, x)
-    inputs, result = x.to(dtype), torch.zeros_like(x, dtype=dtype)
-
-    def product(weight: Weight, bias: Tensor | None, rows: slice | Tensor) -> Tensor:
-        return F.linear(inputs, rows_of(weight, rows, dtype), None if bias is None else bias[rows].to(dtype))
-
-    for rows in _active_parts(prefix, index):
-        h = ACTIVATIONS[activation](product(gate, bias_gate, rows))
-        if up is not None:
-            h = h * product(up, bias_up, rows)
-        result = result + h @ rows_of(down, rows, dtype)
-    return result.to(x.dtype)
+def _floats(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return dequantize(weight, dtype) if isinstance(weight, QuantizedTensor) else weight
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x [..., in], weight [out, in], bias [out] -> [..., out]."""
     dtype = _dtype_of(weight, x)
-    floats = rows_of(weight, slice(None), dtype)
-    return F.linear(x.to(dtype), floats, None if bias is None else bias.to(dtype)).to(x.dtype)
+    return F.linear(x.to(dtype), _floats(weight, dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
 
 
 def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
-    """h [..., n], weight [n, H] -> [..., H]."""
     dtype = _dtype_of(weight, h)
-    return (h.to(dtype) @ rows_of(weight, slice(None), dtype)).to(h.dtype)
+    return (h.to(dtype) @ _floats(weight, dtype)).to(h.dtype)
 
 
-def sparse_ffn_by_up(
+def attention_step(
     x: Tensor,
-    gate: Weight,
-    up: Weight,
-    down: Weight,
-    prefix: int,
-    index: Tensor | None,
-    scale: Tensor,
-    keep_count: int | None,
-    threshold: float,
-    activation: str,
+    delta: Tensor | None,
+    layer: AttentionLayer,
+    rope: tuple[Tensor, Tensor] | tuple[None, None],
+    cache: tuple[Tensor, Tensor],
+    length: int,
 ) -> tuple[Tensor, Tensor]:
-    """Per token, only the candidates with the largest |up_i·x| scale_i: out like x, and how many were computed [T]."""
-    dtype = _dtype_of(gate, x)
-    candidates = _candidates(prefix, index)
-    out, computed = torch.empty_like(x), []
-    for token, place in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
-        u = rows_of(up, candidates, dtype) @ token.to(dtype)
-        score = u.float().abs() * scale[candidates]
-        kept = _largest(score, keep_count, threshold)
-        rows = candidates[kept]
-        h = ACTIVATIONS[activation](rows_of(gate, rows, dtype) @ token.to(dtype)) * u[kept]
-        place.copy_(h @ rows_of(down, rows, dtype))
-        computed.append(rows.numel())
-    return out, torch.tensor(computed)
+    x = x if delta is None else x + delta
+    (keys, values), (cosine, sine), projections = cache, rope, layer.projections
+    inputs = norm(x, layer.norm, layer.norm_bias, layer.eps)
+    q, k, v = (_projected(inputs, projections, number).view(-1, keys.shape[-1]) for number in range(3))  # [heads, D]
+    if layer.q_norm is not None:
+        q, k = norm(q, layer.q_norm, None, layer.eps), norm(k, layer.k_norm, None, layer.eps)
+    if cosine is not None:
+        q, k = _rotated(q, cosine, sine), _rotated(k, cosine, sine)
+    keys[0, :, length] = k
+    values[0, :, length] = v
+    first = max(0, length + 1 - layer.window) if layer.window else 0
+    attended = F.scaled_dot_product_attention(
+        q[None, :, None],
+        keys[:, :, first : length + 1],
+        values[:, :, first : length + 1],
+        scale=layer.scale,
+        enable_gqa=True,
+    )
+    x = x + _projected(attended.reshape(*x.shape[:-1], -1), projections, 3)
+    return x, norm(x, layer.next_norm, layer.next_norm_bias, layer.eps)
 
 
-def sparse_ffn_plain_by_size(
-    x: Tensor,
-    fc1: Weight,
-    bias1: Tensor | None,
-    fc2: Weight,
-    prefix: int,
-    index: Tensor | None,
-    scale: Tensor,
-    keep_count: int | None,
-    threshold: float,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Per token, fc2 only of the candidates with the largest |act(fc1_i·x + bias1_i)| scale_i; as sparse_ffn_by_up."""
-    dtype = _dtype_of(fc1, x)
-    candidates = _candidates(prefix, index)
-    bias = None if bias1 is None else bias1[candidates].to(dtype)
-    out, computed = torch.empty_like(x), []
-    for token, place in zip(x.reshape(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
-        h = ACTIVATIONS[activation](F.linear(token.to(dtype), rows_of(fc1, candidates, dtype), bias))
-        kept = _largest(h.float().abs() * scale[candidates], keep_count, threshold)
-        place.copy_(h[kept] @ rows_of(fc2, candidates[kept], dtype))
-        computed.append(kept.numel())
-    return out, torch.tensor(computed)
+def _projected(x: Tensor, projections: Projections, number: int) -> Tensor:
+    return linear(x, projections.weight(number), projections.biases[number])
 
 
-def _candidates(prefix: int, index: Tensor | None) -> Tensor:
-    """int64 [C]: the first `prefix` rows and those in `index`."""
-    prefixed = torch.arange(prefix)
-    return prefixed if index is None else torch.cat([prefixed, index.long()])
+def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding, the two halves of a head being the pairs: heads [n, D], cosine and sine [..., D] of one position."""
+    half = heads.shape[-1] // 2
+    swapped = torch.cat([-heads[:, half:], heads[:, :half]], dim=-1)
+    return heads * cosine.view(-1) + swapped * sine.view(-1)
 
 
-def _largest(scores: Tensor, count: int | None, threshold: float) -> Tensor:
-    """Places of the `count` largest, or of those above the threshold; never of zeros."""
-    kept = scores.topk(count).indices if count is not None else (scores > threshold).nonzero().squeeze(1)
-    return kept[scores[kept] > 0]
+def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
+    h = ACTIVATIONS[activation](_projected(x, projections, 0))
+    if len(projections.weights) == 2:
+        return _projected(h, projections, 1)
+    return _projected(h * _projected(x, projections, 1), projections, 2)
+
+
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return norm(x + delta, weight, bias, eps)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, computed in float32 (Zhang and Sennrich 2019); with a bias LayerNorm."""
+    if bias is not None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
 def core_counts(h: Tensor, token_sparsity: float) -> Tensor:
-    """See transformers_patches.kernels.core_counts."""
     tokens, loaded = h.shape
     counts = torch.zeros(loaded, dtype=torch.int64, device=h.device)
     if tokens == 0:
@@ -155,18 +232,15 @@ def core_counts(h: Tensor, token_sparsity: float) -> Tensor:
 
 
 def most_marked(counts: Tensor, priority: Tensor, first: int, wanted: int) -> Tensor:
-    """See transformers_patches.kernels.most_marked."""
     keys = counts * (int(priority.max()) + 1) - priority
     chosen = keys[first:].topk(wanted, sorted=False).indices + first
     return chosen.sort().values.int()
 
 
 def sum_of_squares(values: Tensor) -> Tensor:
-    """See transformers_patches.kernels.sum_of_squares."""
     return values.to(torch.float32, copy=True).square_().sum(0)
 
 
 def typical_scale(sums: Tensor, tokens: int, prior: Tensor | None, prior_tokens: int, norms: Tensor) -> Tensor:
-    """See transformers_patches.kernels.typical_scale."""
     known = sums.mean() / max(tokens, 1) if prior is None else prior.square()
     return known.mul(prior_tokens).add(sums).div_(tokens + prior_tokens).sqrt_().mul_(norms)

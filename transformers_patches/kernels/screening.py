@@ -1,8 +1,8 @@
-"""Products with large weights that read most of them roughly: the high 4 of 8 bits, and all of it only where it matters.
+"""Products with a large weight of which only some outputs are computed exactly; for the others 4 of the 8 bits are read.
 
-A model's output projection gives as many logits as there are tokens, of which few matter. The high plane of an 8-bit weight
-is a weight of 4 bits: it says which logits may be large, and those are computed with the weight itself. The idea is that of SVD-softmax
-(Shim et al., NeurIPS 2017), with bits in the place of singular values.
+The lm_head computes a logit for every token of the vocabulary, and few of them matter. The high plane of an 8-bit weight is
+itself a weight of 4 bits: it shows which logits may be large, and only those are computed with the whole weight. The idea is
+that of SVD-softmax (Shim et al., NeurIPS 2017), with bits in place of singular values.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from torch import Tensor
 from transformers_patches.kernels.formats import GROUP, INT4
 from transformers_patches.kernels.quantization import QuantizedTensor, dequantize
 
-LOW_MIDDLE, LOW_VARIANCE = 7.5, 255 / 12  # of low nibbles, which are 0 … 15: what the high plane alone takes them for
+LOW_MIDDLE, LOW_VARIANCE = 7.5, 255 / 12  # mean and variance of low nibbles 0 … 15, taken as evenly distributed
 DEVIATIONS, DEVIATIONS_OF_SEVERAL = 8.0, 4.0
 LEVELS = [2.0 + 0.75 * k for k in range(24)]  # below the largest logit
 
 
 @dataclass(frozen=True)
 class Needed:
-    """What has to be right of a product's outputs: the `largest` ones, or (0) their softmax.
+    """Which of a product's outputs must be exact.
 
-    tolerance: the KL divergence of the softmax, of outputs divided by `temperature`, from the exact one, in nats, that is
-    expected at most.
+    largest: how many of the largest outputs; 0: those that the softmax needs.
+    tolerance: the largest expected KL divergence of the softmax from the exact one, in nats.
+    temperature: outputs are divided by it before the softmax.
     """
 
     largest: int = 0
@@ -46,8 +47,9 @@ SOFTMAX = Needed()
 class Screen:
     """What a weight [V, H] is screened with: the high plane of its 8-bit values.
 
-    data: uint8 [V, H / 2], or both planes [2, V, H / 2]; scales: float16 [V, H / 32], of 8 bits; errors: float32 [H / 32],
-    the mean square error of the high plane's weights in each group of columns.
+    data: uint8 [V, H / 2], or both planes [2, V, H / 2].
+    scales: float16 [V, H / 32], of the 8-bit values.
+    errors: float32 [H / 32], the mean square error of the high plane's weights in each group of columns.
     """
 
     data: Tensor
@@ -56,14 +58,14 @@ class Screen:
 
     @classmethod
     def of(cls, weight: QuantizedTensor) -> Screen:
-        """weight: in planes, or its high plane alone as if it were a weight of 4 bits. Low nibbles are taken as evenly spread."""
+        """weight: in planes, or its high plane alone as a weight of 4 bits."""
         total = torch.zeros(weight.scales.shape[1], dtype=torch.float64, device=weight.device)
         for scales in weight.scales.split(2**16):
             total += scales.double().square_().sum(0)
         return cls(weight.data, weight.scales, (total * (LOW_VARIANCE / max(1, len(weight)))).float())
 
     def coarse(self) -> Tensor:
-        """What the high plane alone stands for: float32 [V, H]."""
+        """The weight as the high plane alone gives it: float32 [V, H]."""
         high = QuantizedTensor(self.data if self.data.ndim == 2 else self.data[0], self.scales, INT4)
         return 16 * dequantize(high) + LOW_MIDDLE * self.scales.float().repeat_interleave(GROUP, dim=1)
 
@@ -71,7 +73,7 @@ class Screen:
 def screened_linear(
     x: Tensor, weight: Tensor | QuantizedTensor, screen: Screen, needed: Needed
 ) -> tuple[Tensor, Tensor]:
-    """See transformers_patches.kernels.screened_linear."""
+    """`kernels.screened_linear` in PyTorch."""
     exact = x.float() @ (dequantize(weight) if isinstance(weight, QuantizedTensor) else weight.float()).T
     rough = x.float() @ screen.coarse().T
     error = (x.float().unflatten(-1, (-1, GROUP)).square().sum(-1) * screen.errors).sum(-1)
@@ -83,7 +85,7 @@ def screened_linear(
 
 
 def _depth(logits: Tensor, error: float, needed: Needed) -> float:
-    """How far below the largest rough logit the exact ones begin."""
+    """How far below the largest rough logit outputs are still computed exactly."""
     below = logits.max() - logits
     counts = [int((below <= level).sum()) for level in LEVELS]
     if needed.largest:

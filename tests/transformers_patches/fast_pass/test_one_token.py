@@ -150,7 +150,7 @@ def test_kept_rotary_embeddings_are_those_of_the_module(rope):
         x = torch.zeros(1, 1, 32, dtype=dtype)
         for position in (0, 7, 255, 256, 290, 1000):
             expected = rotary(x, torch.tensor([[position]]))
-            assert all(torch.equal(a, b) for a, b in zip(table.turns(x, position), expected, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(table.rope(x, position), expected, strict=True))
             assert table.embedding(position) is None
     assert bool(table.blocks) == (rope is None or rope["rope_type"] != "dynamic")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from transformers_patches import kernels
+from transformers_patches.kernels.library import LIBRARY
 
 VARIANTS = ["reference", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod"]
 
@@ -14,8 +15,8 @@ VARIANTS = ["reference", "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16
 def variant(request, monkeypatch):
     """The variant in use during a test; skipped where the processor or the compiler lacks it."""
     if request.param == "reference":
-        monkeypatch.setattr(kernels._LIBRARY, "ops", None)
-        monkeypatch.setattr(kernels._LIBRARY, "loaded", True)
+        monkeypatch.setattr(LIBRARY, "ops", None)
+        monkeypatch.setattr(LIBRARY, "loaded", True)
         yield request.param
     elif request.param not in kernels.variants():
         pytest.skip(f"no {request.param} kernels here {kernels.why_not()}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_patches import kernels
-from transformers_patches.kernels import blockwise
+from transformers_patches.kernels import blockwise, operations
 from transformers_patches.modules.fast_linear import FastLinear
 
 from .helpers import OF_BITS, TOLERANCE, double, error, weights
@@ -43,7 +43,7 @@ def test_products_are_right_in_their_own_type(fast, dtype):
 def test_quantised_weights_become_floats_of_the_type_that_is_fast(fast, bits, dtype, monkeypatch):
     seen = set()
     dequantize = kernels.dequantize
-    monkeypatch.setattr(kernels, "dequantize", lambda *a: seen.add(a[1]) or dequantize(*a))
+    monkeypatch.setattr(operations, "dequantize", lambda *a: seen.add(a[1]) or dequantize(*a))
     packed, x = kernels.quantize(weights(1, 45, 64)[0], OF_BITS[bits]), torch.randn(9, 64).to(dtype)
     exact = dequantize(packed).double()
     assert error(kernels.project(x, packed), x.double() @ exact.T) < TOLERANCE[dtype]

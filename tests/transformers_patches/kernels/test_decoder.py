@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from transformers_patches import kernels
 from transformers_patches.kernels import ActiveNeurons, AttentionLayer, Decoder, Projections
+
+from .helpers import ffn
 
 HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, NEURONS, LENGTH = 64, 4, 2, 16, 96, 5
 native = pytest.mark.skipif(not kernels.available(), reason="no native kernels")
@@ -23,7 +23,7 @@ def model(request, variant):
 
 
 class PlainModel:
-    """As OPT: LayerNorms, learned positions, biases, FFNs without a gate; three layers: whole, some neurons, neurons chosen by size."""
+    """As OPT: LayerNorms, learned positions, biases, FFNs without a gate; three layers: dense, some neurons, neurons chosen by size."""
 
     def __init__(self) -> None:
         torch.manual_seed(1)
@@ -39,7 +39,7 @@ class PlainModel:
             )
             for _ in range(3)
         ]
-        self.whole = self.projections((NEURONS, HIDDEN), (HIDDEN, NEURONS))
+        self.dense = self.projections((NEURONS, HIDDEN), (HIDDEN, NEURONS))
         self.rows = self.projections((NEURONS, HIDDEN), (NEURONS, HIDDEN))
         self.rows.biases[1] = None  # what is added to the output is a vector like any other
         self.size, self.added = torch.rand(NEURONS), torch.randn(HIDDEN)
@@ -61,24 +61,24 @@ def test_a_plain_model_equals_its_operations():
     decoder, caches, expected_caches = Decoder(), model.caches.clone(), model.caches.clone()
     for layer in model.layers:
         decoder.add_layer(layer, HEAD_SIZE)
-    decoder.set_whole(0, model.whole, "relu")
+    decoder.set_dense(0, model.dense, "relu")
     decoder.set_active(1, ActiveNeurons(model.rows, "relu", 40, model.index, added=[model.added]))
     decoder.set_active(2, ActiveNeurons(model.rows, "relu", 80, None, model.size, 25, added=[model.added]))
     decoder.set_norm(*model.last_norm, 1e-5)
-    decoder.set_ends(*model.ends)
-    logits, computed, _ = decoder.logits(7, model.position, None, None, *(list(part) for part in caches), LENGTH)
+    decoder.set_embedding_and_head(*model.ends)
+    logits, computed, _ = decoder.logits(7, model.position, (None, None), tuple(list(part) for part in caches), LENGTH)
 
-    (fc1, fc2), bias = model.rows.weights, model.rows.biases[0]
+    rows, biases = model.rows.weights, model.rows.biases
     ffns = [
-        lambda x: kernels.dense_ffn(x, model.whole, "relu"),
-        lambda x: kernels.sparse_ffn_plain(x, fc1, bias, fc2, 40, model.index) + model.added,
-        lambda x: kernels.sparse_ffn_plain_by_size(x, fc1, bias, fc2, 80, None, model.size, 25)[0] + model.added,
+        lambda x: kernels.dense_ffn(x, model.dense, "relu"),
+        lambda x: ffn(x, rows, 40, model.index, biases=biases) + model.added,
+        lambda x: ffn(x, rows, 80, biases=biases, size=model.size, keep_count=25) + model.added,
     ]
     x, delta = (model.ends[0].weights[0][7] + model.position).view(1, 1, HIDDEN), None
-    for number, (layer, ffn) in enumerate(zip(model.layers, ffns, strict=True)):
+    for number, (layer, of_layer) in enumerate(zip(model.layers, ffns, strict=True)):
         cache = expected_caches[0][number], expected_caches[1][number]
-        x, normed = kernels.attention_step(x, delta, layer, None, None, *cache, LENGTH)
-        delta = ffn(normed)
+        x, normed = kernels.attention_step(x, delta, layer, (None, None), cache, LENGTH)
+        delta = of_layer(normed)
     hidden = kernels.add_norm(x, delta, *model.last_norm, 1e-5)
     assert torch.equal(logits, kernels.linear(hidden, model.ends[1].weights[0], model.ends[1].biases[0]))
     assert torch.equal(caches, expected_caches)
@@ -87,7 +87,7 @@ def test_a_plain_model_equals_its_operations():
 
 
 class Model:
-    """Three layers: whole, some neurons, neurons chosen by the token."""
+    """Three layers: dense, some neurons, neurons chosen by the token."""
 
     def __init__(self, kind: str) -> None:
         torch.manual_seed(0)
@@ -104,14 +104,14 @@ class Model:
             )
             for _ in range(3)
         ]
-        self.whole = self.projections((NEURONS, HIDDEN), (NEURONS, HIDDEN), (HIDDEN, NEURONS))
+        self.dense = self.projections((NEURONS, HIDDEN), (NEURONS, HIDDEN), (HIDDEN, NEURONS))
         self.rows = self.projections(*[(NEURONS, HIDDEN)] * 3, summed=True)
         self.index = torch.tensor([40, 90, 33], dtype=torch.int32)
         self.size, self.added = torch.rand(NEURONS), torch.randn(2, HIDDEN).to(self.dtype)
         self.last_norm = self.norm()
         self.x, self.first_delta = torch.randn(2, 1, 1, HIDDEN).to(self.dtype)
         angles = torch.rand(1, 1, HEAD_SIZE)
-        self.turns = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        self.rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         self.caches = torch.randn(2, 3, 1, KV_HEADS, LENGTH + 2, HEAD_SIZE).to(self.dtype)
 
     def norm(self) -> torch.Tensor:
@@ -129,7 +129,7 @@ class Model:
         decoder = Decoder()
         for layer in self.layers:
             decoder.add_layer(layer, HEAD_SIZE)
-        decoder.set_whole(0, self.whole, "silu")
+        decoder.set_dense(0, self.dense, "silu")
         decoder.set_active(1, ActiveNeurons(self.rows, "silu", 30, self.index, added=list(self.added)))
         decoder.set_active(2, ActiveNeurons(self.rows, "silu", 80, None, self.size, 25))
         decoder.set_norm(self.last_norm, None, 1e-6)
@@ -137,26 +137,20 @@ class Model:
 
     def run(self, decoder: Decoder, layers: range, x, delta, caches):
         keys, values = ([part[n] for n in layers] for part in caches)
-        return decoder.run(layers, x, delta, *self.turns, keys, values, LENGTH)
+        return decoder.run(layers, x, delta, self.rope, (keys, values), LENGTH)
 
     def one_by_one(self, caches) -> tuple[torch.Tensor, torch.Tensor]:
         x, delta = self.x, self.first_delta
-        weights = [
-            kernels.QuantizedTensor(w, s, self.format)
-            for w, s in zip(self.rows.weights, self.rows.scales or [None] * 3, strict=True)
-        ]
-        weights[2] = replace(weights[2], column_scales=self.rows.column_scales)
-        rows = weights if self.format else self.rows.weights
+        rows = [self.rows.weight(number) for number in range(3)]
         ffns = [
-            lambda x: kernels.dense_ffn(x, self.whole, "silu"),
-            lambda x: kernels.sparse_ffn(x, *rows, 30, self.index, "silu") + self.added[0] + self.added[1],
-            lambda x: kernels.sparse_ffn_by_up(x, *rows, 80, None, self.size, 25)[0],
+            lambda x: kernels.dense_ffn(x, self.dense, "silu"),
+            lambda x: ffn(x, rows, 30, self.index) + self.added[0] + self.added[1],
+            lambda x: ffn(x, rows, 80, size=self.size, keep_count=25),
         ]
-        for number, (layer, ffn) in enumerate(zip(self.layers, ffns, strict=True)):
-            x, normed = kernels.attention_step(
-                x, delta, layer, *self.turns, caches[0][number], caches[1][number], LENGTH
-            )
-            delta = ffn(normed)
+        for number, (layer, of_layer) in enumerate(zip(self.layers, ffns, strict=True)):
+            cache = caches[0][number], caches[1][number]
+            x, normed = kernels.attention_step(x, delta, layer, self.rope, cache, LENGTH)
+            delta = of_layer(normed)
         return x + delta, kernels.add_norm(x, delta, self.last_norm, None, 1e-6)
 
 
@@ -183,10 +177,10 @@ def test_parts_are_the_whole(model):
 def test_logits_are_those_of_embeddings_layers_and_head(model):
     embedding, head = model.projections((11, HIDDEN)), model.projections((13, HIDDEN))
     decoder, cache, expected_cache = model.native(), model.caches.clone(), model.caches.clone()
-    decoder.set_ends(embedding, head)
-    logits, computed, exact = decoder.logits(7, None, *model.turns, *(list(part) for part in cache), LENGTH)
+    decoder.set_embedding_and_head(embedding, head)
+    logits, computed, exact = decoder.logits(7, None, model.rope, tuple(list(part) for part in cache), LENGTH)
     assert exact == 13
-    rows, columns = (_weight(part, model.format) for part in (embedding, head))
+    rows, columns = (part.weight(0) for part in (embedding, head))
     x = (kernels.dequantize(rows, model.dtype) if model.format else rows)[7].view(1, 1, HIDDEN)
     _, hidden, expected = model.run(decoder, range(3), x, None, expected_cache)
     assert torch.equal(logits, kernels.linear(hidden, columns))
@@ -200,29 +194,27 @@ def test_logits_of_ends_in_planes_are_screened(model):
     packed = kernels.split_planes(values)
     screen, ends = kernels.Screen.of(packed), Projections.of([(packed, None)])
     decoder, cache, expected_cache = model.native(), model.caches.clone(), model.caches.clone()
-    decoder.set_ends(ends, ends, screen)
+    decoder.set_embedding_and_head(ends, ends, screen)
     x = kernels.dequantize(values, model.dtype)[7].view(1, 1, HIDDEN)
     _, hidden, expected = model.run(decoder, range(3), x, None, expected_cache)
     for needed in (kernels.SOFTMAX, kernels.Needed(largest=1)):
-        logits, computed, exact = decoder.logits(7, None, *model.turns, *(list(part) for part in cache), LENGTH, needed)
+        logits, computed, exact = decoder.logits(
+            7, None, model.rope, tuple(list(part) for part in cache), LENGTH, needed
+        )
         screened, count = kernels.screened_linear(hidden, packed, screen, needed)
         assert torch.equal(logits, screened)
         assert exact == int(count)
         assert torch.equal(computed, expected)
     with pytest.raises(ValueError, match="head must have two dimensions"):
-        decoder.set_ends(ends, ends)
+        decoder.set_embedding_and_head(ends, ends)
     if model.format is None:
         floats = kernels.dequantize(values, model.dtype)
         high = kernels.Screen(screen.data[0], screen.scales, screen.errors)
-        decoder.set_ends(Projections.of([(floats, None)]), Projections.of([(floats, None)]), high)
-        logits, _, exact = decoder.logits(7, None, *model.turns, *(list(part) for part in cache), LENGTH)
+        decoder.set_embedding_and_head(Projections.of([(floats, None)]), Projections.of([(floats, None)]), high)
+        logits, _, exact = decoder.logits(7, None, model.rope, tuple(list(part) for part in cache), LENGTH)
         screened, count = kernels.screened_linear(hidden, floats, high)
         assert torch.equal(logits, screened)
         assert exact == int(count)
-
-
-def _weight(part: Projections, weight_format: kernels.WeightFormat | None):
-    return kernels.QuantizedTensor(part.weights[0], part.scales[0], weight_format) if weight_format else part.weights[0]
 
 
 def test_what_a_layer_computes_can_be_set_again(model):
@@ -239,7 +231,7 @@ def test_weights_live_as_long_as_the_decoder():
     model = Model("float32")
     expected = model.run(model.native(), range(3), model.x, None, model.caches.clone())[1]
     decoder = model.native()
-    model.rows = model.whole = model.layers = model.last_norm = model.size = model.index = model.added = None
+    model.rows = model.dense = model.layers = model.last_norm = model.size = model.index = model.added = None
     assert torch.equal(model.run(decoder, range(3), model.x, None, model.caches.clone())[1], expected)
 
 
@@ -248,13 +240,13 @@ def test_what_does_not_fit_is_an_error():
     model = Model("float32")
     decoder, cache = model.native(), model.caches
     with pytest.raises(ValueError, match="there are 3 layers, got number 3"):
-        decoder.set_whole(3, model.whole, "silu")
+        decoder.set_dense(3, model.dense, "silu")
     with pytest.raises(ValueError, match="expected keys and values of some of 3 layers, got layers 2 to 4"):
-        decoder.run(range(2, 4), model.x, None, *model.turns, [cache[0][0]] * 2, [cache[1][0]] * 2, LENGTH)
+        decoder.run(range(2, 4), model.x, None, model.rope, ([cache[0][0]] * 2, [cache[1][0]] * 2), LENGTH)
     with pytest.raises(ValueError, match="x must be one token of 64 Float"):
         model.run(decoder, range(3), model.x.bfloat16(), None, cache)
     with pytest.raises(ValueError, match=r"length must be in \[0, 7\), got 7"):
-        decoder.run(range(1), model.x, None, *model.turns, [cache[0][0]], [cache[1][0]], LENGTH + 2)
+        decoder.run(range(1), model.x, None, model.rope, ([cache[0][0]], [cache[1][0]]), LENGTH + 2)
     with pytest.raises(ValueError, match="index must be in"):
         decoder.set_active(1, ActiveNeurons(model.rows, "silu", 50, model.index))
     with pytest.raises(ValueError, match="keep_count must be at most the 80 candidates, got 81"):
@@ -263,16 +255,16 @@ def test_what_does_not_fit_is_an_error():
     unfinished.add_layer(model.layers[0], HEAD_SIZE)
     with pytest.raises(ValueError, match="a layer has no FFN yet"):
         model.run(unfinished, range(1), model.x, None, cache)
-    unfinished.set_whole(0, model.whole, "silu")
+    unfinished.set_dense(0, model.dense, "silu")
     with pytest.raises(ValueError, match="needs a norm behind it"):
         model.run(unfinished, range(1), model.x, None, cache)
     with pytest.raises(ValueError, match="set_ends first"):
-        decoder.logits(0, None, *model.turns, list(cache[0]), list(cache[1]), LENGTH)
+        decoder.logits(0, None, model.rope, (list(cache[0]), list(cache[1])), LENGTH)
     rows = model.projections((11, HIDDEN))
     with pytest.raises(ValueError, match="set_norm first"):
-        unfinished.set_ends(rows, rows)
+        unfinished.set_embedding_and_head(rows, rows)
     with pytest.raises(ValueError, match="columns|hidden|64"):
-        decoder.set_ends(rows, model.projections((11, 32)))
-    decoder.set_ends(rows, rows)
+        decoder.set_embedding_and_head(rows, model.projections((11, 32)))
+    decoder.set_embedding_and_head(rows, rows)
     with pytest.raises(ValueError, match="token ids are 0 to 10, got 11"):
-        decoder.logits(11, None, *model.turns, list(cache[0]), list(cache[1]), LENGTH)
+        decoder.logits(11, None, model.rope, (list(cache[0]), list(cache[1])), LENGTH)

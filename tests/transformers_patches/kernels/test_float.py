@@ -1,4 +1,4 @@
-"""sparse_ffn, sparse_ffn_plain and linear with float weights, against float64 in PyTorch."""
+"""ffn and linear with float weights, against float64 in PyTorch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from transformers_patches import kernels
-from transformers_patches.kernels import reference
+from transformers_patches.kernels import ActiveNeurons, Projections, reference
 
-from .helpers import TOLERANCE, double, error, unsorted_index, weights
+from .helpers import TOLERANCE, active, double, error, exact_ffn, ffn, unsorted_index, weights
 
 DTYPES = list(TOLERANCE)
 # tokens, columns (not all multiples of a vector), rows, prefix, rows in the list
@@ -30,26 +30,26 @@ def seed():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sparse_ffn(variant, dtype, size):
+def test_gated_ffn(variant, dtype, size):
     tokens, columns, rows, prefix, listed = size
     x, (gate, up, down) = torch.randn(tokens, columns).to(dtype), weights(3, rows, columns, dtype)
     index = unsorted_index(prefix, rows, listed)
     for activation in reference.ACTIVATIONS:
-        result = kernels.sparse_ffn(x, gate, up, down, prefix, index, activation)
-        expected = reference.sparse_ffn(*double(x, gate, up, down), prefix, index, activation)
+        result = ffn(x, [gate, up, down], prefix, index, activation)
+        expected = exact_ffn(x, [gate, up, down], prefix, index, activation)
         assert result.dtype == dtype
         assert error(result, expected) < TOLERANCE[dtype], activation
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sparse_ffn_plain(variant, dtype, size):
+def test_plain_ffn(variant, dtype, size):
     tokens, columns, rows, prefix, listed = size
     x, (fc1, fc2) = torch.randn(tokens, columns).to(dtype), weights(2, rows, columns, dtype)
     index, bias = unsorted_index(prefix, rows, listed), torch.randn(rows).to(dtype)
     for activation in ("relu", "gelu"):
-        result = kernels.sparse_ffn_plain(x, fc1, bias, fc2, prefix, index, activation)
-        expected = reference.sparse_ffn(*double(x, fc1), None, fc2.double(), prefix, index, activation, bias.double())
+        result = ffn(x, [fc1, fc2], prefix, index, activation, [bias, None])
+        expected = exact_ffn(x, [fc1, fc2], prefix, index, activation, biases=[bias, None])
         assert error(result, expected) < TOLERANCE[dtype], activation
 
 
@@ -68,38 +68,54 @@ def test_linear(variant, dtype, size):
 def test_one_all_and_no_neurons(variant, prefix, listed):
     x, (gate, up, down) = torch.randn(1, 64), weights(3, 40, 64)
     index = unsorted_index(prefix, 40, listed)
-    result = kernels.sparse_ffn(x, gate, up, down, prefix, index, "silu")
-    expected = reference.sparse_ffn(*double(x, gate, up, down), prefix, index, "silu")
+    result = ffn(x, [gate, up, down], prefix, index)
+    expected = exact_ffn(x, [gate, up, down], prefix, index)
     assert error(result, expected) < 1e-5
 
 
 def test_biases_of_a_gated_ffn(variant):
     x, (gate, up, down) = torch.randn(3, 48), weights(3, 40, 48)
-    bias_gate, bias_up = torch.randn(40), torch.randn(40)
+    biases = [torch.randn(40), torch.randn(40), None]
     index = unsorted_index(10, 40, 7)
-    result = kernels.sparse_ffn(x, gate, up, down, 10, index, "silu", bias_gate=bias_gate, bias_up=bias_up)
-    expected = reference.sparse_ffn(*double(x, gate, up, down), 10, index, "silu", *double(bias_gate, bias_up))
+    result = ffn(x, [gate, up, down], 10, index, biases=biases)
+    expected = exact_ffn(x, [gate, up, down], 10, index, biases=biases)
     assert error(result, expected) < 1e-5
 
 
-def test_out_is_written_and_returned(variant):
-    x, (gate, up, down) = torch.randn(2, 48), weights(3, 40, 48)
-    out = torch.full_like(x, torch.nan)
-    assert kernels.sparse_ffn(x, gate, up, down, 40, None, "silu", out=out) is out
-    assert torch.equal(out, kernels.sparse_ffn(x, gate, up, down, 40, None, "silu"))
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_every_active_neuron_is_counted(variant, tokens):
+    x, layer = torch.randn(2, tokens, 48), active(weights(3, 40, 48), 10, unsorted_index(10, 40, 7))
+    _, computed = kernels.ffn(x, layer)
+    assert computed.dtype == torch.int64
+    assert computed.tolist() == [17] * (2 * tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vectors_are_added_to_every_token(variant, dtype):
+    x, parts, added = torch.randn(3, 48).to(dtype), weights(3, 40, 48, dtype), torch.randn(2, 48).to(dtype)
+    y, _ = kernels.ffn(x, active(parts, 40, added=list(added)))
+    assert torch.equal(y, ffn(x, parts, 40) + added[0] + added[1])
+
+
+def test_a_function_as_activation_is_left_to_pytorch(variant):
+    x, parts = torch.randn(2, 48), weights(3, 40, 48)
+    layer = active(parts, 40, activation=torch.tanh)
+    assert not layer.native
+    gate, up, down = parts
+    torch.testing.assert_close(kernels.ffn(x, layer)[0], (torch.tanh(x @ gate.T) * (x @ up.T)) @ down)
 
 
 def test_leading_dimensions_are_kept(variant):
     x, (gate, up, down) = torch.randn(1, 2, 48), weights(3, 40, 48)
-    assert kernels.sparse_ffn(x, gate, up, down, 40, None, "silu").shape == x.shape
+    assert ffn(x, [gate, up, down], 40).shape == x.shape
     assert kernels.linear(x, gate).shape == (1, 2, 40)
 
 
 def test_float32_input_for_bfloat16_weights(variant):
     x, (gate, up, down) = torch.randn(1, 96), weights(3, 50, 96, torch.bfloat16)
-    result = kernels.sparse_ffn(x, gate, up, down, 50, None, "silu")
+    result = ffn(x, [gate, up, down], 50)
     assert result.dtype == torch.float32
-    assert error(result, reference.sparse_ffn(*double(x, gate, up, down), 50, None, "silu")) < 1e-2
+    assert error(result, exact_ffn(x, [gate, up, down], 50)) < 1e-2
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -108,10 +124,10 @@ def test_threads_change_nothing_but_rounding(variant, threads, count):
     x, (gate, up, down) = torch.randn(1, 512), weights(3, 1001, 512)
     index = unsorted_index(300, 1001, 101)
     threads(count)
-    result = kernels.sparse_ffn(x, gate, up, down, 300, index, "silu")
-    assert error(result, reference.sparse_ffn(*double(x, gate, up, down), 300, index, "silu")) < 1e-5
+    result = ffn(x, [gate, up, down], 300, index)
+    assert error(result, exact_ffn(x, [gate, up, down], 300, index)) < 1e-5
     assert error(kernels.linear(x, gate), torch.nn.functional.linear(*double(x, gate))) < 1e-5
-    assert torch.equal(result, kernels.sparse_ffn(x, gate, up, down, 300, index, "silu"))
+    assert torch.equal(result, ffn(x, [gate, up, down], 300, index))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -122,14 +138,14 @@ def test_whoever_takes_the_last_rows_changes_no_bit(variant, threads, count, pre
     index, size = unsorted_index(prefix, 2001, (2001 - prefix) // 2), torch.rand(2001)
     threads(count)
     calls = [
-        lambda: kernels.sparse_ffn(x, gate, up, down, prefix, index, "silu"),
-        lambda: kernels.sparse_ffn_by_up(x, gate, up, down, prefix, index, size, 700)[0],
+        lambda: ffn(x, [gate, up, down], prefix, index),
+        lambda: ffn(x, [gate, up, down], prefix, index, size=size, keep_count=700),
         lambda: kernels.linear(x, gate),
     ]
     for call in calls:
         first = call()
         assert all(torch.equal(call(), first) for _ in range(10))
-    expected = reference.sparse_ffn(*double(x, gate, up, down), prefix, index, "silu")
+    expected = exact_ffn(x, [gate, up, down], prefix, index)
     assert error(calls[0](), expected) < 1e-5
     assert error(calls[2](), torch.nn.functional.linear(*double(x, gate))) < 1e-5
 
@@ -141,11 +157,9 @@ def test_rows_of_fc2_are_skipped_where_relu_gives_zero(variant):
     if variant == "reference":
         pytest.skip("PyTorch multiplies by the zeros")
     fc2[bias < 0] = torch.nan
-    result = kernels.sparse_ffn_plain(x, fc1, bias, fc2, 700, None)
+    result = ffn(x, [fc1, fc2], 700, biases=[bias, None])
     rows = torch.arange(0, 700, 3).int()
-    assert (
-        error(result, reference.sparse_ffn(*double(x, fc1), None, fc2.double(), 0, rows, "relu", bias.double())) < 1e-5
-    )
+    assert error(result, exact_ffn(x, [fc1, fc2], 0, rows, biases=[bias, None])) < 1e-5
 
 
 def test_extreme_activations_stay_finite(variant):
@@ -154,7 +168,7 @@ def test_extreme_activations_stay_finite(variant):
     gate = torch.cat((torch.full((8, 32), -1000 / 32), torch.full((8, 32), 1000 / 32)))
     up, down = torch.full((16, 32), 1 / 32), torch.eye(32)[:16].contiguous()
     for activation in reference.ACTIVATIONS:
-        result = kernels.sparse_ffn(x, gate, up, down, 16, None, activation)
+        result = ffn(x, [gate, up, down], 16, None, activation)
         torch.testing.assert_close(result, torch.tensor([[0.0] * 8 + [1000.0] * 8 + [0.0] * 16]), atol=1e-4, rtol=1e-5)
 
 
@@ -177,8 +191,10 @@ BAD_ARGUMENTS = {
 def test_bad_arguments(native, message):
     gate, up, down = weights(3, 40, 48)
     given = {"x": torch.randn(1, 48), "gate": gate, "up": up, "down": down, "prefix": 5, "index": None}
+    given = {**given, "activation": "silu", **BAD_ARGUMENTS[message]}
+    projections = Projections([given.pop("gate"), given.pop("up"), given.pop("down")], [], [None] * 3, None)
     with pytest.raises(ValueError, match=message):
-        kernels.sparse_ffn(**{**given, "activation": "silu", **BAD_ARGUMENTS[message]})
+        kernels.ffn(given.pop("x"), ActiveNeurons(projections, **given))
 
 
 def test_compiles_with_torch(native):
@@ -186,24 +202,34 @@ def test_compiles_with_torch(native):
     x, (gate, up, down) = torch.randn(1, 64), weights(3, 40, 64)
     index = unsorted_index(10, 40, 7)
 
+    neurons = active([gate, up, down], 10, index)
+
     def layer(x):
-        return kernels.linear(kernels.sparse_ffn(x, gate, up, down, 10, index, "silu"), gate)
+        return kernels.linear(kernels.ffn(x, neurons)[0], gate)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("name", ["sparse_ffn", "linear", "sparse_ffn_plain"])
+@pytest.mark.parametrize(
+    "name", ["sparse_ffn", "linear", "sparse_ffn_plain", "sparse_ffn_by_up", "sparse_ffn_plain_by_size"]
+)
 def test_ops_are_well_registered(native, name):
     x, (gate, up, down) = torch.randn(1, 64), weights(3, 40, 64)
     index = unsorted_index(10, 40, 7)
-    arguments = {
-        "sparse_ffn": (x, gate, up, down, 10, index, "silu", None, None),
-        "linear": (x, gate, None),
-        "sparse_ffn_plain": (x, gate, None, down, 10, index, "relu"),
-    }[name]
+    layers = {
+        "sparse_ffn": active([gate, up, down], 10, index),
+        "sparse_ffn_plain": active([gate, down], 10, index),
+        "sparse_ffn_by_up": active([gate, up, down], 10, index, size=torch.ones(40), keep_count=5),
+        "sparse_ffn_plain_by_size": active([gate, down], 10, index, size=torch.ones(40), keep_count=5),
+    }
+    op, arguments = torch.ops.partinfer.linear.default, (gate, None)
+    if name in layers:
+        kernels.ffn(x, layers[name])
+        op, arguments, *_ = layers[name].native_call
+    assert op is getattr(torch.ops.partinfer, name).default
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.partinfer, name).default, arguments, test_utils=checks)
+    torch.library.opcheck(op, (x, *arguments), test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

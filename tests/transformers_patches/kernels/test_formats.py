@@ -10,7 +10,7 @@ from transformers_patches import config, kernels
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor, formats
 
-from .helpers import error, weights
+from .helpers import error, ffn, weights
 
 
 def test_the_settings_know_all_formats():
@@ -55,16 +55,16 @@ def test_every_operation_takes_a_format_that_no_native_kernel_knows():
         (kernels.weighted_rows(h, down), h @ floats[2]),
         (kernels.combine(h, down), h @ floats[2]),
         (
-            kernels.sparse_ffn(x, gate, up, down, 10, index, "silu"),
-            kernels.sparse_ffn(x, *floats, 10, index, "silu"),
+            ffn(x, [gate, up, down], 10, index),
+            ffn(x, floats, 10, index),
         ),
         (
-            kernels.sparse_ffn_by_up(x, gate, up, down, 40, None, size, 7)[0],
-            kernels.sparse_ffn_by_up(x, *floats, 40, None, size, 7)[0],
+            ffn(x, [gate, up, down], 40, size=size, keep_count=7),
+            ffn(x, floats, 40, size=size, keep_count=7),
         ),
         (
-            kernels.sparse_ffn_plain(x, gate, None, down, 10, index),
-            kernels.sparse_ffn_plain(x, floats[0], None, floats[2], 10, index),
+            ffn(x, [gate, down], 10, index),
+            ffn(x, [floats[0], floats[2]], 10, index),
         ),
     ):
         assert error(ours, theirs) < 1e-5

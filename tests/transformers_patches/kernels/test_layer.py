@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from transformers_patches import kernels
-from transformers_patches.kernels import AttentionLayer, Projections, layer
+from transformers_patches.kernels import AttentionLayer, Projections, reference
 
 from .helpers import OF_BITS, TOLERANCE, error
 
@@ -57,19 +57,19 @@ class Step:
         self.head_norms = (1 + torch.randn(2, head_dim) / 10).to(dtype) if head_norms else (None, None)
         self.norm_biases = torch.randn(2, hidden).to(dtype) if like_opt else (None, None)
         angles = torch.rand(head_dim // 2).repeat(2) * 6
-        self.turns = (None, None) if like_opt else (angles.cos().to(dtype), angles.sin().to(dtype))
+        self.rope = (None, None) if like_opt else (angles.cos().to(dtype), angles.sin().to(dtype))
         self.cache = torch.randn(2, 1, kv_heads, self.length + 3, head_dim).to(dtype)
 
     def run(self, step, projections, cast) -> tuple[torch.Tensor, ...]:
         keys, values = (cast(part).clone() for part in self.cache)
-        vectors = (*self.head_norms, *self.norm_biases, *self.turns)
+        vectors = (*self.head_norms, *self.norm_biases, *self.rope)
         *norms, bias, next_bias, cosine, sine = (None if vector is None else cast(vector) for vector in vectors)
         x, delta, norm, next_norm = (cast(v) for v in (self.x, self.delta, self.norm, self.next_norm))
         scale = keys.shape[-1] ** -0.5
         settings = AttentionLayer(
             norm, next_norm, projections, 1e-5, scale, *norms, self.window, norm_bias=bias, next_norm_bias=next_bias
         )
-        sums = step(x, delta, settings, cosine, sine, keys, values, self.length)
+        sums = step(x, delta, settings, (cosine, sine), (keys, values), self.length)
         return *sums, keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
 
@@ -79,7 +79,7 @@ def test_attention_step(variant, dtype, size):
     for options in ({}, {"bias": True}, {"head_norms": True}, {"bias": True, "like_opt": True}):
         step = Step(size, dtype, **options)
         result = step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
-        expected = step.run(layer.attention_step, doubled(step.linears), torch.Tensor.double)
+        expected = step.run(reference.attention_step, doubled(step.linears), torch.Tensor.double)
         for name, ours, theirs in zip(("sum", "next", "keys", "values"), result, expected, strict=True):
             assert ours.dtype == dtype
             assert error(ours, theirs) < TOLERANCE[dtype], f"{name} {options}"
@@ -91,7 +91,7 @@ def test_quantised_projections(variant, bits):
     packed = [(kernels.quantize(weight, OF_BITS[bits]), bias) for weight, bias in step.linears]
     plain = [(kernels.dequantize(weight).double(), bias) for weight, bias in packed]
     result = step.run(kernels.attention_step, Projections.of(packed), lambda part: part)
-    expected = step.run(layer.attention_step, Projections.of(plain), torch.Tensor.double)
+    expected = step.run(reference.attention_step, Projections.of(plain), torch.Tensor.double)
     for ours, theirs in zip(result, expected, strict=True):
         assert error(ours, theirs) < 2e-2  # the inputs are rounded to 8 bits, too
 
@@ -105,7 +105,7 @@ def test_any_number_of_threads(variant, threads, several, size):
     threads(several)
     step = Step(size, torch.float32)
     result = step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
-    expected = step.run(layer.attention_step, doubled(step.linears), torch.Tensor.double)
+    expected = step.run(reference.attention_step, doubled(step.linears), torch.Tensor.double)
     assert all(error(ours, theirs) < 1e-5 for ours, theirs in zip(result, expected, strict=True))
 
 
@@ -118,7 +118,7 @@ def test_dense_ffn(variant, dtype, hidden, neurons):
         for ours in (gated, [gated[0], gated[2]]):  # without a gate fc1 and fc2
             for activation in ("silu", "gelu", "gelu_tanh", "relu"):
                 result = kernels.dense_ffn(x, Projections.of(ours), activation)
-                expected = layer.dense_ffn(x.double(), doubled(ours), activation)
+                expected = reference.dense_ffn(x.double(), doubled(ours), activation)
                 assert error(result, expected) < TOLERANCE[dtype]
 
 
@@ -127,10 +127,10 @@ def test_dense_ffn(variant, dtype, hidden, neurons):
 def test_add_norm(variant, dtype, hidden):
     x, delta = torch.randn(2, 1, 1, hidden).to(dtype)
     weight, bias = torch.randn(2, hidden).to(dtype)
-    expected = layer.norm(x.double() + delta.double(), weight.double(), None, 1e-6)
+    expected = reference.norm(x.double() + delta.double(), weight.double(), None, 1e-6)
     assert error(kernels.add_norm(x, delta, weight, None, 1e-6), expected) < TOLERANCE[dtype]
     x = x + 3  # a LayerNorm takes the mean away
-    expected = layer.norm((x + delta).double(), weight.double(), bias.double(), 1e-5)
+    expected = reference.norm((x + delta).double(), weight.double(), bias.double(), 1e-5)
     assert error(kernels.add_norm(x, delta, weight, bias, 1e-5), expected) < TOLERANCE[dtype]
 
 
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="like x"):
         kernels.add_norm(torch.ones(1, 1, 4), torch.ones(1, 1, 4).half(), torch.ones(4), None, 1e-5)
     step = Step((4, 2, 8, 32, 5, 0), torch.float32)
-    step.turns = (step.turns[0], None)
+    step.rope = (step.rope[0], None)
     with pytest.raises(ValueError, match="cosine and sine belong together"):
         step.run(kernels.attention_step, Projections.of(step.linears), lambda part: part)
     step.norm_biases = (step.norm, None)

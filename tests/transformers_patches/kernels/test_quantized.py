@@ -9,9 +9,9 @@ import torch
 
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
-from transformers_patches.kernels import blockwise, quantization, reference
+from transformers_patches.kernels import blockwise, quantization
 
-from .helpers import OF_BITS, double, error, paired, quantized_ffn, unsorted_index, weights
+from .helpers import OF_BITS, active, double, error, exact_ffn, ffn, paired, quantized_ffn, unsorted_index, weights
 
 SIZES = [
     (1, 576, 300, 90, 30),
@@ -134,7 +134,7 @@ def test_column_scales_keep_large_columns_from_small_ones(variant, bits):
     assert torch.equal(quantization.column_scales(torch.tensor([0.0, 64.0])), torch.ones(2))
 
 
-def test_rows_that_take_turns_in_memory_are_unpacked(variant):
+def test_interleaved_rows_are_unpacked(variant):
     for bits in (8, 4):
         first, second = (kernels.quantize(weight, OF_BITS[bits]) for weight in weights(2, 37, 96))
         for apart, together in zip((first, second), paired(first, second), strict=True):
@@ -190,15 +190,14 @@ def test_what_cannot_be_quantised(weight_format):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sparse_ffn(variant, bits, size):
+def test_gated_ffn(variant, bits, size):
     tokens, columns, rows, prefix, listed = size
     x, index = torch.randn(tokens, columns), unsorted_index(prefix, rows, listed)
     floats = weights(3, rows, columns)
     for packed in ([kernels.quantize(weight, OF_BITS[bits]) for weight in floats], quantized_ffn(floats, bits)):
-        exact = double(*map(kernels.dequantize, packed))
         for activation in ("silu", "relu"):
-            result = kernels.sparse_ffn(x, *packed, prefix, index, activation)
-            expected = reference.sparse_ffn(x.double(), *exact, prefix, index, activation)
+            result = ffn(x, packed, prefix, index, activation)
+            expected = exact_ffn(x, packed, prefix, index, activation)
             assert error(result, expected) < ACTIVATION_ERROR, activation
 
 
@@ -208,11 +207,10 @@ def test_plain_and_linear(variant, bits, size):
     tokens, columns, rows, prefix, listed = size
     x, index, bias = torch.randn(tokens, columns), unsorted_index(prefix, rows, listed), torch.randn(rows)
     packed = quantized_ffn(weights(2, rows, columns), bits)
-    fc1, fc2 = double(*map(kernels.dequantize, packed))
-    result = kernels.sparse_ffn_plain(x, packed[0], bias, packed[1], prefix, index)
-    expected = reference.sparse_ffn(x.double(), fc1, None, fc2, prefix, index, "relu", bias.double())
+    result = ffn(x, packed, prefix, index, biases=[bias, None])
+    expected = exact_ffn(x, packed, prefix, index, biases=[bias, None])
     assert error(result, expected) < ACTIVATION_ERROR
-    expected = torch.nn.functional.linear(x.double(), fc1, bias.double())
+    expected = torch.nn.functional.linear(*double(x, kernels.dequantize(packed[0]), bias))
     assert error(kernels.linear(x, packed[0], bias), expected) < ACTIVATION_ERROR
 
 
@@ -234,19 +232,19 @@ def test_variants_agree(native, bits):
     results = {}
     for name in kernels.variants():
         with kernels.use_variant(name):
-            results[name] = kernels.sparse_ffn(x, *packed, 50, index, "silu")
+            results[name] = ffn(x, packed, 50, index)
     assert all(error(result, results["scalar"]) < 2e-3 for result in results.values())
 
 
 def test_bad_arguments(native):
     packed = [kernels.quantize(weight, kernels.INT8) for weight in weights(3, 40, 64)]
     with pytest.raises(ValueError, match=r"gate must be \[40, 32\]"):
-        kernels.sparse_ffn(torch.randn(1, 32), *packed, 40, None, "silu")
+        ffn(torch.randn(1, 32), packed, 40)
     with pytest.raises(ValueError, match="groups of 32 columns"):
-        kernels.sparse_ffn(torch.randn(1, 33), *packed, 40, None, "silu")
+        ffn(torch.randn(1, 33), packed, 40)
     scaled = replace(packed[2], column_scales=torch.ones(32))
     with pytest.raises(ValueError, match=r"column scales must be contiguous float32 \[64\], got Float \[32\]"):
-        kernels.sparse_ffn(torch.randn(1, 64), *packed[:2], scaled, 40, None, "silu")
-    mixed = kernels.QuantizedTensor(packed[0].data, packed[0].scales, kernels.INT4)
+        ffn(torch.randn(1, 64), [*packed[:2], scaled], 40)
+    mixed = replace(active(packed, 40).projections, format=kernels.INT4)
     with pytest.raises(ValueError, match="gate must be uint8"):
-        kernels.sparse_ffn(torch.randn(1, 64), mixed, *packed[1:], 40, None, "silu")
+        kernels.ffn(torch.randn(1, 64), kernels.ActiveNeurons(mixed, "silu", 40))

@@ -57,7 +57,7 @@ def test_float32_h_for_bfloat16_rows(variant):
     assert error(result, h.double() @ weight.double()) < 1e-2
 
 
-def test_rows_that_take_turns_in_memory(variant):
+def test_interleaved_rows(variant):
     h, pair = torch.randn(3, 37), weights(2, 37, 96)
     for rows in (pair, [kernels.quantize(weight, kernels.INT8) for weight in pair]):
         for apart, together in zip(rows, paired(*rows), strict=True):

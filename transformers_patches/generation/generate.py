@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,17 +12,16 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.fast_pass.one_token import new_cache
 from transformers_patches.generation.decoding_loop import one_sequence_loop
+from transformers_patches.generation.text import AnswerText, Sink
 from transformers_patches.load.loader import LoadedModel
-
-Sink = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -135,23 +133,22 @@ def generate(
     config = options.generation_config(loaded.model.generation_config)
     if config.pad_token_id is None:
         config.pad_token_id = _first_id(config.eos_token_id) or tokenizer.eos_token_id or 0
-    recorder = _Recorder(tokenizer, options.stop, sink)
+    recorder = _Recorder(AnswerText(tokenizer, options.stop, sink))
     ids = torch.tensor([prompt_ids], device=loaded.device)
     interrupted = False
     started = time.perf_counter()
     try:
-        stops = [StopStringCriteria(tokenizer, list(options.stop))] if options.stop else []
-        generate_ids(loaded, ids, config, recorder, cache, stopping_criteria=StoppingCriteriaList(stops))
+        generate_ids(loaded, ids, config, None, cache, stopping_criteria=StoppingCriteriaList([recorder]))
     except KeyboardInterrupt:
         interrupted = True
-        recorder.end()
+    recorder.answer.finish()
     if interrupted:
         conversation.forget()  # the layers of the cache may hold different numbers of tokens
         loaded.state.reset()
     else:
         conversation.token_ids = (prompt_ids + recorder.token_ids)[: int(cache.get_seq_length())]
     return GenerationResult(
-        text=recorder.text,
+        text=recorder.answer.text,
         token_ids=recorder.token_ids,
         prompt_tokens=len(prompt_ids),
         prefilled_tokens=len(prompt_ids) - cached,
@@ -165,7 +162,7 @@ def generate_ids(
     loaded: LoadedModel,
     ids: torch.Tensor,
     config: GenerationConfig,
-    streamer: BaseStreamer,
+    streamer: BaseStreamer | None,
     cache: Cache | None = None,
     **options,
 ) -> torch.Tensor:
@@ -199,49 +196,25 @@ def _finish_reason(interrupted: bool, recorder: _Recorder, config: GenerationCon
         return "interrupted"
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ended = recorder.token_ids and recorder.token_ids[-1] in ends
-    return "stop" if ended or recorder.stopped else "length"
+    return "stop" if ended or recorder.answer.stopped else "length"
 
 
 def _first_id(ids: int | list[int] | None) -> int | None:
     return ids[0] if isinstance(ids, list) else ids
 
 
-class _Recorder(TextStreamer):
-    """Takes the tokens that transformers generates: ids, times, and text without stop strings."""
+class _Recorder(StoppingCriteria):
+    """Is asked after each token whether to stop: takes ids, times, and text up to a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], sink: Sink | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.stop, self.sink = stop, sink
+    def __init__(self, answer: AnswerText) -> None:
+        self.answer = answer
         self.token_ids: list[int] = []
         self.times: list[float] = []
-        self.text = ""
-        self.stopped = False
-        self._pending = ""
 
-    def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.times.append(time.perf_counter())
-            self.token_ids.extend(value.flatten().tolist())
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass on what can't be the beginning of a stop string; drop a stop string and what follows it."""
-        if self.stopped:
-            return
-        self._pending += text
-        found = [at for at in (self._pending.find(s) for s in self.stop) if at >= 0]
-        if found:
-            self._pending, self.stopped = self._pending[: min(found)], True
-        held = 0 if stream_end or self.stopped else self._held_back()
-        ready, self._pending = self._pending[: len(self._pending) - held], self._pending[len(self._pending) - held :]
-        self.text += ready
-        if ready and self.sink:
-            self.sink(ready)
-
-    def _held_back(self) -> int:
-        """Length of the longest end of the pending text that begins a stop string."""
-        lengths = (n for s in self.stop for n in range(1, len(s)) if self._pending.endswith(s[:n]))
-        return max(lengths, default=0)
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_options) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        self.token_ids.append(int(input_ids[0, -1]))
+        return input_ids.new_full((1,), self.answer.push(self.token_ids[-1]), dtype=torch.bool)
 
     def decode_speed(self) -> float | None:
         if len(self.times) < 2:

@@ -10,12 +10,6 @@ from transformers_patches.kernels.decoder import Decoder
 from transformers_patches.kernels.formats import FORMATS, GROUP, INT4, INT8, WeightFormat, format_named
 from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Projections
 from transformers_patches.kernels.library import available, use_variant, variant, variants, why_not
-from transformers_patches.kernels.old_ffn import (
-    sparse_ffn,
-    sparse_ffn_by_up,
-    sparse_ffn_plain,
-    sparse_ffn_plain_by_size,
-)
 from transformers_patches.kernels.operations import (
     add_norm,
     advise_huge_pages,
@@ -73,10 +67,6 @@ __all__ = [
     "project",
     "quantize",
     "screened_linear",
-    "sparse_ffn",
-    "sparse_ffn_by_up",
-    "sparse_ffn_plain",
-    "sparse_ffn_plain_by_size",
     "split_planes",
     "sum_of_squares",
     "typical_scale",

@@ -40,7 +40,7 @@ class PromptSelection(Selection):
         self.means: list[PromptMean] | None = None
         self.selected: list[torch.Tensor] | None = None  # per sequence: int32 [K - base_count]
         self._gathered: dict[int, Rows] = {}
-        self._left_out: torch.Tensor | None = None
+        self._active: list[kernels.ActiveNeurons] | None = None  # per sequence, for kernels.ffn
 
     @property
     def started(self) -> bool:
@@ -62,73 +62,62 @@ class PromptSelection(Selection):
             self.means[sequence].observe(activations.h)
 
     def choose(self) -> None:
-        self._gathered, self._left_out = {}, None
+        self._gathered, self._active = {}, None
         self.selected = [evidence.choose() for evidence in self.evidence]
 
     def decode(self, x: torch.Tensor) -> Decoded:
         if self.observes and self.selected is None:
             raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
-        y, computed = self._native(x) if self.rows.native_fits(x) else self._torch(x)
-        if self.compensates:
-            y = y + self._left_out_outputs(x)[:, None]
-        neurons = sum(computed) * x.shape[1]
+        actives = self._actives(x)
+        if self.rows.native_fits(x):
+            parts = [kernels.ffn(part, active)[0] for part, active in zip(x, actives, strict=True)]
+            y = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+        else:
+            y = self._gathered_outputs(x)
+        neurons = sum(active.count for active in actives) * x.shape[1]
         return Decoded(y, neurons, self.rows_read(neurons))
 
     def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
-        rows = self.rows
         if self.observes and (self.selected is None or len(self.selected) != 1):
             return None
-        index = self.selected[0] if self.selects else None
-        added = (self._left_out_outputs(x)[0],) if self.compensates else ()
-        return kernels.ActiveNeurons(
-            rows.projections(), rows.kernel_activation, self.plan.base_count, index, added=added
-        )
+        return self._actives(x)[0]
 
     def rows_read(self, computed: int) -> int:
         return computed * self.rows.matrices
 
-    def _left_out_outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, H]: what each sequence's loaded but not computed neurons write on average."""
-        if self._left_out is None:
-            down = self.rows.weight("down").to(x.device)
-            base = torch.arange(self.plan.base_count, device=x.device)
-            computed = [torch.cat([base, index.to(x.device)]) for index in self.selected]
-            pairs = zip(self.means, computed, strict=True)
-            self._left_out = torch.stack([mean.left_out(down, active, x.dtype) for mean, active in pairs])
-        return self._left_out
+    def _actives(self, x: torch.Tensor) -> list[kernels.ActiveNeurons]:
+        """The base neurons and each sequence's choice, put together once per prompt. x: [B, T, H], for its type."""
+        if self._active is None:
+            projections, count = self.rows.projections(), self.plan.base_count
+            chosen = self.selected if self.selects else [None] * len(x)
+            added = self._left_out_outputs(x) if self.compensates else [()] * len(x)
+            self._active = [
+                kernels.ActiveNeurons(projections, self.rows.activation, count, index, added=vectors)
+                for index, vectors in zip(chosen, added, strict=True)
+            ]
+        return self._active
 
-    def _native(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Output and computed neurons per sequence. The kernel takes the prefix and a list: nothing is gathered."""
+    def _left_out_outputs(self, x: torch.Tensor) -> list[tuple[torch.Tensor]]:
+        """[H] for each sequence: what its loaded but not computed neurons write on average."""
+        down = self.rows.weight("down").to(x.device)
+        base = torch.arange(self.plan.base_count, device=x.device)
+        computed = [torch.cat([base, index.to(x.device)]) for index in self.selected]
+        return [(m.left_out(down, c, x.dtype),) for m, c in zip(self.means, computed, strict=True)]
+
+    def _gathered_outputs(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H]. For many tokens, and on GPUs: rows are gathered (and, with memory_limit, moved) once per prompt."""
         rows = self.rows
-        base_count, parts, computed = self.plan.base_count, [], []
-        weights = [rows.weight(name) for name in rows.weight_names]
-        for sequence, part in enumerate(x):
-            index = self.selected[sequence] if self.selects else None
-            if rows.gated:
-                biases = {"bias_gate": rows.gate_bias, "bias_up": rows.up_bias} if rows.input_bias else {}
-                y = kernels.sparse_ffn(part, *weights, base_count, index, rows.kernel_activation, **biases)
-            else:
-                bias = rows.up_bias if rows.input_bias else None
-                up, down = weights
-                y = kernels.sparse_ffn_plain(part, up, bias, down, base_count, index, rows.kernel_activation)
-            parts.append(y)
-            computed.append(base_count + (0 if index is None else len(index)))
-        return parts[0][None] if len(parts) == 1 else torch.stack(parts), computed
-
-    def _torch(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Output and computed neurons per sequence; rows are gathered (and, with memory_limit, moved) once per prompt."""
-        rows, count = self.rows, self.plan.base_count
         base = self._base_rows(x.device)
         y = torch.zeros_like(x)
-        if count:
+        if self.plan.base_count:
             y = rows.combine(rows.activations(x, base).h, base)
-        computed = [count] * len(x)
         if self.selects:
             chosen = [self._chosen_rows(sequence, x.device) for sequence in range(len(x))]
             pairs = zip(x, chosen, strict=True)
             y = y + torch.stack([rows.combine(rows.activations(part, some).h, some) for part, some in pairs])
-            computed = [count + len(some["down"]) for some in chosen]
-        return y, computed
+        if self.compensates:
+            y = y + torch.stack([active.added[0] for active in self._active])[:, None]
+        return y
 
     def _base_rows(self, device: torch.device) -> Rows:
         """The base neurons; a copy on the GPU, kept, if the weights stay on the CPU."""

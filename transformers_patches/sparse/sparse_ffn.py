@@ -84,10 +84,8 @@ class SparseFFN(nn.Module):
 
         x: any hidden states [..., H], for their type.
         """
-        if self.rows.kernel_activation is None:
-            return None
         active = self.selection.active_neurons(x)
-        if active is None:
+        if active is None or not active.native:
             return None
         decoding = () if self.compensation is None else (self.compensation.bias_decode,)
         output = () if self.output_bias is None else (self.output_bias,)

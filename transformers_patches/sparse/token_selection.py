@@ -111,6 +111,7 @@ class TokenSelection(Selection):
         self.samples: list[ScoreSample] | None = None
         self.thresholds: list[float | None] = []  # per sequence; None: the exact count
         self._gathered: dict[int, Rows] = {}
+        self._active: list[kernels.ActiveNeurons] = []  # per sequence, for kernels.ffn
 
     @property
     def started(self) -> bool:
@@ -141,10 +142,21 @@ class TokenSelection(Selection):
         self.scales = [norms if self.by == "plain" else size.times(norms) for size in self.sizes]
         if self.evidence is not None:
             self.selected = [evidence.choose() for evidence in self.evidence]
-        if self.samples is None:
-            self.thresholds = [None] * len(self.scales)
-            return
-        self.thresholds = [self._threshold(sequence) for sequence in range(len(self.scales))]
+        sequences = range(len(self.scales))
+        self.thresholds = [None if self.samples is None else self._threshold(sequence) for sequence in sequences]
+        projections = self.rows.projections()
+        self._active = [self._choice(projections, sequence) for sequence in sequences]
+
+    def _choice(self, projections: kernels.Projections, sequence: int) -> kernels.ActiveNeurons:
+        """A sequence's candidates and their sizes, and how many a token keeps."""
+        prefix, index = self.plan.candidate_count, None
+        if self.selected is not None:
+            prefix, index = self.plan.base_count, self.selected[sequence]
+        threshold = self.thresholds[sequence]
+        kept = {"keep_count": self.plan.computed_count} if threshold is None else {"threshold": threshold}
+        return kernels.ActiveNeurons(
+            projections, self.rows.activation, prefix, index, self.scales[sequence], by_gate=self.by == "gate", **kept
+        )
 
     def _threshold(self, sequence: int) -> float | None:
         """The prompt's and the fit file's, which weighs as much as SAMPLE_TOKENS tokens; of scores, so geometrically."""
@@ -157,86 +169,27 @@ class TokenSelection(Selection):
         return known**weight * found ** (1 - weight)
 
     def decode(self, x: torch.Tensor) -> Decoded:
-        if not self.scales:
+        if not self._active:
             raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
-        one = self._native if self._kernel_fits(x) else self._few if x.shape[1] <= FEW_TOKENS else self._many
+        one = self._few if x.shape[1] <= FEW_TOKENS else self._many
         parts, kept = zip(*(one(sequence, part) for sequence, part in enumerate(x)), strict=True)
         y = parts[0][None] if len(parts) == 1 else torch.stack(parts)
         computed, tokens = sum(kept), x.shape[0] * x.shape[1]
         return Decoded(y, computed, self.rows_read(computed) + (tokens - 1) * self.plan.candidate_count)
 
     def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
-        if not self._made_for_kernels or len(self.scales) != 1:
-            return None
-        choice, rest = self._choice(0)
-        return kernels.ActiveNeurons(self.rows.projections(), self.rows.kernel_activation, *choice, **rest)
+        return self._active[0] if len(self._active) == 1 else None
 
     def rows_read(self, computed: int) -> int:
         return self.plan.candidate_count + computed * (self.rows.matrices - 1)
 
-    def _choice(self, sequence: int) -> tuple[tuple[int, torch.Tensor | None, torch.Tensor], dict]:
-        """Candidates and sizes, and how many are kept, as the kernels take them."""
-        plan = self.plan
-        prefix, index = plan.candidate_count, None
-        if self.selected is not None:
-            prefix, index = plan.base_count, self.selected[sequence]
-        threshold = self.thresholds[sequence]
-        rest = {"keep_count": plan.computed_count} if threshold is None else {"threshold": threshold}
-        return (prefix, index, self.scales[sequence]), rest
-
-    @property
-    def _made_for_kernels(self) -> bool:
-        return self.by == "plain" or (self.by == "up" and not self.rows.input_bias)
-
-    def _kernel_fits(self, x: torch.Tensor) -> bool:
-        return self._made_for_kernels and self.rows.native_fits(x)
-
-    def _native(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Output [T, H] and neurons computed for one sequence's x [T, H]; nothing is gathered."""
-        rows = self.rows
-        choice, rest = self._choice(sequence)
-        rest["activation"] = rows.kernel_activation
-        up, down = rows.weight("up"), rows.weight("down")
-        if self.by == "plain":
-            bias = rows.weight("up_bias") if rows.input_bias else None
-            y, computed = kernels.sparse_ffn_plain_by_size(x, up, bias, down, *choice, **rest)
-        else:
-            y, computed = kernels.sparse_ffn_by_up(x, rows.weight("gate"), up, down, *choice, **rest)
+    def _few(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Output [T, H] and neurons computed for one sequence's x [T, H]; a token reads only the rows that it needs."""
+        y, computed = kernels.ffn(x, self._active[sequence])
         return y, int(computed.sum())
 
-    def _few(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """As _native; per token, the rows of the kept neurons are gathered."""
-        rows, scale = self._candidates(sequence, x.device)
-        outputs, kept = zip(
-            *(self._one(token[None], rows, scale, self.thresholds[sequence]) for token in x), strict=True
-        )
-        return torch.cat(outputs), sum(kept)
-
-    def _one(
-        self, x: torch.Tensor, rows: Rows, scale: torch.Tensor, threshold: float | None
-    ) -> tuple[torch.Tensor, int]:
-        """[1, H] for x [1, H], and how many neurons it took."""
-        neurons = self.rows
-        read_for_all = "gate" if self.by == "gate" else "up"
-        values = neurons.project(x, rows, read_for_all)
-        if self.by != "up":
-            values = neurons.act_fn(values)
-        scores = (values.float().abs() * scale)[0]
-        if threshold is None:
-            best = scores.topk(self.plan.computed_count, sorted=False).indices
-            best = best[scores[best] > 0]  # what ReLU left at 0 adds nothing
-        else:
-            best = (scores > threshold).nonzero()[:, 0]
-        kept = {name: weight.index_select(0, best) for name, weight in rows.items() if name != read_for_all}
-        h = values[:, best]
-        if self.by == "up":
-            h = neurons.act_fn(neurons.project(x, kept, "gate")) * h
-        elif self.by == "gate":
-            h = h * neurons.project(x, kept, "up")
-        return neurons.combine(h, kept), len(best)
-
     def _many(self, sequence: int, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """As _native for many tokens, which together would read nearly all rows: the others' activations are set to 0."""
+        """As _few for many tokens, which together would read nearly all rows: the others' activations are set to 0."""
         rows, scale = self._candidates(sequence, x.device)
         values = self.rows.activations(x, rows)
         chosen_by = values.up if self.by == "up" else values.first

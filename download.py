@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from downloads.catalog import CATALOG, DATASETS_FOLDER, SOURCES, find_model, model_folder
+from downloads.catalog import CATALOG, DATASETS_FOLDER, SOURCES, known_model, model_folder
 from transformers_patches import cli
 from transformers_patches.errors import PartInferError
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def _model(arguments: argparse.Namespace) -> Fetched:
     from downloads.model import download_model  # heavy imports only now: --help and wrong usage answer at once
 
-    model = find_model(arguments.model_name)
+    model = known_model(arguments.model_name)
     folder = Path(arguments.checkpoint_path or model_folder(arguments.model_name))
     return download_model(
         model, folder, arguments.source, arguments.revision, arguments.token, keep_gguf=arguments.keep_gguf

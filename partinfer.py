@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from downloads.catalog import model_folder
 from transformers_patches import VERSION, cli
+from transformers_patches.catalog import DEMO_MODEL
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.neurons.lookup import TASK_TYPES, find_neuron_files
+from transformers_patches.neurons.lookup import TASK_TYPES
+from transformers_patches.weights.lookup import find_model, model_name
 
-DEMO_MODEL = "smollm2-135m"
 FUNCTIONS = ("normal", "chat", "predefined_prompts", "pack")
 
 
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = cli.parse_with_config(parser, argv)
     try:
-        settings = _settings(arguments)
+        _check_settings(arguments)
         _check_output(arguments)
     except PartInferError as error:
         parser.error(str(error))
@@ -75,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         options = generation_options(arguments)
     except PartInferError as error:
         parser.error(str(error))
-    folder = _checkpoint_folder(arguments)
-    settings = _with_neuron_files(settings, folder, arguments)
+    folder = find_model(arguments.model_name, arguments.checkpoint_path)
+    settings = _settings_with_files(folder, arguments)
     if arguments.function == "pack":
         return _pack(settings, folder, arguments)
     runner = Runner(folder, settings, options, arguments)
@@ -88,14 +87,14 @@ def main(argv: list[str] | None = None) -> int:
     return cli.INTERRUPTED if interrupted else cli.DONE
 
 
-def _settings(arguments: argparse.Namespace) -> PartInferConfig:
+def _check_settings(arguments: argparse.Namespace) -> None:
     if arguments.cpu_only:
         if arguments.device not in (None, "auto", "cpu"):
             raise PartInferError(f"--cpu_only contradicts --device {arguments.device}: leave one of them out")
         arguments.device = "cpu"
     if arguments.threads is not None and arguments.threads < 1:
         raise PartInferError(f"threads must be at least 1, got {arguments.threads}")
-    return PartInferConfig.from_arguments(arguments)
+    PartInferConfig.from_arguments(arguments)
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
@@ -118,41 +117,17 @@ def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
     return cli.DONE
 
 
-def _checkpoint_folder(arguments: argparse.Namespace) -> Path:
-    """Where the model is; PartInferError with the command that fetches it if it is not there."""
-    if arguments.checkpoint_path:
-        folder = Path(arguments.checkpoint_path)
-    elif Path(arguments.model_name).is_dir() or arguments.model_name.endswith(".gguf"):
-        folder = Path(arguments.model_name)
-    else:
-        folder = model_folder(arguments.model_name)
-    if not folder.exists():
-        raise PartInferError(
-            f"no model at {folder}: fetch it with python download.py --model_name {arguments.model_name}"
-        )
-    return folder
+def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
+    """The settings for a model, with the neuron files that are looked up, and says which; a pack's own where it is one."""
+    from transformers_patches.plan.neuron_files import settings_for
 
-
-def _with_neuron_files(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
-    """Fill in the neuron files that the settings need and do not name; a pack has its own, and what it was made with."""
-    from transformers_patches.weights.pack_description import is_pack, pack_settings
-
-    if is_pack(folder):
-        made = {name: value for name, value in pack_settings(folder).items() if getattr(arguments, name) is None}
-        return PartInferConfig.from_arguments(argparse.Namespace(**(vars(arguments) | made)))
-    if settings.dataset_neurons_filepath or settings.model_neurons_filepath or not settings.needs_neuron_files:
-        return settings
-    from transformers_patches.weights.model_files import model_name
-
-    found = find_neuron_files(model_name(folder), arguments.task_type)
-    if not arguments.quiet:
-        named = ", ".join(str(path.name) for path in (found.dataset, found.model) if path)
+    given = PartInferConfig.given_in(arguments)
+    settings = settings_for(folder, given, arguments.task_type)
+    paths = (settings.dataset_neurons_filepath, settings.model_neurons_filepath)
+    if any(paths) and not {"dataset_neurons_filepath", "model_neurons_filepath"} & given.keys() and not arguments.quiet:
+        named = ", ".join(Path(path).name for path in paths if path)
         print(f"neuron files: {named} for {model_name(folder)}", file=sys.stderr)
-    return dataclasses.replace(
-        settings,
-        dataset_neurons_filepath=found.dataset and str(found.dataset),
-        model_neurons_filepath=found.model and str(found.model),
-    )
+    return settings
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluation.models import find_model  # noqa: E402
-from evaluation.speed.random_weights import RandomWeights, random_ranking, shape_config  # noqa: E402
+from evaluation.speed.random_weights import RandomWeights, shape_config  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
 from transformers_patches.families import family_of  # noqa: E402
 from transformers_patches.load.loader import read_config  # noqa: E402
 from transformers_patches.load.pack_writer import write_pack  # noqa: E402
+from transformers_patches.neurons.random_ranking import random_ranking  # noqa: E402
+from transformers_patches.weights.lookup import find_model  # noqa: E402
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, run  # noqa: E402
 
 # one load in a fresh process: prints seconds, and bytes
@@ -147,7 +148,8 @@ def prepare(files: Path, options: argparse.Namespace) -> dict[str, tuple[Path, d
         folder = find_model(options.model_name)
     config = read_config(folder)
     neurons = files / "neurons.safetensors"
-    random_ranking(config, family_of(config).intermediate_size(config)).save(neurons)
+    size = family_of(config).intermediate_size(config)
+    random_ranking(config.num_hidden_layers, size, seed=0).save(neurons)
     partial = {"loaded_neurons_percent": options.loaded_neurons_percent, "device": "cpu"}
     with_file = {**partial, "dataset_neurons_filepath": str(neurons)}
     paths = {}

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluation.models import find_model  # noqa: E402
 from evaluation.tables import markdown_table  # noqa: E402
 from transformers_patches import kernels  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
@@ -25,6 +24,7 @@ from transformers_patches.generation.decoding_loop import NUCLEUS_TOLERANCE  # n
 from transformers_patches.kernels import SOFTMAX, Needed  # noqa: E402
 from transformers_patches.load.loader import load_model  # noqa: E402
 from transformers_patches.modules.screened_head import ScreenedHead  # noqa: E402
+from transformers_patches.weights.lookup import find_model  # noqa: E402
 from transformers_patches.weights.memory import WeightMemory  # noqa: E402
 from transformers_patches.weights.model_files import load_tokenizer  # noqa: E402
 

@@ -62,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     cli.wait_briefly()
     # heavy imports only now: --help and wrong usage answer at once
-    from evaluation.models import find_model
+    from evaluation.models import model_label
     from transformers_patches.load.loader import read_config
+    from transformers_patches.weights.lookup import find_model
     from transformers_patches.weights.model_files import load_tokenizer
 
     folder = find_model(arguments.model_name)
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     examples = read_examples(source, tokenizer, read_config(folder).max_position_embeddings)
     rows = _measure(grid, folder, examples, batch_size, arguments)
     result = {
-        "model": folder.name,
+        "model": model_label(folder),
         "dataset": source.dataset,
         "half": source.half,
         "scoring": "one_pass" if batch_size else "token_by_token",

@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     cli.wait_briefly()
     # heavy imports only now: --help and wrong usage answer at once
-    from evaluation.models import find_model
     from evaluation.task_runs import TaskRunner
+    from transformers_patches.weights.lookup import find_model
 
     runner = TaskRunner(find_model(arguments.model_name), arguments)
     rows = []

@@ -25,7 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
-from evaluation.models import find_model, find_rankings
+from evaluation.models import find_rankings
 from evaluation.scoring import Request, batches, continuation_logits
 from evaluation.weights import weight_counts
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS
@@ -34,6 +34,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import LoadedModel, load_model, read_config, resolve_device
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.lookup import find_model
 from transformers_patches.weights.model_files import load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 
 from evaluation.methods import Configuration
-from evaluation.models import rankings_of
+from evaluation.models import model_label, rankings_of
 from evaluation.partinfer_lm import PartInferLM
 from evaluation.results import is_finished, result_path, write_result
 from evaluation.task_groups import task_type_of
@@ -68,7 +68,7 @@ class TaskRunner:
         model = None
         rows = []
         for task in tasks:
-            path = result_path(self.arguments.output_path, self.folder.name, configuration.folder_name, task)
+            path = result_path(self.arguments.output_path, model_label(self.folder), configuration.folder_name, task)
             run = self._run_settings(configuration, task_type)
             if self.arguments.skip_finished and is_finished(path, run):
                 print(f"{task}, {configuration.label}: finished, see {path}", file=sys.stderr)
@@ -125,7 +125,7 @@ class TaskRunner:
         samples = output.pop("samples", {})
         counts = output["config"]["partinfer"]
         result = {
-            "model": self.folder.name,
+            "model": model_label(self.folder),
             "task": task,
             "configuration": configuration.label,
             "method": configuration.method,

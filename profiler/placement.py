@@ -16,8 +16,9 @@ from transformers_patches.load.loader import load_model, read_config, resolve_de
 from transformers_patches.modules.fast_linear import native_kernels_wanted, replace_linears
 from transformers_patches.neurons.fingerprint import fingerprint
 from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.memory import free_memory
-from transformers_patches.weights.model_files import load_tokenizer, model_name, open_weights
+from transformers_patches.weights.model_files import load_tokenizer, open_weights
 
 AUTO = "auto"  # spread over all GPUs, and the CPU if those are not enough
 

@@ -226,5 +226,10 @@ class PartInferConfig:
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> PartInferConfig:
         """The config of parsed arguments; None means not given."""
+        return cls(**cls.given_in(arguments))
+
+    @classmethod
+    def given_in(cls, arguments: argparse.Namespace) -> dict:
+        """The fields that were given among parsed arguments, by name."""
         names = {item.name for item in fields(cls)}
-        return cls(**{k: v for k, v in vars(arguments).items() if k in names and v is not None})
+        return {name: value for name, value in vars(arguments).items() if name in names and value is not None}

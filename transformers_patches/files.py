@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     import torch
 
 
+def shipped(name: str) -> Path:
+    """A folder of files that come with the project: in the package where it is installed, else beside it."""
+    package = Path(__file__).resolve().parent
+    installed = package / "shipped" / name
+    return installed if installed.is_dir() else package.parent / name
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

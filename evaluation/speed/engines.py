@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from evaluation.methods import METHODS
 from evaluation.models import load_configuration
 from evaluation.speed.job import Job, Stopwatch, Timing
-from evaluation.speed.random_weights import RandomWeights, random_ranking, shape_config
+from evaluation.speed.random_weights import RandomWeights, shape_config
 from evaluation.weights import weight_counts
 from transformers_patches.families import family_of
 from transformers_patches.generation.generate import generate_ids
 from transformers_patches.load.loader import LoadedModel, build_on_meta, load_from, resolve_device
+from transformers_patches.neurons.random_ranking import random_ranking
 
 DEFAULT, BEST = "transformers (default)", "transformers (best)"
 TUNING_TOKENS = 8
@@ -92,7 +93,7 @@ def _load(job: Job) -> LoadedModel:
     ranking = None
     if settings.needs_neuron_files:
         seed = job.seed + METHODS[job.configuration.method].random  # a ranking of its own, although all are random here
-        ranking = random_ranking(config, family_of(config).intermediate_size(config), seed)
+        ranking = random_ranking(config.num_hidden_layers, family_of(config).intermediate_size(config), seed)
     weights = RandomWeights(config, getattr(torch, job.float_dtype), job.seed)
     return load_from(weights, config, settings, ranking, ranking, job.shape)
 

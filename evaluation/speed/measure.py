@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from evaluation.methods import Configuration
-from evaluation.models import find_model
+from evaluation.models import model_label
 from evaluation.speed.job import Job, Timing
 from evaluation.speed.random_weights import RandomWeights, shape_config
 from evaluation.speed.rows import measured_row, speedup
@@ -24,6 +24,7 @@ from transformers_patches import kernels
 from transformers_patches.config import QUANTIZED_DTYPES
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import build_on_meta, read_config, resolve_device
+from transformers_patches.weights.lookup import find_model
 from transformers_patches.weights.memory import free_memory
 from transformers_patches.weights.model_files import load_tokenizer, open_weights
 from transformers_patches.weights.pack_description import is_pack, pack_type
@@ -44,14 +45,14 @@ class Measurement:
         self.arguments, self.scratch = arguments, scratch
         self.folder = None
         if not arguments.random_weights:
-            self.folder = find_model(arguments.checkpoint_path or arguments.model_name)
+            self.folder = find_model(arguments.model_name, arguments.checkpoint_path)
         self.config = read_config(self.folder) if self.folder else shape_config(arguments.random_weights)
         self.device = resolve_device(arguments.device or "auto")
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         self.prompts = self._prompts()
         self.conditions = {
-            "model": self.folder.name if self.folder else arguments.random_weights,
+            "model": model_label(self.folder) if self.folder else arguments.random_weights,
             "random_weights": self.folder is None,
             "device": str(self.device),
             "threads": torch.get_num_threads(),

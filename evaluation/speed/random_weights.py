@@ -9,7 +9,6 @@ from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen2Config
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import build_on_meta, read_config
-from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.source import Source, WeightSource, largest_in_columns
 
 BLOCK = 2**22  # values that are drawn; tensors repeat them, each from another place
@@ -152,10 +151,3 @@ class RandomWeights(WeightSource):
             part[first:].copy_(self._block[: len(part) - first])
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
-
-
-def random_ranking(config: PretrainedConfig, size: int, seed: int = 0) -> NeuronFile:
-    """A random permutation per layer: for speed any ranking will do."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randperm(size, generator=generator) for _ in range(config.num_hidden_layers)]
-    return NeuronFile(torch.stack(rows).to(torch.int32), source=f"(random ranking, seed {seed})")

@@ -9,7 +9,7 @@ from pathlib import Path
 from profiler.placement import checkpoint_fingerprint
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.weights.model_files import model_name
+from transformers_patches.weights.lookup import model_name
 
 HELP = "convert a neuron file between the original's JSON and the project's format, by the names' endings"
 EXAMPLES = """examples:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from profiler.arguments import DEMO_MODEL
-from profiler.commands.run import NEURON_FILES
 from profiler.placement import checkpoint_fingerprint
 from transformers_patches.cli import add_gguf_arguments
 from transformers_patches.families import family_of
-from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.weights.model_files import model_name
+from transformers_patches.neurons.lookup import own_neuron_file
+from transformers_patches.neurons.random_ranking import random_ranking
+from transformers_patches.weights.lookup import model_name
 
 HELP = "write a random ranking, the baseline"
 EXAMPLES = """examples:
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     config, fingerprint = checkpoint_fingerprint(arguments.checkpoint_path)
     name = model_name(arguments.checkpoint_path)
-    ranking = random_ranking(config.num_hidden_layers, family_of(config).intermediate_size(config), arguments.seed)
+    neurons = random_ranking(config.num_hidden_layers, family_of(config).intermediate_size(config), arguments.seed)
     metadata = {
         "model_name": name,
         "model_type": config.model_type,
@@ -44,12 +43,8 @@ def main(arguments: argparse.Namespace) -> None:
         "tokens": "0",
         "texts": "0",
     }
-    output = arguments.output or NEURON_FILES / name / "random.safetensors"
-    NeuronFile(ranking, metadata=metadata).save(output)
-    print(f"{output}: {ranking.shape[0]} layers of {ranking.shape[1]} neurons in random order, seed {arguments.seed}")
-
-
-def random_ranking(num_layers: int, intermediate_size: int, seed: int) -> torch.Tensor:
-    """int32 [layers, N], each row a permutation; the same for the same seed on every machine."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(intermediate_size, generator=generator) for _ in range(num_layers)]).int()
+    output = arguments.output or own_neuron_file(name, "random")
+    replace(neurons, metadata=metadata).save(output)
+    print(
+        f"{output}: {neurons.num_layers} layers of {neurons.intermediate_size} neurons in random order, seed {arguments.seed}"
+    )

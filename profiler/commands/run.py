@@ -23,8 +23,9 @@ from profiler.ranking import SCORES, down_norms, rank
 from profiler.sequences import Encoder, Window, windows
 from profiler.store import ProfileCheckpoint, Progress, check_output, exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
+from transformers_patches.neurons.lookup import own_neuron_file
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.weights.model_files import model_name
+from transformers_patches.weights.lookup import model_name
 
 HELP = "profile a model on texts and write a neuron file"
 EXAMPLES = """examples:
@@ -36,7 +37,6 @@ EXAMPLES = """examples:
   python -m profiler run --dataset self --task_type QA --limit 200
   accelerate launch --num_processes 2 -m profiler run --dataset xsum --limit 1000 --resume
 """
-NEURON_FILES = Path("neuron_files")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def default_output(checkpoint_path: Path, task_type: str) -> Path:
     """neuron_files/<model>/<task>.safetensors, where the runner looks."""
-    return NEURON_FILES / model_name(checkpoint_path) / f"{task_type.lower()}.safetensors"
+    return own_neuron_file(model_name(checkpoint_path), task_type.lower())
 
 
 def _already_done(arguments: argparse.Namespace, output: Path) -> bool:

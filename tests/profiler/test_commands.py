@@ -9,11 +9,11 @@ import torch
 
 from profiler.__main__ import COMMANDS, main
 from profiler.analysis import concentration, overlap
-from profiler.commands.random import random_ranking
 from profiler.plots import most_concentrated
 from profiler.ranking import rank
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.neuron_file import STATISTICS, NeuronFile
+from transformers_patches.neurons.random_ranking import random_ranking
 
 LAYERS, SIZE = 3, 20
 
@@ -128,7 +128,7 @@ def test_overlap_counts_common_neurons():
 
 
 def test_random_rankings_overlap_by_chance():
-    first, second = (NeuronFile(random_ranking(30, 1500, seed)) for seed in (0, 1))
+    first, second = (random_ranking(30, 1500, seed) for seed in (0, 1))
     assert float(overlap(first, second, 0.3).mean()) == pytest.approx(0.3, abs=0.01)
 
 

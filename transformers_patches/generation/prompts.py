@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-PROMPTS = Path(__file__).resolve().parents[2] / "prompts"
+from transformers_patches.files import shipped
+
+PROMPTS = shipped("prompts")
 
 
 @dataclass(frozen=True)

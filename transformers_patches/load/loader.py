@@ -38,8 +38,9 @@ from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.sparse.request import RequestState
 from transformers_patches.weights.gguf_config import gguf_config
 from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.memory import WeightMemory, give_back_freed
-from transformers_patches.weights.model_files import model_name, open_weights
+from transformers_patches.weights.model_files import open_weights
 from transformers_patches.weights.pack import Pack
 from transformers_patches.weights.source import Source, WeightSource
 

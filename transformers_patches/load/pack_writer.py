@@ -23,8 +23,9 @@ from transformers_patches.plan.resolve import find_fit
 from transformers_patches.weights.aligned_file import save_aligned
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
+from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.mapped_files import forget
-from transformers_patches.weights.model_files import model_name, open_weights
+from transformers_patches.weights.model_files import open_weights
 from transformers_patches.weights.pack_description import (
     COLUMN_SCALES,
     DESCRIPTION,

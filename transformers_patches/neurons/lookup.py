@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.files import shipped
 
-NEURON_FILES = Path(__file__).resolve().parents[2] / "neuron_files"
+OWN_NEURON_FILES = Path("neuron_files")  # where the profiler writes; they come before those that ship with the project
 TASK_TYPES = ("QA", "Summarize", "translate_de_en")
 _MODEL_STEMS = ("model", "model_neurons")  # the second is what the original called it
 # A task's own file comes before that of its group.
@@ -22,21 +24,33 @@ class NeuronFilePaths:
     model: Path | None
 
 
-def find_neuron_files(model_name: str, task_type: str | None, folder: str | Path | None = None) -> NeuronFilePaths:
-    """Look in neuron_files/<model_name>/ for the task's file and the model's, .safetensors before legacy .json.
+def own_neuron_file(model_name: str, stem: str) -> Path:
+    """Where a new neuron file of a model goes, and is found again: neuron_files/<model>/<stem>.safetensors."""
+    return OWN_NEURON_FILES / model_name / f"{stem}.safetensors"
 
-    task_type: one of TASK_TYPES, or None for no task. Raises PartInferError if there is neither file.
+
+def find_neuron_files(model_names: Sequence[str], task_type: str | None) -> NeuronFilePaths:
+    """Look in neuron_files/<model>/ for the task's file and the model's, .safetensors before legacy .json.
+
+    model_names: what the model is called; the first under which there are files counts. task_type: one of TASK_TYPES,
+    or None for no task. Raises PartInferError if there is neither file.
     """
-    place = Path(folder or NEURON_FILES) / model_name
-    found = NeuronFilePaths(_first(place, _TASK_STEMS.get(task_type, ())), _first(place, _MODEL_STEMS))
-    if found.dataset is None and found.model is None:
-        raise PartInferError(
-            f"no neuron files for {model_name} in {place}: make one with python -m profiler run, or give "
-            "--dataset_neurons_filepath"
-        )
-    return found
+    for name in model_names:
+        found = NeuronFilePaths(_first(name, _TASK_STEMS.get(task_type, ())), _first(name, _MODEL_STEMS))
+        if found.dataset or found.model:
+            return found
+    raise PartInferError(
+        f"no neuron files for {model_names[0]} in {OWN_NEURON_FILES}/: make one with python -m profiler run, or give "
+        "--dataset_neurons_filepath"
+    )
 
 
-def _first(place: Path, stems: tuple[str, ...]) -> Path | None:
-    names = (place / f"{stem}{ending}" for stem in stems for ending in (".safetensors", ".json"))
+def find_random_neurons(model_names: Sequence[str]) -> Path | None:
+    """The random ranking that lies among a model's neuron files, if there is one."""
+    return next((path for name in model_names if (path := _first(name, ("random",)))), None)
+
+
+def _first(model_name: str, stems: tuple[str, ...]) -> Path | None:
+    places = (OWN_NEURON_FILES / model_name, shipped("neuron_files") / model_name)
+    names = (place / f"{stem}{end}" for stem in stems for place in places for end in (".safetensors", ".json"))
     return next((path for path in names if path.is_file()), None)

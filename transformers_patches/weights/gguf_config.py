@@ -23,15 +23,6 @@ from transformers_patches.weights.gguf_vocabulary import has_vocabulary, read_vo
 GEMMA2_WINDOW, GEMMA2_ATTENTION_SOFTCAP, GEMMA2_LOGIT_SOFTCAP = 4096, 50.0, 30.0  # where a file does not say
 WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6}  # of so many layers the last one sees everything
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of those that scale attention by H / heads, the 27B ones
-_QUANTIZATION = re.compile(r"[-._](?:Q\d+(?:_[0-9A-Z]+)*|IQ\d+_\w+|F16|BF16|F32)$", re.IGNORECASE)
-_PART = re.compile(r"-\d{5}-of-\d{5}$")
-
-
-def gguf_model_name(path: str | Path) -> str:
-    """The file's name without its ending and type: SmolLM2-135M-Instruct of SmolLM2-135M-Instruct-Q4_K_M.gguf."""
-    name = Path(path).name
-    name = name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
-    return _QUANTIZATION.sub("", _PART.sub("", name))
 
 
 def gguf_config(path: Path) -> PretrainedConfig:

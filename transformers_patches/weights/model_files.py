@@ -1,4 +1,4 @@
-"""What belongs to a model on disk, a checkpoint folder or one GGUF file: its name, its tokenizer, its weights."""
+"""What belongs to a model on disk, a checkpoint folder or one GGUF file: its tokenizer, its weights."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf import GGUFCheckpoint
-from transformers_patches.weights.gguf_config import gguf_model_name
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
 from transformers_patches.weights.pack import Pack
 from transformers_patches.weights.pack_description import is_pack
 from transformers_patches.weights.safetensors_folder import Checkpoint
 from transformers_patches.weights.source import WeightSource
-
-
-def model_name(path: str | Path) -> str:
-    """The folder's name, or a GGUF file's without its type; neuron files are looked up by it."""
-    path = Path(path).resolve()
-    return gguf_model_name(path) if is_gguf(path) else path.name
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import pytest
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.neurons.lookup import TASK_TYPES, find_neuron_files
+from transformers_patches.neurons import lookup
+from transformers_patches.neurons.lookup import TASK_TYPES, find_neuron_files, find_random_neurons
 
 
 @pytest.fixture
-def place(tmp_path):
-    folder = tmp_path / "some-model"
-    folder.mkdir()
+def place(tmp_path, monkeypatch):
+    """Where the neuron files of some-model are, seen from the current folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "neuron_files" / "some-model"
+    folder.mkdir(parents=True)
     return folder
 
 
 def names_found(place, task_type):
-    found = find_neuron_files(place.name, task_type, place.parent)
+    found = find_neuron_files([place.name], task_type)
     return tuple(path and path.name for path in (found.dataset, found.model))
 
 
@@ -49,4 +52,24 @@ def test_own_file_before_group_and_safetensors_before_legacy(place, there, task_
 def test_neither_file_is_one_line_that_says_how_to_make_one(place):
     (place / "random.safetensors").touch()
     with pytest.raises(PartInferError, match="no neuron files for some-model .* make one with python -m profiler run"):
-        find_neuron_files(place.name, "QA", place.parent)
+        find_neuron_files([place.name], "QA")
+
+
+def test_the_first_name_with_files_counts(place):
+    (place / "qa.safetensors").touch()
+    (place / "random.json").touch()
+    assert find_neuron_files(["0a1b2c", "some-model"], "QA").dataset.parent.name == "some-model"
+    assert find_random_neurons(["0a1b2c", "some-model"]).name == "random.json"
+    assert find_random_neurons(["0a1b2c"]) is None
+
+
+def test_own_files_come_before_those_that_ship(place, tmp_path, monkeypatch):
+    shipped = tmp_path / "installed" / "neuron_files" / "some-model"
+    shipped.mkdir(parents=True)
+    monkeypatch.setattr(lookup, "shipped", lambda name: tmp_path / "installed" / name)
+    for name in ("qa.safetensors", "model.safetensors"):
+        (shipped / name).touch()
+    found = find_neuron_files(["some-model"], "QA")
+    assert (found.dataset, found.model) == (shipped / "qa.safetensors", shipped / "model.safetensors")
+    (place / "qa.json").touch()
+    assert find_neuron_files(["some-model"], "QA").dataset.resolve() == place / "qa.json"

@@ -15,7 +15,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model, read_config
 from transformers_patches.weights.gguf import GGUFCheckpoint
-from transformers_patches.weights.gguf_config import gguf_model_name
+from transformers_patches.weights.lookup import gguf_model_name
 from transformers_patches.weights.model_files import load_tokenizer, open_weights
 from transformers_patches.weights.source import Source, WeightedSum
 

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from transformers_patches import VERSION, cli
-from transformers_patches.catalog import DEMO_MODEL
+from transformers_patches import VERSION, cli, flags
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.lookup import TASK_TYPES
@@ -25,16 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--version", action="version", version=f"PartInfer {VERSION}")
-    add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_name", default=DEMO_MODEL, help=f"short name or hub id ({DEMO_MODEL})")
-    model.add_argument(
-        "--checkpoint_path", help="the model's folder or GGUF file (models/<name>, where download.py puts it)"
-    )
-    model.add_argument("--cpu_only", action="store_true", help="the same as --device cpu")
-    model.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice)")
+    flags.add_config(parser)
+    flags.add_computing(flags.add_model(parser))
     PartInferConfig.add_arguments(parser)
-    cli.add_gguf_arguments(parser)
     add("--mask_filepath", metavar="FILE", help="write the load plan that was used, as JSON")
     task = parser.add_argument_group("what to do")
     task.add_argument("--function", choices=FUNCTIONS, default="normal", help="pack writes --output")
@@ -53,20 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
     choice.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
     choice.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     out = parser.add_argument_group("output")
-    out.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    out.add_argument("--quiet", action="store_true", help="the text only")
+    flags.add_json(out)
+    flags.add_quiet(out)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    arguments = cli.parse_with_config(parser, argv)
+    arguments = flags.parse(parser, argv)
     try:
-        _check_settings(arguments)
+        PartInferConfig.from_arguments(arguments)
         _check_output(arguments)
     except PartInferError as error:
         parser.error(str(error))
-    cli.wait_briefly()
+    cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
     from transformers_patches.generation.runner import Runner, generation_options
 
@@ -83,18 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         runner.loaded.plan.save(arguments.mask_filepath)
     interrupted = getattr(runner, arguments.function)()
     if arguments.json:
-        print(json.dumps(runner.report(), ensure_ascii=False))
+        cli.write_json(arguments.json, runner.report())
     return cli.INTERRUPTED if interrupted else cli.DONE
-
-
-def _check_settings(arguments: argparse.Namespace) -> None:
-    if arguments.cpu_only:
-        if arguments.device not in (None, "auto", "cpu"):
-            raise PartInferError(f"--cpu_only contradicts --device {arguments.device}: leave one of them out")
-        arguments.device = "cpu"
-    if arguments.threads is not None and arguments.threads < 1:
-        raise PartInferError(f"threads must be at least 1, got {arguments.threads}")
-    PartInferConfig.from_arguments(arguments)
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
@@ -111,8 +92,8 @@ def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
     made = write_pack(folder, arguments.output, settings)
     if arguments.json:
         sizes = {name: made[name] for name in ("settings", "dtype", "bytes", "bytes_dense")}
-        print(json.dumps({"output": arguments.output, **sizes}))
-    elif not arguments.quiet:
+        cli.write_json(arguments.json, {"output": arguments.output, **sizes})
+    if arguments.json != flags.STANDARD_OUTPUT and not arguments.quiet:
         print(f"{arguments.output}: {made['bytes'] / 1e6:.0f} of {made['bytes_dense'] / 1e6:.0f} MB", file=sys.stderr)
     return cli.DONE
 
@@ -130,5 +111,10 @@ def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInf
     return settings
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

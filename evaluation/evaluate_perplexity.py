@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,8 @@ if not __package__:  # run as a file: imports come from the repository, not from
 from evaluation.methods import Configuration, add_dtypes_argument, add_method_arguments, build_typed_grid
 from evaluation.tables import markdown_table
 from evaluation.windows import HALVES, PREFILL_TOKENS, SCORED_TOKENS, Example, Source, read_examples
-from transformers_patches import cli
+from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
-from transformers_patches.files import write_text_atomic
 
 DEFAULT_METHODS = "dense,dense+partial,partinfer,coreinfer"
 BATCH_SIZE = 4
@@ -45,29 +43,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--bootstrap_iters", type=int, default=1000, help="resamples of the confidence intervals (1000)")
     add("--seed", type=int, default=0, help="of the sample, the bootstrap, and random rankings without a file (0)")
-    add("--json", metavar="FILE", help="write the rows as JSON")
-    add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
+    flags.add_json(parser)
+    flags.add_quiet(parser)
+    flags.add_config(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    arguments = cli.parse_with_config(parser, argv)
+    arguments = flags.parse(parser, argv)
     try:
         grid, source = build_typed_grid(arguments), _source(arguments)
         batch_size = _batch_size(arguments)
+        flags.check_model(arguments)
         if arguments.bootstrap_iters < 1:
             raise PartInferError(f"bootstrap_iters must be at least 1, got {arguments.bootstrap_iters}")
     except PartInferError as error:
         parser.error(str(error))
-    cli.wait_briefly()
+    cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.models import model_label
     from transformers_patches.load.loader import read_config
     from transformers_patches.weights.lookup import find_model
     from transformers_patches.weights.model_files import load_tokenizer
 
-    folder = find_model(arguments.model_name)
+    folder = find_model(arguments.model_name, arguments.checkpoint_path)
     tokenizer = load_tokenizer(folder)
     examples = read_examples(source, tokenizer, read_config(folder).max_position_embeddings)
     rows = _measure(grid, folder, examples, batch_size, arguments)
@@ -82,9 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         "seed": arguments.seed,
         "rows": rows,
     }
-    print(_table(rows))
-    if arguments.json:
-        write_text_atomic(arguments.json, json.dumps(result, indent=1) + "\n")
+    cli.report(arguments.json, result, _table(rows), indent=1)
     return cli.DONE
 
 
@@ -125,7 +123,8 @@ def _measure(
         reference = store if first_dense is not None else None
         for configuration in sorted(grid, key=lambda c: c is not first_dense):
             how = "" if batch_size else ", token by token"
-            print(f"{configuration.label}: {len(examples)} examples{how}", file=sys.stderr)
+            if not arguments.quiet:
+                print(f"{configuration.label}: {len(examples)} examples{how}", file=sys.stderr)
             loaded = load_configuration(configuration, folder, arguments)
             is_dense = configuration is first_dense
             table = score_examples(loaded, examples, batch_size, reference, is_dense=is_dense)
@@ -155,5 +154,10 @@ def _table(rows: list[dict]) -> str:
     return markdown_table(rows, columns)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ if not __package__:  # run as a file: imports come from the repository, not from
 
 from evaluation.methods import Configuration, add_dtypes_argument, add_method_arguments, build_typed_grid
 from evaluation.tables import csv_text
-from transformers_patches import cli
+from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import write_text_atomic
 
@@ -25,9 +24,8 @@ TRANSFORMERS = "transformers"
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_method_arguments(parser, DEFAULT_METHODS, also=(TRANSFORMERS,), model_required=False)
+    add_method_arguments(parser, DEFAULT_METHODS, also=(TRANSFORMERS,))
     add = parser.add_argument
-    add("--checkpoint_path", metavar="FOLDER", help="the model's folder, instead of --model_name")
     add("--random_weights", metavar="NAME", help="random weights instead of a model: a known shape, or a config.json")
     add_dtypes_argument(parser)
     add(
@@ -39,24 +37,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=1, help="prompts at a time (1)")
     add("--repetitions", type=int, default=5, help="measured rounds (5)")
     add("--warmup", type=int, default=1, help="rounds before them (1)")
-    add("--threads", type=int, help="CPU threads, of every engine (PyTorch's choice)")
-    add("--cpu_only", action="store_true", help="the same as --device cpu")
     add("--seed", type=int, default=0, help="of random weights, prompts and rankings (0)")
     add("--csv", metavar="FILE", help="write the rows as CSV")
     add("--plot", metavar="FILE", help="write a figure of the speeds, such as speed.png")
-    add("--json", metavar="FILE", help="write the rows and the conditions as JSON")
-    add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
+    flags.add_json(parser)
+    flags.add_quiet(parser)
+    flags.add_config(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    arguments = cli.parse_with_config(parser, argv)
+    arguments = flags.parse(parser, argv)
     try:
         with_transformers, grid = _methods(arguments)
         compared = _compared(arguments)
     except PartInferError as error:
         parser.error(str(error))
+    cli.hide_bars(arguments)  # threads wait as they do by default: that is measured
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.speed.measure import Measurement
 
@@ -64,24 +62,24 @@ def main(argv: list[str] | None = None) -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="partinfer-speed-")))
         measurement = Measurement(arguments, scratch)
         rows = measurement.rows(grid, with_transformers, compared)
-    print(_report(rows, measurement.conditions))
+    content = {**measurement.conditions, "rows": rows}
+    cli.report(arguments.json, content, _report(rows, measurement.conditions), indent=1)
     _write(rows, measurement.conditions, arguments)
     return cli.DONE
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[bool, list[Configuration]]:
     """Whether plain transformers is measured, and this project's configurations. PartInferError for wrong usage."""
-    if sum(bool(given) for given in (arguments.model_name, arguments.checkpoint_path, arguments.random_weights)) != 1:
-        raise PartInferError("give one of --model_name, --checkpoint_path and --random_weights")
+    if not arguments.random_weights:
+        flags.check_model(arguments)
+    elif arguments.model_name or arguments.checkpoint_path:
+        raise PartInferError("give a model or --random_weights, not both")
     least = {"num_tokens_to_generate": 2, "prompt_length": 1, "batch_size": 1, "repetitions": 1, "warmup": 0}
-    least |= {"threads": 1} if arguments.threads is not None else {}
     for name, value in least.items():
         if getattr(arguments, name) < value:
             raise PartInferError(f"{name} must be at least {value}, got {getattr(arguments, name)}")
     if arguments.prompt is not None and arguments.random_weights:
         raise PartInferError("--prompt needs a model with a tokenizer: leave it out with --random_weights")
-    if arguments.cpu_only:
-        arguments.device = "cpu"
     names = [name.strip() for name in arguments.method.split(",")]
     ours = [name for name in names if name != TRANSFORMERS]
     arguments.method = ",".join(ours)
@@ -120,8 +118,6 @@ def _report(rows: list[dict], conditions: dict) -> str:
 def _write(rows: list[dict], conditions: dict, arguments: argparse.Namespace) -> None:
     from evaluation.speed.rows import COLUMNS
 
-    if arguments.json:
-        write_text_atomic(arguments.json, json.dumps({**conditions, "rows": rows}, indent=1) + "\n")
     if arguments.csv:
         write_text_atomic(arguments.csv, csv_text(rows, COLUMNS))
     if arguments.plot:
@@ -130,5 +126,10 @@ def _write(rows: list[dict], conditions: dict, arguments: argparse.Namespace) ->
         plot_speeds(rows, conditions["model"], Path(arguments.plot))
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -14,7 +14,7 @@ if not __package__:  # run as a file: imports come from the repository, not from
 from evaluation.methods import add_method_arguments, build_grid
 from evaluation.tables import markdown_table
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS
-from transformers_patches import cli
+from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
 
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add_method_arguments(parser, "partinfer")
     add = parser.add_argument
-    add("--config", metavar="FILE", help="settings from a YAML or JSON file, flag names as keys; flags win")
+    flags.add_config(parser)
     add("--seed", type=int, default=0, help="of few-shot examples, sampling, random rankings without a file (0)")
     task = parser.add_argument_group("tasks")
     task.add_argument("--task_name", required=True, help="lm-eval tasks, groups or patterns, separated by commas")
@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--bootstrap_iters", type=int, default=1000, help="resamples of the standard errors (1000)")
     out = parser.add_argument_group("output")
     out.add_argument("--output_path", default="results", help="results folder (results)")
+    flags.add_json(out)
+    flags.add_quiet(out)
     out.add_argument("--log_samples", action="store_true", help="write every answer too, as <task>.samples.jsonl")
     out.add_argument("--skip_finished", action="store_true", help="keep results that the same run left there before")
     return parser
@@ -71,24 +73,26 @@ def _limit(text: str) -> float | int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    arguments = cli.parse_with_config(parser, argv)
+    arguments = flags.parse(parser, argv)
     try:
         grid = build_grid(arguments)
+        flags.check_model(arguments)
         _check(arguments)
     except PartInferError as error:
         parser.error(str(error))
-    cli.wait_briefly()
+    cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.task_runs import TaskRunner
     from transformers_patches.weights.lookup import find_model
 
-    runner = TaskRunner(find_model(arguments.model_name), arguments)
+    runner = TaskRunner(find_model(arguments.model_name, arguments.checkpoint_path), arguments)
     rows = []
     for configuration in grid:
         for task_type, tasks in runner.tasks_by_type().items():
             rows += runner.run(configuration, task_type, tasks)
             gc.collect()  # one model at a time in memory
-    print(markdown_table(rows, ["task", "configuration", "metric", "value", "stderr", "ffn_bytes_fraction"]))
+    table = markdown_table(rows, ["task", "configuration", "metric", "value", "stderr", "ffn_bytes_fraction"])
+    cli.report(arguments.json, {"model": runner.model, "rows": rows}, table, indent=1)
     return cli.DONE
 
 
@@ -103,5 +107,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise PartInferError(f"{name} must be at least 1, got {value}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

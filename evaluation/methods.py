@@ -6,7 +6,7 @@ import argparse
 import itertools
 from dataclasses import dataclass, replace
 
-from transformers_patches.cli import add_gguf_arguments
+from transformers_patches import flags
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 
@@ -77,14 +77,12 @@ def parse_methods(text: str, use_partial_loading: bool = False) -> list[str]:
     return names
 
 
-def add_method_arguments(
-    parser: argparse.ArgumentParser, default: str, also: tuple[str, ...] = (), *, model_required: bool = True
-) -> None:
-    """Add --model_name, --method, and every setting of PartInferConfig; those of SWEPT and SWEPT_NAMES take lists.
+def add_method_arguments(parser: argparse.ArgumentParser, default: str, also: tuple[str, ...] = ()) -> None:
+    """Add the flags of the model, --method, and every setting of PartInferConfig; SWEPT and SWEPT_NAMES take lists.
 
     also: methods that the script has besides those of METHODS.
     """
-    parser.add_argument("--model_name", required=model_required, help="a checkpoint folder, short name or hub id")
+    flags.add_computing(flags.add_model(parser, default=None))
     names = ", ".join((*METHODS, *also))
     parser.add_argument("--method", default=default, help=f"one or more of {names}, separated by commas ({default})")
     parser.add_argument("--task_type", help="task whose neuron file is looked up: QA, Summarize, translate_de_en")
@@ -98,7 +96,6 @@ def add_method_arguments(
     for name in SWEPT_NAMES:
         group.add_argument(f"--{name}", type=lambda text: text.split(","), help=fields[name].metadata["help"])
     PartInferConfig.add_arguments(parser, skip=("method", *SWEPT, *SWEPT_NAMES))
-    add_gguf_arguments(parser)
 
 
 def _fractions(text: str) -> list[float]:

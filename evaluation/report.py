@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from evaluation.report_rows import (
     task_rows,
 )
 from evaluation.tables import csv_text, markdown_table
-from transformers_patches import cli
+from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import write_text_atomic
 
@@ -45,12 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
         "match, F1, BLEU, ROUGE, perplexity)",
     )
     parser.add_argument("--no_figures", action="store_true", help="tables only")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON instead of Markdown")
+    flags.add_json(parser)
+    flags.add_config(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = flags.parse(build_parser(), argv)
     folder = Path(arguments.results)
     if not folder.is_dir():
         raise PartInferError(f"no results folder at {folder}: run evaluate_task.py or evaluate_perplexity.py first")
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     write_text_atomic(out / "report.md", text)
     write_text_atomic(out / "report_tasks.csv", csv_text(rows["tasks"], TASK_COLUMNS))
     write_text_atomic(out / "report_perplexity.csv", csv_text(rows["perplexity"], PERPLEXITY_COLUMNS))
-    content = json.dumps({"format": "partinfer-report", **rows}, indent=1) + "\n"
-    write_text_atomic(out / "report.json", content)
-    print(content if arguments.json else text)
+    content = {"format": "partinfer-report", **rows}
+    cli.write_json(out / "report.json", content, indent=1)
+    cli.report(arguments.json, content, text, indent=1)
     return cli.DONE
 
 
@@ -115,5 +115,10 @@ def _markdown(rows: dict[str, list[dict]], figures: list[tuple[str, str]]) -> st
     return "\n\n".join(parts) + "\n"
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The installed command."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    run()

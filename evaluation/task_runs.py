@@ -48,6 +48,7 @@ class TaskRunner:
 
     def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         self.folder, self.arguments = folder, arguments
+        self.model = model_label(folder)
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = [name.strip() for name in arguments.task_name.split(",") if name.strip()]
         self.manager, self.tasks = _find_tasks(names, arguments.include_path)
@@ -68,15 +69,19 @@ class TaskRunner:
         model = None
         rows = []
         for task in tasks:
-            path = result_path(self.arguments.output_path, model_label(self.folder), configuration.folder_name, task)
+            path = result_path(self.arguments.output_path, self.model, configuration.folder_name, task)
             run = self._run_settings(configuration, task_type)
             if self.arguments.skip_finished and is_finished(path, run):
-                print(f"{task}, {configuration.label}: finished, see {path}", file=sys.stderr)
+                self._say(f"{task}, {configuration.label}: finished, see {path}")
                 continue
-            print(f"{task}, {configuration.label}", file=sys.stderr)
+            self._say(f"{task}, {configuration.label}")
             model = model or self._load(configuration, task_type)
             rows += self._run_task(model, configuration, task, run, path)
         return rows
+
+    def _say(self, line: str) -> None:
+        if not self.arguments.quiet:
+            print(line, file=sys.stderr)
 
     def _run_settings(self, configuration: Configuration, task_type: str | None) -> dict:
         options = {name: getattr(self.arguments, name) for name in _RUN_OPTIONS}
@@ -125,7 +130,7 @@ class TaskRunner:
         samples = output.pop("samples", {})
         counts = output["config"]["partinfer"]
         result = {
-            "model": model_label(self.folder),
+            "model": self.model,
             "task": task,
             "configuration": configuration.label,
             "method": configuration.method,

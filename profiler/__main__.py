@@ -6,8 +6,8 @@ import argparse
 import importlib
 import sys
 
-from transformers_patches import cli
-from transformers_patches.errors import PartInferError
+from transformers_patches import cli, flags
+from transformers_patches.weights.lookup import find_model
 
 COMMANDS = ("run", "fit", "merge", "rank", "random", "convert", "show", "compare")
 
@@ -35,24 +35,23 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 1 failed, 130 interrupted; argparse exits with 2 on wrong usage."""
     cli.wait_briefly()  # commands import torch
-    arguments = build_parser().parse_args(argv)
-    try:
-        arguments.main(arguments)
-    except PartInferError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # show | head
-        sys.stderr.close()
-        return 1
-    except OSError as error:  # no permission, a full disk, …
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        hint = "; run again with --resume to go on" if arguments.command == "run" else ""
-        print(f"interrupted{hint}", file=sys.stderr)
-        return 130
-    return 0
+    arguments = flags.parse(build_parser(), argv)
+    hint = "; run again with --resume to go on" if arguments.command in ("run", "fit") else ""
+    return cli.guarded(lambda: _call(arguments), f"interrupted{hint}")
+
+
+def _call(arguments: argparse.Namespace) -> None:
+    """Call the command, with --model_name turned into the path that it stands for."""
+    cli.begin(arguments)
+    if getattr(arguments, "model_name", None) or getattr(arguments, "checkpoint_path", None):
+        arguments.checkpoint_path = find_model(arguments.model_name, arguments.checkpoint_path)
+    arguments.main(arguments)
+
+
+def run() -> None:
+    """The installed command."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

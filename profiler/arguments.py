@@ -7,11 +7,9 @@ from pathlib import Path
 
 from profiler.templates import TASK_TYPES
 from profiler.texts import BUILTIN, HUB_DATASETS, SELF, ResolvedSource, TextSource
-from transformers_patches.cli import add_gguf_arguments
+from transformers_patches import flags
 from transformers_patches.config import FLOAT_DTYPES
 from transformers_patches.errors import PartInferError
-
-DEMO_MODEL = Path("models/SmolLM2-135M-Instruct")
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +37,8 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
-    add_gguf_arguments(model)
+    model = flags.add_model(parser)
+    flags.add_computing(model)
     model.add_argument(
         "--dtype", choices=FLOAT_DTYPES, default="auto", help="of the weights; auto: as the checkpoint says"
     )
@@ -100,6 +97,6 @@ def add_output_arguments(parser: argparse.ArgumentParser, what: str, *, resume: 
     again = output.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help=resume)
     again.add_argument("--overwrite", action="store_true", help="replace the output; start again")
-    output.add_argument("--json", action="store_true", help="print the summary as a JSON object")
-    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    flags.add_json(output)
+    flags.add_quiet(output)
     return output

@@ -1,20 +1,20 @@
-"""What every script does alike: exit codes, one-line errors, JSON/YAML settings under the flags."""
+"""How every script begins and ends: threads, progress bars, exit codes, one-line errors, JSON."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
 from transformers_patches.errors import PartInferError
+from transformers_patches.files import write_text_atomic
+from transformers_patches.flags import STANDARD_OUTPUT
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
-IGNORE_FLAG = "--ignore_gguf_key"
-IGNORED_GGUF_KEYS: set[str] = set()  # of this process: what is read without them does not depend on who reads it
 
 
 def wait_briefly() -> None:
@@ -27,73 +27,64 @@ def wait_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit: 0 done, 1 failed with one line on standard error, 130 interrupted."""
+def begin(arguments: argparse.Namespace) -> None:
+    """What --threads and --quiet mean everywhere; before anything else imports torch or tqdm."""
+    wait_briefly()
+    hide_bars(arguments)
+    if getattr(arguments, "threads", None):
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+
+
+def hide_bars(arguments: argparse.Namespace) -> None:
+    """No progress bars with --quiet, libraries' included; before tqdm is imported, which is when it reads this."""
+    if getattr(arguments, "quiet", False):
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def write_json(target: str | Path, content: dict, indent: int | None = None) -> None:
+    """Print an object, or write it to a file, as --json says."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    if target == STANDARD_OUTPUT:
+        print(text, flush=True)
+    else:
+        write_text_atomic(target, text + "\n")
+
+
+def report(target: str | None, content: dict, text: str, indent: int | None = None) -> None:
+    """Give a result as --json says: as text, as an object instead, or as text and an object in a file."""
+    if target != STANDARD_OUTPUT:
+        print(text, flush=True)
+    if target is not None:
+        write_json(target, content, indent)
+
+
+def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Call a script's main and return its exit code: 0 done, 1 failed with one line on standard error, 130 interrupted.
+
+    interrupted: what is said then. (Wrong usage is 2: argparse exits by itself.)
+    """
     try:
         code = main() or DONE
+        sys.stdout.flush()
     except PartInferError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = FAILED
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = FAILED
+        return FAILED
+    except BrokenPipeError:  # `| head` has seen enough
+        with suppress(OSError, ValueError):  # what is left to be flushed would fail again, and be reported
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:  # no permission, a full disk, …
+        reason = " ".join(str(error.strerror or error).split())
+        print(f"error: {error.filename or 'input or output'}: {reason}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+    return code
 
 
-class _IgnoreKey(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        IGNORED_GGUF_KEYS.add(values)
-
-
-def add_gguf_arguments(parser: argparse._ActionsContainer) -> None:
-    """The flag of every script that reads models for keys of GGUF files that are not understood."""
-    parser.add_argument(
-        IGNORE_FLAG,
-        action=_IgnoreKey,
-        metavar="KEY",
-        default=argparse.SUPPRESS,
-        help="read a GGUF file as if it did not have this metadata key; may be given several times",
-    )
-
-
-def parse_with_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse flags over a --config file (YAML or JSON, flag names as keys); flags that are given win.
-
-    The file's values go through the parser as flags do, so types and choices are checked alike; mistakes end
-    the program with exit code 2.
-    """
-    path = _config_path(argv)
-    if path is None:
-        return parser.parse_args(argv)
-    return parser.parse_args([*_flags_of(parser, path), *(sys.argv[1:] if argv is None else argv)])
-
-
-def _config_path(argv: list[str] | None) -> str | None:
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config")
-    return first.parse_known_args(argv)[0].config
-
-
-def _flags_of(parser: argparse.ArgumentParser, path: str) -> list[str]:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"config file {path} can't be read: {' '.join(str(error).split())}")
-    if not isinstance(content, dict):
-        parser.error(f"config file {path}: expected names and values, got {type(content).__name__}")
-    actions = {
-        option.lstrip("-").replace("-", "_"): (option, a) for a in parser._actions for option in a.option_strings
-    }
-    flags = []
-    for name, value in content.items():
-        if str(name).replace("-", "_") not in actions:
-            parser.error(f"config file {path}: unknown setting {name!r}; the settings are the flags of --help")
-        option, action = actions[str(name).replace("-", "_")]
-        if action.nargs == 0:  # a switch
-            flags += [option] if value else []
-        elif value is not None:
-            flags += [part for item in (value if isinstance(value, list) else [value]) for part in (option, str(item))]
-    return flags
+def run(main: Callable[[], int | None]) -> None:
+    """Call a script's main, and exit with its code."""
+    sys.exit(guarded(main))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from profiler.analysis import chance_overlap, overlap_matrix
+from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.neuron_file import NeuronFile
 
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=float, default=0.3, help="fraction of a layer's neurons that is compared (0.3)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a heat map of the mean overlaps")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    flags.add_json(parser)
+    flags.add_config(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -43,9 +44,9 @@ def main(arguments: argparse.Namespace) -> None:
         plot_overlap(matrix.mean(2), names, arguments.top, chance, arguments.plot)
     if arguments.json:
         result = {"top": arguments.top, "chance": chance, "files": names, "overlap": matrix.tolist()}
-        print(json.dumps(result))
-        return
-    _print_text(matrix, names, arguments.top, chance)
+        cli.write_json(arguments.json, result)
+    if arguments.json != flags.STANDARD_OUTPUT:
+        _print_text(matrix, names, arguments.top, chance)
 
 
 def _path_and_name(given: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from profiler.placement import checkpoint_fingerprint
+from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.lookup import model_name
@@ -24,9 +25,10 @@ ENDINGS = (".json", ".safetensors")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", type=Path, help="neuron file, .json or .safetensors")
     parser.add_argument("output", type=Path, help="neuron file, .json or .safetensors")
-    parser.add_argument(
-        "--checkpoint_path", type=Path, help="check that the file fits this model, and note the model in the output"
-    )
+    model = flags.add_model(parser, default=None)
+    model.description = "if given: check that the file fits it, and note it in the output"
+    flags.add_json(parser)
+    flags.add_config(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -40,4 +42,6 @@ def main(arguments: argparse.Namespace) -> None:
         model = {"model_name": name, "model_type": config.model_type, "fingerprint": fingerprint}
         file = replace(file, metadata={**file.metadata, **model})
     file.save(arguments.output)
-    print(f"{arguments.output}: {file.num_layers} layers of {file.intermediate_size} neurons")
+    shape = {"layers": file.num_layers, "intermediate_size": file.intermediate_size}
+    text = f"{arguments.output}: {file.num_layers} layers of {file.intermediate_size} neurons"
+    cli.report(arguments.json, {"output": str(arguments.output), **shape}, text)

@@ -29,6 +29,7 @@ from profiler.placement import ProfiledModel, load_for_profiling
 from profiler.ranking import SCORES, score_neurons
 from profiler.store import exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
+from transformers_patches import cli, flags
 from transformers_patches.config import BUDGETS, TOKEN_SELECTIONS, PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.fit_file import FitFile, fit_path
@@ -45,6 +46,7 @@ BEST, RANKING = "best", "ranking"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_config(parser)
     add_text_arguments(parser)
     add_model_arguments(parser)
     fit = parser.add_argument_group("fit")
@@ -246,11 +248,9 @@ def _mean(errors: dict[int, tuple[float, float]], place: int) -> float:
 
 def _report(arguments: argparse.Namespace, fit: FitFile, output: Path) -> None:
     data = fit.metadata
-    if arguments.json:
-        print(json.dumps({"output": os.fspath(output), "bytes": output.stat().st_size, **data}))
-        return
-    print(
+    text = (
         f"{output}: {len(fit.layers)} layers fitted ({data['compensation']}) over {data['tokens']} tokens of "
         f"{data['texts']} texts, {output.stat().st_size / 2**20:.1f} MiB; mean squared output error "
         f"{data['error_before']} of the output's, now {data['error_after']}"
     )
+    cli.report(arguments.json, {"output": os.fspath(output), "bytes": output.stat().st_size, **data}, text)

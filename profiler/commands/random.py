@@ -6,9 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from profiler.arguments import DEMO_MODEL
 from profiler.placement import checkpoint_fingerprint
-from transformers_patches.cli import add_gguf_arguments
+from transformers_patches import cli, flags
 from transformers_patches.families import family_of
 from transformers_patches.neurons.lookup import own_neuron_file
 from transformers_patches.neurons.random_ranking import random_ranking
@@ -22,10 +21,11 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_path", type=Path, default=DEMO_MODEL, help=f"the model's folder ({DEMO_MODEL})")
-    add_gguf_arguments(parser)
+    flags.add_model(parser)
     parser.add_argument("--output", type=Path, help="neuron file (neuron_files/<model>/random.safetensors)")
+    flags.add_json(parser)
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other permutations (0)")
+    flags.add_config(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -45,6 +45,6 @@ def main(arguments: argparse.Namespace) -> None:
     }
     output = arguments.output or own_neuron_file(name, "random")
     replace(neurons, metadata=metadata).save(output)
-    print(
-        f"{output}: {neurons.num_layers} layers of {neurons.intermediate_size} neurons in random order, seed {arguments.seed}"
-    )
+    shape = f"{neurons.num_layers} layers of {neurons.intermediate_size} neurons"
+    content = {"output": str(output), **metadata}
+    cli.report(arguments.json, content, f"{output}: {shape} in random order, seed {arguments.seed}")

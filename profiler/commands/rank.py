@@ -7,6 +7,7 @@ from pathlib import Path
 
 from profiler.ranking import SCORES, rank
 from profiler.store import check_output
+from transformers_patches import cli, flags
 from transformers_patches.neurons.neuron_file import NeuronFile
 
 HELP = "rank again by another score, from a neuron file's statistics, without the model"
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="neuron file with statistics")
     parser.add_argument("--score", choices=SCORES, required=True, help="what the ranking goes by")
     parser.add_argument("--output", type=Path, required=True, help="the new neuron file; may be the same")
+    flags.add_json(parser)
+    flags.add_config(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -26,4 +29,5 @@ def main(arguments: argparse.Namespace) -> None:
     file = NeuronFile.load(arguments.file)
     again = rank(file.statistics, arguments.score, file.metadata, file.source, file.input_squares)
     again.save(arguments.output)
-    print(f"{arguments.output}: ranked by {arguments.score}")
+    content = {"output": str(arguments.output), **again.metadata}
+    cli.report(arguments.json, content, f"{arguments.output}: ranked by {arguments.score}")

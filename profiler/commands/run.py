@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from profiler.ranking import SCORES, down_norms, rank
 from profiler.sequences import Encoder, Window, windows
 from profiler.store import ProfileCheckpoint, Progress, check_output, exclusive, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
+from transformers_patches import cli, flags
 from transformers_patches.neurons.lookup import own_neuron_file
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.lookup import model_name
@@ -40,6 +40,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    flags.add_config(parser)
     add_text_arguments(parser)
     add_model_arguments(parser)
     output = add_output_arguments(
@@ -207,10 +208,8 @@ def profiled_settings(arguments: argparse.Namespace, source: ResolvedSource, loa
 
 def _report(arguments: argparse.Namespace, neurons: NeuronFile, output: Path) -> None:
     data = neurons.metadata
-    if arguments.json:
-        print(json.dumps({"output": os.fspath(output), **data}))
-        return
-    print(
+    text = (
         f"{output}: {neurons.num_layers} layers of {neurons.intermediate_size} neurons ranked by {data['score']} "
         f"over {data['tokens']} tokens of {data['texts']} texts ({data['dataset']}, {data['task_type']})"
     )
+    cli.report(arguments.json, {"output": os.fspath(output), **data}, text)

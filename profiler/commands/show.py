@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from profiler.analysis import concentration, concentration_curves
+from transformers_patches import cli, flags
 from transformers_patches.neurons.neuron_file import NeuronFile
 
 HELP = "show what a neuron file holds, and how concentrated the activations are"
@@ -20,7 +20,8 @@ FRACTIONS = (0.1, 0.3, 0.5, 0.7)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="neuron file, .safetensors or .json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw concentration curves, one per layer")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    flags.add_json(parser)
+    flags.add_config(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -36,20 +37,17 @@ def main(arguments: argparse.Namespace) -> None:
         plot_concentration(concentration_curves(file), title, arguments.plot)
     if arguments.json:
         table = None if shares is None else {f"{f:g}": shares[:, i].tolist() for i, f in enumerate(FRACTIONS)}
-        print(
-            json.dumps(
-                {
-                    "file": str(arguments.file),
-                    "layers": file.num_layers,
-                    "intermediate_size": file.intermediate_size,
-                    "metadata": file.metadata,
-                    "statistics": sorted(file.statistics),
-                    "concentration": table,
-                }
-            )
-        )
-        return
-    _print_text(file, shares)
+        content = {
+            "file": str(arguments.file),
+            "layers": file.num_layers,
+            "intermediate_size": file.intermediate_size,
+            "metadata": file.metadata,
+            "statistics": sorted(file.statistics),
+            "concentration": table,
+        }
+        cli.write_json(arguments.json, content)
+    if arguments.json != flags.STANDARD_OUTPUT:
+        _print_text(file, shares)
 
 
 def _print_text(file: NeuronFile, shares) -> None:

@@ -13,6 +13,7 @@ import transformers
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.flags import STANDARD_OUTPUT
 from transformers_patches.generation.generate import Conversation, GenerationOptions, GenerationResult, generate
 from transformers_patches.generation.prompts import (
     TEMPLATES,
@@ -51,8 +52,6 @@ class Runner:
         self.arguments = arguments
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
         torch.manual_seed(arguments.seed)
         self.tokenizer = load_tokenizer(folder)
         self.loaded = load_model(folder, settings)
@@ -129,10 +128,11 @@ class Runner:
 
     def _answer(self, text: str, prompt_ids: list[int], conversation: Conversation | None = None) -> bool:
         self.loaded.reset_counters()
-        sink = None if self.arguments.json else self._print_piece
+        shown = self.arguments.json != STANDARD_OUTPUT
+        sink = self._print_piece if shown else None
         result = generate(self.loaded, self.tokenizer, prompt_ids, self.options, sink, conversation)
         self.results.append((text, result))
-        if not self.arguments.json:
+        if shown:
             print(flush=True)
         if not self.arguments.quiet:
             print(self._summary(result), file=sys.stderr)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from transformers_patches.cli import IGNORE_FLAG, IGNORED_GGUF_KEYS
 from transformers_patches.errors import PartInferError
+from transformers_patches.flags import IGNORE_FLAG, IGNORED_GGUF_KEYS
 from transformers_patches.weights.gguf_file import GGUFFile
 
 _REQUIRED = object()

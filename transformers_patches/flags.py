@@ -1,0 +1,135 @@
+"""The flags that every script has in the same words: which model, where it runs, what is printed, and a file of settings.
+
+`--json` prints one JSON object on standard output in place of text; `--json FILE` writes it to a file besides. Where a
+command takes files by their places, only `--json=FILE` does, so that `--json a.safetensors` means what it looks like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+from transformers_patches.catalog import DEMO_MODEL
+from transformers_patches.errors import PartInferError
+
+STANDARD_OUTPUT = "-"
+IGNORE_FLAG = "--ignore_gguf_key"
+IGNORED_GGUF_KEYS: set[str] = set()  # of this process: what is read without them does not depend on who reads it
+
+
+def add_model(parser: argparse.ArgumentParser, default: str | None = DEMO_MODEL) -> argparse._ArgumentGroup:
+    """--model_name, --checkpoint_path and --ignore_gguf_key; the group, for more flags about the model."""
+    group = parser.add_argument_group("model")
+    shown = f" ({default})" if default else ""
+    group.add_argument("--model_name", default=default, help=f"short name, hub id, or a name in models/{shown}")
+    group.add_argument("--checkpoint_path", metavar="PATH", help="where it is: a folder or GGUF file (models/<name>)")
+    group.add_argument(
+        IGNORE_FLAG,
+        action=_IgnoreKey,
+        metavar="KEY",
+        default=argparse.SUPPRESS,
+        help="read a GGUF file as if it did not have this metadata key; may be given several times",
+    )
+    return group
+
+
+class _IgnoreKey(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        IGNORED_GGUF_KEYS.add(values)
+
+
+def add_computing(group: argparse._ArgumentGroup) -> None:
+    """--cpu_only and --threads, beside --device and --dtype."""
+    group.add_argument("--cpu_only", action="store_true", help="the same as --device cpu")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's choice)")
+
+
+def add_json(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """--json [FILE]; the value is None, STANDARD_OUTPUT, or the file's path."""
+    text = "one JSON object on standard output instead of text, or written to FILE besides"
+    group.add_argument("--json", nargs="?", const=STANDARD_OUTPUT, metavar="FILE", help=text)
+
+
+def add_quiet(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """--quiet."""
+    group.add_argument("--quiet", action="store_true", help="the result only: no progress, no notes")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """--config FILE, which `parse` reads."""
+    text = "settings from a YAML or JSON file, flag names as keys; flags win"
+    parser.add_argument("--config", metavar="FILE", help=text)
+
+
+def check_model(arguments: argparse.Namespace) -> None:
+    """PartInferError unless a model was given, for scripts that have none by default."""
+    if arguments.model_name is None and arguments.checkpoint_path is None:
+        raise PartInferError("which model? Give --model_name or --checkpoint_path")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse flags over a --config file; flags that are given win. Mistakes end the program with exit code 2.
+
+    The file's values go through the parser as flags do, so types and choices are checked alike. --cpu_only has become
+    --device cpu afterwards.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = _command_of(parser, argv)
+    if any(not action.option_strings for action in command._actions):
+        argv = [re.sub(r"^--j(s(on?)?)?$", f"--json={STANDARD_OUTPUT}", part) for part in argv]
+    path = _config_path(argv)
+    if path is not None:
+        place = 0 if command is parser else 1  # after the command's name
+        argv[place:place] = _flags_of(command, path)
+    arguments = parser.parse_args(argv)
+    _settle(command, arguments)
+    return arguments
+
+
+def _command_of(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.ArgumentParser:
+    """The parser of the command that argv names, if there are commands, else the parser itself."""
+    commands = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+    return parser if commands is None or not argv else commands.choices.get(argv[0], parser)
+
+
+def _settle(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    if given.get("cpu_only"):
+        if given["device"] not in (None, "auto", "cpu"):
+            parser.error(f"--cpu_only contradicts --device {given['device']}: leave one of them out")
+        arguments.device = "cpu"
+    threads = given.get("threads")
+    if threads is not None and threads < 1:
+        parser.error(f"threads must be at least 1, got {threads}")
+
+
+def _config_path(argv: list[str]) -> str | None:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config")
+    return first.parse_known_args(argv)[0].config
+
+
+def _flags_of(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"config file {path} can't be read: {' '.join(str(error).split())}")
+    if not isinstance(content, dict):
+        parser.error(f"config file {path}: expected names and values, got {type(content).__name__}")
+    actions = {
+        option.lstrip("-").replace("-", "_"): (option, a) for a in parser._actions for option in a.option_strings
+    }
+    flags = []
+    for name, value in content.items():
+        if str(name).replace("-", "_") not in actions:
+            parser.error(f"config file {path}: unknown setting {name!r}; the settings are the flags of --help")
+        option, action = actions[str(name).replace("-", "_")]
+        if action.nargs == 0 or (action.nargs == "?" and isinstance(value, bool)):  # a switch
+            flags += [f"{option}={action.const}" if action.nargs else option] if value else []
+        elif value is not None:
+            flags += [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+    return flags

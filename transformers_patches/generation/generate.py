@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -118,13 +119,14 @@ def generate(
     options: GenerationOptions,
     sink: Sink | None = None,
     conversation: Conversation | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> GenerationResult:
     """Generate an answer to one prompt.
 
     prompt_ids: token ids of the whole prompt (with a conversation: of the whole history and the new turn); sink: is
-    called with each piece of text as soon as it is certain. Ctrl-C ends the generation and keeps the text;
-    the next prompt starts from a clean state. Raises PartInferError for an empty prompt and for one that exceeds the model's
-    context.
+    called with each piece of text as soon as it is certain; stopped: asked after each token whether to end. Ctrl-C ends
+    the generation and keeps the text; the next prompt starts from a clean state. Raises PartInferError for an empty
+    prompt and for one that exceeds the model's context.
     """
     _check_length(loaded, prompt_ids)
     conversation = conversation or Conversation()
@@ -138,7 +140,8 @@ def generate(
     interrupted = False
     started = time.perf_counter()
     try:
-        generate_ids(loaded, ids, config, None, cache, stopping_criteria=StoppingCriteriaList([recorder]))
+        criteria = [recorder, _Stopped(stopped)] if stopped else [recorder]
+        generate_ids(loaded, ids, config, None, cache, stopping_criteria=StoppingCriteriaList(criteria))
     except KeyboardInterrupt:
         interrupted = True
     recorder.answer.finish()
@@ -154,7 +157,7 @@ def generate(
         prefilled_tokens=len(prompt_ids) - cached,
         time_to_first_token_s=recorder.times[0] - started if recorder.times else None,
         decode_tokens_per_second=recorder.decode_speed(),
-        finish_reason=_finish_reason(interrupted, recorder, config),
+        finish_reason=_finish_reason(interrupted or (stopped is not None and stopped()), recorder, config),
     )
 
 
@@ -201,6 +204,16 @@ def _finish_reason(interrupted: bool, recorder: _Recorder, config: GenerationCon
 
 def _first_id(ids: int | list[int] | None) -> int | None:
     return ids[0] if isinstance(ids, list) else ids
+
+
+class _Stopped(StoppingCriteria):
+    """Ends a generation when a function says so."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **_options) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
 
 
 class _Recorder(StoppingCriteria):

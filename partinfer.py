@@ -11,7 +11,6 @@ from transformers_patches import VERSION, cli, flags
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.lookup import TASK_TYPES
-from transformers_patches.weights.lookup import find_model, model_name
 
 FUNCTIONS = ("normal", "chat", "predefined_prompts", "pack")
 
@@ -60,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
     from transformers_patches.generation.runner import Runner, generation_options
+    from transformers_patches.weights.lookup import find_model
 
     try:
         options = generation_options(arguments)
@@ -101,6 +101,7 @@ def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
 def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
     """The settings for a model, with the neuron files that are looked up, and says which; a pack's own where it is one."""
     from transformers_patches.plan.neuron_files import settings_for
+    from transformers_patches.weights.lookup import model_name
 
     given = PartInferConfig.given_in(arguments)
     settings = settings_for(folder, given, arguments.task_type)

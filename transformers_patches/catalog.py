@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from transformers_patches.errors import PartInferError
 
@@ -35,6 +36,12 @@ def hub_id(name: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise PartInferError(f"unknown model {name!r}: give a hub id (owner/name) or one of {', '.join(HUB_IDS)}")
     return name
+
+
+def fetch_command(name: str) -> str:
+    """What fetches a model, in the repository or where the package is installed."""
+    in_repository = (Path(__file__).resolve().parents[1] / "download.py").is_file()
+    return f"{'python download.py' if in_repository else 'partinfer-download'} --model_name {name}"
 
 
 def folder_name(name: str) -> str:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from transformers_patches.catalog import folder_name
+from transformers_patches.catalog import fetch_command, folder_name
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf_file import is_gguf
 
@@ -24,18 +24,18 @@ def find_model(name: str | Path | None, checkpoint_path: str | Path | None = Non
     """
     if checkpoint_path is not None:
         if not _is_model(Path(checkpoint_path)):
-            raise PartInferError(_missing(Path(checkpoint_path), str(name or "NAME")))
+            raise PartInferError(_missing_at(Path(checkpoint_path)))
         return Path(checkpoint_path)
     given = Path(name)
     found = next((place for place in (given, *(place / given for place in _PLACES)) if _is_model(place)), None)
     if found is not None:
         return found
     if given.exists() or given.is_absolute():
-        raise PartInferError(_missing(given, "NAME"))
+        raise PartInferError(_missing_at(given))
     usual = [place / folder_name(str(name)) for place in _PLACES]
     found = next((place for place in usual if _is_model(place)), None)
     if found is None:
-        raise PartInferError(_missing(usual[0], str(name)))
+        raise PartInferError(f"no model at {usual[0]}: fetch it with {fetch_command(str(name))}")
     return found
 
 
@@ -43,13 +43,9 @@ def _is_model(path: Path) -> bool:
     return path.is_file() and is_gguf(path) or (path / "config.json").is_file()
 
 
-def _missing(path: Path, name: str) -> str:
-    what = ""
-    if path.is_dir():
-        what = " (config.json is missing)"
-    elif path.is_file():
-        what = " (neither a folder nor a GGUF file)"
-    return f"no model at {path}{what}: fetch it with python download.py --model_name {name}"
+def _missing_at(path: Path) -> str:
+    what = "neither a folder nor a GGUF file" if path.is_file() else "config.json is missing"
+    return f"no model at {path} ({what}): fetch one with {fetch_command('NAME')}"
 
 
 def gguf_model_name(path: str | Path) -> str:

@@ -40,7 +40,7 @@ def test_the_path_wins_over_the_name(here):
     ("name", "path", "message"),
     [
         ("opt-6.7b", None, "no model at models/opt-6.7b: fetch it with python download.py --model_name opt-6.7b"),
-        ("opt-6.7b", "empty", r"no model at empty \(config.json is missing\): .* --model_name opt-6.7b"),
+        ("opt-6.7b", "empty", r"no model at empty \(config.json is missing\): .* --model_name NAME"),
         ("empty", None, r"no model at empty \(config.json is missing\)"),
         ("note.txt", None, r"no model at note.txt \(neither a folder nor a GGUF file\)"),
         ("/nowhere/at/all", None, "no model at /nowhere/at/all"),

@@ -162,7 +162,7 @@ def _gemma(metadata: Metadata, fields: dict[str, Any]) -> dict[str, Any]:
         else fields["head_dim"],
         "final_logit_softcapping": softcap or None,
         "layer_types": _layer_types(metadata, layers, window),
-        "sliding_window": window or None,
+        "sliding_window": window or fields["max_position_embeddings"],  # where no layer has one it still needs a number
     }
     if second:
         attention = metadata.number(key("attn_logit_softcapping"), GEMMA2_ATTENTION_SOFTCAP)

@@ -1,0 +1,153 @@
+"""Damaged and hostile GGUF files: each is read, or refused in one line that names it; never another exception, never for long."""
+
+from __future__ import annotations
+
+import random
+import signal
+import struct
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_gguf import MODEL_TYPES, tiny_metadata, tiny_model, tiny_tensors, write_tiny_gguf
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.load.loader import load_model
+from transformers_patches.weights.model_files import load_tokenizer
+
+SETTINGS = {"method": "dense", "dtype": "float32", "device": "cpu", "kernels": "torch"}
+LONGEST_S = 20  # for one file, on a busy machine
+VALUES = [
+    *(None, True, False, 0, 1, 2, 3, 7, 255, 2**16, 10**9, 2**31 - 1, 2**32 - 1),
+    *(0.0, -1.0, 1e-30, 1e30, float("nan"), float("inf"), "", "gpt2", "llama", "yarn", "longrope", "none", "x" * 5000, "\n{%"),
+    *([1], [0, 1], [2**31 - 1] * 3, [1.5], [True, False], ["a"], ["a", "a"], ["Ġ Ġ"] * 3, ["", " ", "Ġ"]),
+]
+KEYS = [
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length"),
+    *("rope.dimension_count", "rope.freq_base_swa", "attention.sliding_window", "attention.sliding_window_pattern"),
+    *("attention.causal", "expert_count", "attn_logit_softcapping", "final_logit_softcapping", "attention.scale"),
+]
+TOKENIZER_KEYS = [
+    *("ggml.scores", "ggml.add_eos_token", "ggml.add_space_prefix", "ggml.eot_token_id", "ggml.eos_token_ids"),
+    *("ggml.suppress_tokens", "chat_template.tool_use", "ggml.unheard_of"),
+]
+NUMBERS = [0, 1, 2**16, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+
+
+@contextmanager
+def within(seconds: int):
+    """TimeoutError if the block takes longer."""
+
+    def late(signum, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(path: Path) -> str:
+    """`read`, `refused`, or the foreign exception's name."""
+    results = []
+    for use in (use_tokenizer, use_model):
+        try:
+            with within(LONGEST_S):
+                use(path)
+            results.append("read")
+        except PartInferError as error:
+            text = str(error)
+            results.append("refused" if "\n" not in text and len(text) < 3000 else f"a message of {len(text)} characters")
+        except Exception as error:
+            results.append(f"{use.__name__}: {type(error).__name__}: {error}"[:300])
+    return next((result for result in results if result not in ("read", "refused")), "+".join(results))
+
+
+def use_tokenizer(path: Path) -> None:
+    tokenizer = load_tokenizer(path)
+    tokenizer.decode(tokenizer("Two 22  words\n").input_ids)
+
+
+@torch.no_grad()
+def use_model(path: Path) -> None:
+    model = load_model(path, PartInferConfig(**SETTINGS)).model
+    model(torch.tensor([[1, 3, 4]]) % model.config.vocab_size)
+
+
+def changed_bytes(data: bytes, header: int, source: random.Random) -> bytes:
+    """Flipped, cut, repeated, overwritten by large numbers: mostly in the header, where it hurts."""
+    place = source.randrange(header if source.random() < 0.9 else len(data))
+    changed = bytearray(data)
+    kind = source.choice(("flip", "flip", "cut", "number", "short number", "repeat", "remove"))
+    if kind == "flip":
+        for _ in range(source.choice((1, 1, 3, 20))):
+            changed[source.randrange(header)] = source.randrange(256)
+    elif kind == "cut":
+        del changed[place:]
+    elif kind == "number":
+        changed[place : place + 8] = struct.pack("<Q", source.choice(NUMBERS))
+    elif kind == "short number":
+        changed[place : place + 4] = struct.pack("<I", source.choice(NUMBERS) & 0xFFFFFFFF)
+    elif kind == "repeat":
+        changed[place:place] = changed[place : place + source.randrange(1, 64)]
+    else:
+        del changed[place : place + source.randrange(1, 64)]
+    return bytes(changed)
+
+
+def write_changed(path: Path, source: random.Random) -> None:
+    """A well-formed file that says or holds something else."""
+    architecture = source.choice(list(MODEL_TYPES))
+    model = tiny_model(architecture)
+    keys = [*tiny_metadata(model), *(f"{architecture}.{key}" for key in KEYS), *(f"tokenizer.{k}" for k in TOKENIZER_KEYS)]
+    metadata = {source.choice(keys): source.choice(VALUES) for _ in range(source.choice((1, 1, 2, 3)))}
+    tensors = {}
+    if source.random() < 0.3:
+        name, weight = source.choice(list(tiny_tensors(model).items()))
+        tensors[name] = source.choice((None, weight[:1], weight[None], torch.zeros(3, 5)))
+        tensors[source.choice(("rope_freqs.weight", "blk.7.ffn_up.weight", "blk.0.attn_q.bias"))] = weight.reshape(-1)
+    write_tiny_gguf(path, model=model, metadata=metadata, tensors=tensors)
+
+
+def campaign(folder: Path, seed: int, count: int) -> Counter:
+    source = random.Random(seed)
+    np.seterr(all="ignore")
+    path = folder / "changed.gguf"
+    write_tiny_gguf(path, "Q8_0")
+    data = path.read_bytes()
+    header = data.index(b"token_embd") + 2000
+    seen = Counter()
+    for number in range(count):
+        path = folder / f"changed{number}.gguf"  # another name each time: nothing is remembered
+        if source.random() < 0.5:
+            path.write_bytes(changed_bytes(data, header, source))
+        else:
+            try:
+                write_changed(path, source)
+            except (ValueError, TypeError, OverflowError, struct.error):
+                continue  # what the gguf package itself does not write
+        seen[outcome(path)] += 1
+        path.unlink()
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_files_are_read_or_refused(seed, tmp_path):
+    seen = campaign(tmp_path, seed, 100)
+    assert set(seen) <= {"read+read", "refused+refused", "read+refused", "refused+read"}, seen
+    assert seen["refused+refused"] > 20
+    assert seen["read+read"] > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_many_files_are_read_or_refused(seed, tmp_path):
+    seen = campaign(tmp_path, seed, 1000)
+    assert set(seen) <= {"read+read", "refused+refused", "read+refused", "refused+read"}, seen

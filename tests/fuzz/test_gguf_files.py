@@ -23,7 +23,22 @@ SETTINGS = {"method": "dense", "dtype": "float32", "device": "cpu", "kernels": "
 LONGEST_S = 20  # for one file, on a busy machine
 VALUES = [
     *(None, True, False, 0, 1, 2, 3, 7, 255, 2**16, 10**9, 2**31 - 1, 2**32 - 1),
-    *(0.0, -1.0, 1e-30, 1e30, float("nan"), float("inf"), "", "gpt2", "llama", "yarn", "longrope", "none", "x" * 5000, "\n{%"),
+    *(
+        0.0,
+        -1.0,
+        1e-30,
+        1e30,
+        float("nan"),
+        float("inf"),
+        "",
+        "gpt2",
+        "llama",
+        "yarn",
+        "longrope",
+        "none",
+        "x" * 5000,
+        "\n{%",
+    ),
     *([1], [0, 1], [2**31 - 1] * 3, [1.5], [True, False], ["a"], ["a", "a"], ["Ġ Ġ"] * 3, ["", " ", "Ġ"]),
 ]
 KEYS = [
@@ -64,7 +79,9 @@ def outcome(path: Path) -> str:
             results.append("read")
         except PartInferError as error:
             text = str(error)
-            results.append("refused" if "\n" not in text and len(text) < 3000 else f"a message of {len(text)} characters")
+            results.append(
+                "refused" if "\n" not in text and len(text) < 3000 else f"a message of {len(text)} characters"
+            )
         except Exception as error:
             results.append(f"{use.__name__}: {type(error).__name__}: {error}"[:300])
     return next((result for result in results if result not in ("read", "refused")), "+".join(results))
@@ -106,7 +123,11 @@ def write_changed(path: Path, source: random.Random) -> None:
     """A well-formed file that says or holds something else."""
     architecture = source.choice(list(MODEL_TYPES))
     model = tiny_model(architecture)
-    keys = [*tiny_metadata(model), *(f"{architecture}.{key}" for key in KEYS), *(f"tokenizer.{k}" for k in TOKENIZER_KEYS)]
+    keys = [
+        *tiny_metadata(model),
+        *(f"{architecture}.{key}" for key in KEYS),
+        *(f"tokenizer.{k}" for k in TOKENIZER_KEYS),
+    ]
     metadata = {source.choice(keys): source.choice(VALUES) for _ in range(source.choice((1, 1, 2, 3)))}
     tensors = {}
     if source.random() < 0.3:

@@ -27,7 +27,7 @@ class Decoder:
     def set_dense(self, number: int, projections: Projections, activation: str) -> None:
         """Give layer `number` a dense FFN, as in `kernels.dense_ffn`."""
         p = projections
-        self._native.set_whole(number, p.weights, p.scales, p.biases, p.native_code, activation)
+        self._native.set_dense(number, p.weights, p.scales, p.biases, p.native_code, activation)
 
     def set_active(self, number: int, active: ActiveNeurons) -> None:
         """Give layer `number` an FFN over some neurons, as in `kernels.ffn`; `active.native` must be True."""
@@ -36,7 +36,7 @@ class Decoder:
         p, keep_count = active.projections, -1 if active.keep_count is None else active.keep_count
         weights = (p.weights, p.scales, p.column_scales, p.biases, p.native_code)
         choice = (active.prefix, active.index, active.size, keep_count, active.threshold)
-        self._native.set_rows(number, *weights, active.activation, *choice, list(active.added))
+        self._native.set_active(number, *weights, active.activation, *choice, list(active.added))
 
     def set_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         """Set the norm after the last layer, an RMSNorm or with a bias a LayerNorm, [H]. All layers must have been added."""
@@ -50,7 +50,7 @@ class Decoder:
         embeddings = (embedding.weights, embedding.scales, embedding.native_code)
         heads = (head.weights, head.scales, head.biases, head.native_code)
         screens = (None, None, None) if screen is None else (screen.data, screen.scales, screen.errors)
-        self._native.set_ends(*embeddings, *heads, *screens)
+        self._native.set_embedding_and_head(*embeddings, *heads, *screens)
 
     def logits(
         self,

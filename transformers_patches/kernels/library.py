@@ -129,7 +129,7 @@ def _register_fakes() -> None:
     def per_token(x: torch.Tensor) -> torch.Tensor:
         return x.new_empty(x.shape[:-1].numel(), dtype=torch.int64)
 
-    fake("sparse_ffn_out quantize dequantize join_planes split_planes", lambda *_: None)
+    fake("quantize dequantize join_planes split_planes", lambda *_: None)
     for weights in ("", "quant_"):
         fake(f"{weights}sparse_ffn {weights}sparse_ffn_plain", lambda x, *_: torch.empty_like(x))
         fake(

@@ -20,7 +20,7 @@ from transformers_patches.kernels.quantization import QuantizedTensor, Weight
 from transformers_patches.kernels.screening import SOFTMAX, Needed, Screen
 
 
-def _operations_for(x: Tensor, *, known: bool = True) -> ModuleType:
+def _operations_for(x: Tensor, known: bool = True) -> ModuleType:
     """Who computes with x: native or reference. Builds the native kernels if they aren't built yet.
 
     known: whether there are native kernels for what is to be computed, in particular for the format of its weights.
@@ -48,17 +48,17 @@ def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
     Returns y, like x, and how many neurons were computed for each token, int64 [T] on the CPU, T being the number of tokens.
     The native kernels sum in float32. They raise ValueError for arguments that don't fit.
     """
-    return _operations_for(x, known=active.native).ffn(x, active)
+    return _operations_for(x, active.native).ffn(x, active)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] plus bias [out]: [..., out]. As F.linear, but made for a few tokens."""
-    return _operations_for(x, known=_known(weight)).linear(x, weight, bias)
+    return _operations_for(x, _known(weight)).linear(x, weight, bias)
 
 
 def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
     """h [..., n] times weight [n, H]: [..., H], weighted sums of the rows. As `combine`, but made for a few tokens."""
-    return _operations_for(h, known=_known(weight)).weighted_rows(h, weight)
+    return _operations_for(h, _known(weight)).weighted_rows(h, weight)
 
 
 def project(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -100,13 +100,13 @@ def quantize(
     """
     if column_scales is not None:
         return replace(quantize(weight / column_scales, weight_format, column_weights), column_scales=column_scales)
-    operations = _operations_for(weight, known=weight.ndim == 2 and weight_format.native is not None)
+    operations = _operations_for(weight, weight.ndim == 2 and weight_format.native is not None)
     return operations.quantize(weight, weight_format, column_weights)
 
 
 def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
     """The float weight [rows, columns] that a quantised one stands for, written to `out` if given."""
-    return _operations_for(weight.data, known=_known(weight)).dequantize(weight, dtype, out)
+    return _operations_for(weight.data, _known(weight)).dequantize(weight, dtype, out)
 
 
 def split_planes(weight: QuantizedTensor) -> QuantizedTensor:
@@ -133,12 +133,12 @@ def attention_step(
     keys and values, [1, heads, capacity, D] each, contiguous, filled up to `length`; the token's are written there. All
     tensors have x's type, except for quantised projections. The native kernels raise ValueError for arguments that don't fit.
     """
-    return _operations_for(x, known=layer.projections.are_native).attention_step(x, delta, layer, rope, cache, length)
+    return _operations_for(x, layer.projections.are_native).attention_step(x, delta, layer, rope, cache, length)
 
 
 def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
     """A dense FFN for one token x [1, 1, H]. projections: gate, up and down, or fc1 and fc2, [out, in] as in nn.Linear."""
-    return _operations_for(x, known=projections.are_native).dense_ffn(x, projections, activation)
+    return _operations_for(x, projections.are_native).dense_ffn(x, projections, activation)
 
 
 def add_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

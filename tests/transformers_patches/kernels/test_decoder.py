@@ -249,6 +249,8 @@ def test_what_does_not_fit_is_an_error():
         decoder.run(range(1), model.x, None, model.rope, ([cache[0][0]], [cache[1][0]]), LENGTH + 2)
     with pytest.raises(ValueError, match="index must be in"):
         decoder.set_active(1, ActiveNeurons(model.rows, "silu", 50, model.index))
+    with pytest.raises(ValueError, match="can't compute these neurons"):
+        decoder.set_active(2, ActiveNeurons(model.rows, "silu", 80, None, model.size, 25, by_gate=True))
     with pytest.raises(ValueError, match="keep_count must be at most the 80 candidates, got 81"):
         decoder.set_active(2, ActiveNeurons(model.rows, "silu", 80, None, model.size, 81))
     unfinished = Decoder()
@@ -258,7 +260,7 @@ def test_what_does_not_fit_is_an_error():
     unfinished.set_dense(0, model.dense, "silu")
     with pytest.raises(ValueError, match="needs a norm behind it"):
         model.run(unfinished, range(1), model.x, None, cache)
-    with pytest.raises(ValueError, match="set_ends first"):
+    with pytest.raises(ValueError, match="set_embedding_and_head first"):
         decoder.logits(0, None, model.rope, (list(cache[0]), list(cache[1])), LENGTH)
     rows = model.projections((11, HIDDEN))
     with pytest.raises(ValueError, match="set_norm first"):

@@ -97,6 +97,11 @@ def test_vectors_are_added_to_every_token(variant, dtype):
     assert torch.equal(y, ffn(x, parts, 40) + added[0] + added[1])
 
 
+def test_a_bias_of_the_output_projection_is_refused():
+    with pytest.raises(ValueError, match="put it into `added`"):
+        active(weights(2, 40, 48), 40, biases=[None, torch.ones(48)])
+
+
 def test_a_function_as_activation_is_left_to_pytorch(variant):
     x, parts = torch.randn(2, 48), weights(3, 40, 48)
     layer = active(parts, 40, activation=torch.tanh)

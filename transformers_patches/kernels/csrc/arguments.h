@@ -47,7 +47,7 @@ inline void check_matrix(const Tensor& weight, const char* name, int64_t rows, i
                     " columns, strides ", weight.strides());
 }
 
-// Elements from one row to the next: more than a row has where rows of two matrices take turns.
+// Elements from one row to the next: more than a row has where rows of two matrices are interleaved.
 inline int64_t stride_of(const Tensor& weight) { return weight.size(0) > 1 ? weight.stride(0) : weight.size(1); }
 
 inline Matrix float_matrix(const Tensor& weight) {
@@ -145,12 +145,6 @@ inline Input2d input_of(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least one dimension, got a scalar");
   const int64_t hidden = x.size(-1);
   return {x.contiguous(), hidden == 0 ? 0 : x.numel() / hidden, hidden};
-}
-
-inline void check_out(const Tensor& out, const Tensor& x) {
-  TORCH_CHECK_VALUE(out.sizes() == x.sizes() && out.scalar_type() == x.scalar_type() && out.is_contiguous(),
-                    "out must be contiguous and like x, ", x.scalar_type(), " ", x.sizes(), ", got ",
-                    out.scalar_type(), " ", out.sizes());
 }
 
 // What all FFN ops share: x, out, the activation and the active rows.
@@ -320,8 +314,8 @@ struct Norms {
   }
 };
 
-// Where the rotary embedding of a position is, or nothing: x, cosine and sine [head_dim] are of one type.
-inline void set_turns(AttentionCall& call, const Tensor& x, const optional<Tensor>& cosine, const optional<Tensor>& sine) {
+// The rotary embedding of a position, or none: cosine and sine [head_dim] have x's type.
+inline void set_rope(AttentionCall& call, const Tensor& x, const optional<Tensor>& cosine, const optional<Tensor>& sine) {
   TORCH_CHECK_VALUE(cosine.has_value() == sine.has_value(), "cosine and sine belong together, got one of them");
   call.cosine = vector_like(cosine, x, call.head_dim, "cosine");
   call.sine = vector_like(sine, x, call.head_dim, "sine");

@@ -13,22 +13,15 @@ namespace {
 
 using namespace partinfer;
 
-void sparse_ffn_out(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t prefix,
-                    const optional<Tensor>& index, c10::string_view activation, const optional<Tensor>& bias_gate,
-                    const optional<Tensor>& bias_up, const Tensor& out) {
+Tensor sparse_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t prefix,
+                  const optional<Tensor>& index, c10::string_view activation, const optional<Tensor>& bias_gate,
+                  const optional<Tensor>& bias_up) {
   const Input2d input = input_of(x);
-  check_out(out, x);
+  Tensor out = at::empty(x.sizes(), x.options());
   FfnCall call = gated_call(input, gate, up, down, prefix, index, activation, out);
   call.gate_bias = vector_of(bias_gate, "bias_gate", gate.size(0));
   call.up_bias = vector_of(bias_up, "bias_up", gate.size(0));
   run_ffn(*current().load(), call, at::get_num_threads());
-}
-
-Tensor sparse_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t prefix,
-                  const optional<Tensor>& index, c10::string_view activation, const optional<Tensor>& bias_gate,
-                  const optional<Tensor>& bias_up) {
-  Tensor out = at::empty(x.sizes(), x.options());
-  sparse_ffn_out(x, gate, up, down, prefix, index, activation, bias_gate, bias_up, out);
   return out;
 }
 
@@ -295,7 +288,7 @@ std::tuple<Tensor, Tensor> attention_step(const Tensor& x, const optional<Tensor
   Tensor sum = at::empty(x.sizes(), x.options()), next = at::empty(x.sizes(), x.options());
   call.x = pointer(x);
   call.delta = vector_like(delta, x, x.numel(), "delta");
-  set_turns(call, x, cosine, sine);
+  set_rope(call, x, cosine, sine);
   call.sum = static_cast<char*>(sum.data_ptr());
   call.next = static_cast<char*>(next.data_ptr());
   run_attention(*current().load(), call, at::get_num_threads());
@@ -405,9 +398,6 @@ TORCH_LIBRARY(partinfer, m) {
       "sparse_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, int prefix, Tensor? index, str activation, "
       "Tensor? bias_gate, Tensor? bias_up) -> Tensor");
   m.def(
-      "sparse_ffn_out(Tensor x, Tensor gate, Tensor up, Tensor down, int prefix, Tensor? index, str activation, "
-      "Tensor? bias_gate, Tensor? bias_up, Tensor(a!) out) -> ()");
-  m.def(
       "sparse_ffn_plain(Tensor x, Tensor fc1, Tensor? bias1, Tensor fc2, int prefix, Tensor? index, str activation) "
       "-> Tensor");
   m.def(
@@ -462,7 +452,6 @@ TORCH_LIBRARY(partinfer, m) {
 
 TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("sparse_ffn", sparse_ffn);
-  m.impl("sparse_ffn_out", sparse_ffn_out);
   m.impl("sparse_ffn_plain", sparse_ffn_plain);
   m.impl("quant_sparse_ffn", quant_sparse_ffn);
   m.impl("quant_sparse_ffn_plain", quant_sparse_ffn_plain);

@@ -15,13 +15,13 @@ namespace {
 using namespace partinfer;
 using Biases = c10::List<optional<Tensor>>;
 
-enum class Ffn { NONE, WHOLE, ROWS, BY_UP };
+enum class Ffn { NONE, DENSE, ACTIVE, BY_UP };
 
 struct Layer {
   AttentionCall attention;
   Ffn kind = Ffn::NONE;
-  DenseFfnCall whole;
-  ByUpCall rows;                  // the FFN of ROWS, too
+  DenseFfnCall dense;
+  ByUpCall rows;                  // the FFN of ACTIVE, too
   std::vector<const char*> added;  // [hidden] each: what is added to the FFN's output, one after the other
   Tensor norm;                    // says type and size
   std::vector<Tensor> attention_weights, ffn_weights;  // kept alive
@@ -51,12 +51,12 @@ class Decoder : public torch::CustomClassHolder {
     layers_.push_back(std::move(layer));
   }
 
-  // A layer's FFN is computed whole, as in the op dense_ffn.
-  void set_whole(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales, Biases biases, int64_t bits,
+  // A layer's FFN is dense, as in the op dense_ffn.
+  void set_dense(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales, Biases biases, int64_t bits,
                  std::string activation) {
     Layer& layer = at(number);
-    layer.whole = dense_call(layer.attention.type, layer.attention.hidden, weights, scales, biases, bits, activation);
-    layer.kind = Ffn::WHOLE;
+    layer.dense = dense_call(layer.attention.type, layer.attention.hidden, weights, scales, biases, bits, activation);
+    layer.kind = Ffn::DENSE;
     layer.ffn_weights.clear();
     keep(layer.ffn_weights, weights, scales, biases);
   }
@@ -64,10 +64,10 @@ class Decoder : public torch::CustomClassHolder {
   // A layer's FFN is that of some rows of gate, up and down, as in the op sparse_ffn, or of fc1 and fc2, as in
   // sparse_ffn_plain; with `size` the token keeps `keep_count` of them, or those above `threshold`, as in sparse_ffn_by_up
   // and sparse_ffn_plain_by_size. added: [hidden] each, onto the output.
-  void set_rows(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                const optional<Tensor>& column_scales, Biases biases, int64_t bits, std::string activation,
-                int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size,
-                int64_t keep_count, double threshold, std::vector<Tensor> added) {
+  void set_active(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                  const optional<Tensor>& column_scales, Biases biases, int64_t bits, std::string activation,
+                  int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size, int64_t keep_count,
+                  double threshold, std::vector<Tensor> added) {
     Layer& layer = at(number);
     const auto rows_like = weights.size() == 2 ? plain_rows : gated_rows;
     const FfnCall call = rows_like(layer, {weights, scales, biases, bits}, column_scales, activation, prefix, index);
@@ -76,7 +76,7 @@ class Decoder : public torch::CustomClassHolder {
     layer.added.clear();
     for (const Tensor& one : added)
       layer.added.push_back(vector_like(one, layer.norm, layer.attention.hidden, "added"));
-    layer.kind = size.has_value() ? Ffn::BY_UP : Ffn::ROWS;
+    layer.kind = size.has_value() ? Ffn::BY_UP : Ffn::ACTIVE;
     layer.ffn_weights = std::move(added);
     keep(layer.ffn_weights, weights, scales, biases);
     keep(layer.ffn_weights, column_scales);
@@ -95,10 +95,10 @@ class Decoder : public torch::CustomClassHolder {
   // What comes before the first layer, the embeddings, and after the last norm, the head: two linear layers with `hidden`
   // columns and a row for each token. They are needed for `logits` only, and the norm has to be set before. screen: what
   // the head is screened with, as in the op screened_linear (both planes then are the head itself).
-  void set_ends(std::vector<Tensor> embedding, std::vector<Tensor> embedding_scales, int64_t embedding_bits,
-                std::vector<Tensor> head, std::vector<Tensor> head_scales, Biases head_bias, int64_t head_bits,
-                const optional<Tensor>& screen, const optional<Tensor>& screen_scales,
-                const optional<Tensor>& screen_errors) {
+  void set_embedding_and_head(std::vector<Tensor> embedding, std::vector<Tensor> embedding_scales,
+                              int64_t embedding_bits, std::vector<Tensor> head, std::vector<Tensor> head_scales,
+                              Biases head_bias, int64_t head_bits, const optional<Tensor>& screen,
+                              const optional<Tensor>& screen_scales, const optional<Tensor>& screen_errors) {
     TORCH_CHECK_VALUE(norm_.defined(), "set_norm first");
     Biases none;
     none.push_back(optional<Tensor>());
@@ -120,7 +120,7 @@ class Decoder : public torch::CustomClassHolder {
                                              const optional<Tensor>& cosine, const optional<Tensor>& sine,
                                              std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length,
                                              int64_t wanted, double tolerance, double temperature) {
-    TORCH_CHECK_VALUE(!end_weights_.empty(), "set_ends first");
+    TORCH_CHECK_VALUE(!end_weights_.empty(), "set_embedding_and_head first");
     TORCH_CHECK_VALUE(id >= 0 && id < embedding_.rows, "token ids are 0 to ", embedding_.rows - 1, ", got ", id);
     const Kernels& kernels = *current().load();
     const Tensor x = at::empty({1, 1, norm_.numel()}, norm_.options());
@@ -151,7 +151,7 @@ class Decoder : public torch::CustomClassHolder {
   // Takes one token, x [1, 1, hidden] plus the output `delta` of the layer before, through the layers first … last - 1.
   // keys, values: of those layers, [1, heads, capacity, head size], filled up to `length`. Returns what comes out as x
   // and delta, after the last layer x + delta and the norm of it, and for every layer the neurons that its FFN computed,
-  // int64 (0 for one that is whole).
+  // int64 (0 for one that is dense).
   std::tuple<Tensor, Tensor, Tensor> run(int64_t first, int64_t last, const Tensor& x, const optional<Tensor>& delta,
                                          const optional<Tensor>& cosine, const optional<Tensor>& sine,
                                          std::vector<Tensor> keys, std::vector<Tensor> values, int64_t length) {
@@ -174,7 +174,7 @@ class Decoder : public torch::CustomClassHolder {
       place_in_cache(call, keys[size_t(number - first)], values[size_t(number - first)], length);
       call.x = from;
       call.delta = add;
-      set_turns(call, x, cosine, sine);
+      set_rope(call, x, cosine, sine);
       call.sum = static_cast<char*>(sum.data_ptr());
       call.next = static_cast<char*>(next.data_ptr());
       run_attention(kernels, call, threads);
@@ -308,13 +308,13 @@ class Decoder : public torch::CustomClassHolder {
   static int64_t ffn(const Kernels& kernels, Layer& layer, const char* x, char* out, int threads) {
     int64_t computed = 0;
     FfnCall& rows = layer.rows.ffn;
-    rows.x = layer.whole.x = x;
-    rows.out = layer.whole.out = out;
+    rows.x = layer.dense.x = x;
+    rows.out = layer.dense.out = out;
     switch (layer.kind) {
-      case Ffn::WHOLE:
-        run_dense_ffn(kernels, layer.whole, threads);
+      case Ffn::DENSE:
+        run_dense_ffn(kernels, layer.dense, threads);
         return 0;
-      case Ffn::ROWS:
+      case Ffn::ACTIVE:
         run_ffn(kernels, rows, threads);
         computed = rows.rows.prefix + rows.rows.count;
         break;
@@ -322,7 +322,7 @@ class Decoder : public torch::CustomClassHolder {
         computed = run_by_up(kernels, layer.rows, threads);
         break;
       default:
-        TORCH_CHECK_VALUE(false, "a layer has no FFN yet: call set_whole or set_rows");
+        TORCH_CHECK_VALUE(false, "a layer has no FFN yet: call set_dense or set_active");
     }
     for (const char* added : layer.added) add_vector(kernels, layer.attention.type, out, added, rows.hidden);
     return computed;
@@ -343,10 +343,10 @@ TORCH_LIBRARY_FRAGMENT(partinfer, m) {
   m.class_<Decoder>("Decoder")
       .def(torch::init<>())
       .def("add_layer", &Decoder::add_layer)
-      .def("set_whole", &Decoder::set_whole)
-      .def("set_rows", &Decoder::set_rows)
+      .def("set_dense", &Decoder::set_dense)
+      .def("set_active", &Decoder::set_active)
       .def("set_norm", &Decoder::set_norm)
-      .def("set_ends", &Decoder::set_ends)
+      .def("set_embedding_and_head", &Decoder::set_embedding_and_head)
       .def("run", &Decoder::run)
       .def("logits", &Decoder::logits);
 }

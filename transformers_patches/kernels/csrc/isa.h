@@ -159,7 +159,7 @@ inline RowRef row_at(const Matrix& matrix, int64_t row) {
 }
 
 // The rows that come after R rows which are read side by side, for prefetching. Where they follow each other, their lines
-// are asked for in the order of memory: DRAM and the hardware's prefetchers then do better than by taking turns between rows.
+// are asked for in the order of memory: DRAM and the hardware's prefetchers then do better than by alternating between rows.
 template <int R>
 struct RowsAhead {
   const char* place[R];

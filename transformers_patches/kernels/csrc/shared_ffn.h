@@ -16,7 +16,7 @@ inline Rows rows_of(const ActiveRows& active, Range range) { return {active.pref
 
 inline bool quantised(Type type) { return type == Type::Q8 || type == Type::Q4; }
 
-// From row to row there may be more than a row: two matrices take turns. Not so for up.
+// From row to row there may be more than a row: two matrices may be interleaved. Not so for up.
 inline int64_t bytes_per_neuron(const FfnCall& call) {
   return call.up.data != nullptr ? 3 * call.up.row_bytes : call.gate.row_bytes + call.down.row_bytes;
 }

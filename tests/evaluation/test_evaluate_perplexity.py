@@ -6,6 +6,8 @@ import json
 import math
 import random
 import string
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation.bootstrap import Bootstrap
 from evaluation.evaluate_perplexity import main
 from evaluation.windows import Source, read_examples
+from tests.conftest import ROOT
 from tests.evaluation.conftest import SETTINGS
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
@@ -64,6 +67,22 @@ def test_every_method_on_the_same_windows(model_folder, ranking_paths, windows, 
         > rows["dense+partial"]["bytes_per_token"]
         > rows["partinfer"]["bytes_per_token"]
     )
+
+
+def test_the_flags_that_all_scripts_share(model_folder, windows):
+    shared = [f"--checkpoint_path={model_folder}", "--cpu_only", "--threads=1", "--quiet", "--json"]
+    command = [sys.executable, str(ROOT / "evaluation" / "evaluate_perplexity.py"), *shared, *map(str, windows)]
+    done = subprocess.run([*command, "--method=dense"], capture_output=True, text=True, check=False)
+    assert done.stderr == ""  # no bar, no note
+    result = json.loads(done.stdout)
+    assert (result["model"], result["rows"][0]["label"]) == ("tiny-llama", "dense")
+
+
+def test_no_model_is_wrong_usage(windows, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, windows)])
+    assert stopped.value.code == 2
+    assert "--model_name or --checkpoint_path" in capsys.readouterr().err
 
 
 def test_dense_nll_is_that_of_the_plain_model(model_folder, ranking_paths, windows, text_file, tmp_path):

@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluation.speed.gguf_model import TYPES, write_gguf  # noqa: E402
 from evaluation.windows import Example, Source, read_examples  # noqa: E402
-from transformers_patches.load.loader import read_config  # noqa: E402
 from transformers_patches.weights.lookup import find_model  # noqa: E402
-from transformers_patches.weights.model_files import load_tokenizer, open_weights  # noqa: E402
+from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config  # noqa: E402
 
 CONTEXT_TOKENS = 512
 

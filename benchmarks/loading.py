@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.speed.random_weights import RandomWeights, shape_config  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
 from transformers_patches.families import family_of  # noqa: E402
-from transformers_patches.load.loader import read_config  # noqa: E402
 from transformers_patches.load.pack_writer import write_pack  # noqa: E402
 from transformers_patches.neurons.random_ranking import random_ranking  # noqa: E402
 from transformers_patches.weights.lookup import find_model  # noqa: E402
+from transformers_patches.weights.model_files import read_config  # noqa: E402
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, run  # noqa: E402
 
 # one load in a fresh process: prints seconds, and bytes

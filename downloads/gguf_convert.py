@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.load.loader import build_on_meta
+from transformers_patches.load.meta_model import build_on_meta
 from transformers_patches.weights.gguf import GGUFCheckpoint
 from transformers_patches.weights.gguf_config import gguf_config
 from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer

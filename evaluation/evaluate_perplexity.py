@@ -63,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.models import model_label
-    from transformers_patches.load.loader import read_config
     from transformers_patches.weights.lookup import find_model
-    from transformers_patches.weights.model_files import load_tokenizer
+    from transformers_patches.weights.model_files import load_tokenizer, read_config
 
     folder = find_model(arguments.model_name, arguments.checkpoint_path)
     tokenizer = load_tokenizer(folder)

@@ -8,13 +8,15 @@ from pathlib import Path
 from evaluation.methods import METHODS, Configuration
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import family_of
-from transformers_patches.load.loader import LoadedModel, load_model, read_config
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.lookup import find_random_neurons
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.neurons.random_ranking import random_ranking
 from transformers_patches.plan.neuron_files import with_neuron_files
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.lookup import model_name, model_names
+from transformers_patches.weights.model_files import read_config
 
 
 def model_label(path: Path) -> str:

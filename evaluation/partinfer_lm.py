@@ -31,11 +31,13 @@ from evaluation.weights import weight_counts
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.load.loader import LoadedModel, load_model, read_config, resolve_device
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.plan.machine import resolve_device
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.lookup import find_model
-from transformers_patches.weights.model_files import load_tokenizer
+from transformers_patches.weights.model_files import load_tokenizer, read_config
 
 logger = logging.getLogger(__name__)
 AUTO_BATCH_ON_CPU = 8  # memory does not run out there, and larger batches are no faster

@@ -20,7 +20,7 @@ from evaluation.scoring import batches, continuation_logits, decoded_logits
 from evaluation.weights import weight_counts
 from evaluation.windows import Example
 from transformers_patches.errors import PartInferError
-from transformers_patches.load.loader import LoadedModel
+from transformers_patches.load.loaded_model import LoadedModel
 
 COLUMNS = ("nll", "tokens", "kl", "agreement")
 _BLOCK = 16  # tokens whose float32 distributions are in memory at a time

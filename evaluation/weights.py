@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers_patches.load.loader import LoadedModel
+from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.sparse.request import RequestLayer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
-from transformers_patches.load.loader import load_model, read_config, resolve_device
-from transformers_patches.modules.fast_linear import native_kernels_wanted, replace_linears
+from transformers_patches.load.loader import load_model
+from transformers_patches.modules.fast_linear import replace_linears
 from transformers_patches.neurons.fingerprint import fingerprint
+from transformers_patches.plan.machine import decide_dtype, decide_kernels, resolve_device
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.memory import free_memory
-from transformers_patches.weights.model_files import load_tokenizer, open_weights
+from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config
 
 AUTO = "auto"  # spread over all GPUs, and the CPU if those are not enough
 
@@ -116,21 +117,21 @@ def load_for_profiling(
     config = read_config(folder)
     family_of(config)  # refuses an unknown architecture
     _check_length(config, tokens)
-    torch_dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    where = resolve_device(device)
+    settings = PartInferConfig(method="dense", dtype=dtype, device=device)
+    dtype = decide_dtype(settings, config).value
+    torch_dtype, where = getattr(torch, dtype), resolve_device(device)
     gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())] if where.type == "cuda" else []
     estimate = estimate_memory(config, torch_dtype, batch_size, tokens)
     placement = choose_placement(estimate, where, gpus, free_memory(), processes)
     _, mark = checkpoint_fingerprint(folder)  # a clear error if weights are missing
     if is_gguf(folder):
-        settings = PartInferConfig(method="dense", dtype=dtype, device=device, kernels="torch")
-        model = load_model(folder, settings).model
+        model = load_model(folder, replace(settings, kernels="torch")).model
     else:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch_dtype, device_map=placement, local_files_only=True
         )
         dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
-        if not dispatched and native_kernels_wanted("auto", model.device, torch_dtype):
+        if not dispatched and decide_kernels(settings, model.device, dtype).value == "native":
             replace_linears(model)  # faster generation, and faster long texts where PyTorch has no fast 16-bit products
     return ProfiledModel(model_name(folder), mark, model.eval(), load_tokenizer(folder))
 

@@ -126,7 +126,7 @@ class PartInferConfig:
         self._check_choice("method", METHODS)
         self._check_choice("base_neurons_type", BASE_NEURONS_TYPES)
         self._check_choice("dtype", DTYPES)
-        self._check_choice("head_dtype", ("auto", *QUANTIZED_DTYPES))
+        self._check_choice("head_dtype", DTYPES)  # a float type is what `auto` is decided to be without --dtype int4
         if self.head_dtype not in ("auto", HEAD_DTYPE) and self.dtype not in ("auto", self.head_dtype):
             raise PartInferError(
                 f"head_dtype {self.head_dtype} belongs to dtype {self.head_dtype}, got dtype {self.dtype}: leave one of them out"

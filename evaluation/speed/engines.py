@@ -18,8 +18,12 @@ from evaluation.speed.random_weights import RandomWeights, shape_config
 from evaluation.weights import weight_counts
 from transformers_patches.families import family_of
 from transformers_patches.generation.generate import generate_ids
-from transformers_patches.load.loader import LoadedModel, build_on_meta, load_from, resolve_device
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_from
+from transformers_patches.load.meta_model import build_on_meta
 from transformers_patches.neurons.random_ranking import random_ranking
+from transformers_patches.plan.machine import resolve_device
+from transformers_patches.plan.resolve import RunFiles
 
 DEFAULT, BEST = "transformers (default)", "transformers (best)"
 TUNING_TOKENS = 8
@@ -95,7 +99,7 @@ def _load(job: Job) -> LoadedModel:
         seed = job.seed + METHODS[job.configuration.method].random  # a ranking of its own, although all are random here
         ranking = random_ranking(config.num_hidden_layers, family_of(config).intermediate_size(config), seed)
     weights = RandomWeights(config, getattr(torch, job.float_dtype), job.seed)
-    return load_from(weights, config, settings, ranking, ranking, job.shape)
+    return load_from(weights, config, settings, RunFiles.of(settings, ranking, ranking), job.shape)
 
 
 class TransformersEngine:

@@ -23,10 +23,11 @@ from evaluation.speed.workers import Worker
 from transformers_patches import kernels
 from transformers_patches.config import QUANTIZED_DTYPES
 from transformers_patches.errors import PartInferError
-from transformers_patches.load.loader import build_on_meta, read_config, resolve_device
+from transformers_patches.load.meta_model import build_on_meta
+from transformers_patches.plan.machine import resolve_device
 from transformers_patches.weights.lookup import find_model
 from transformers_patches.weights.memory import free_memory
-from transformers_patches.weights.model_files import load_tokenizer, open_weights
+from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config
 from transformers_patches.weights.pack_description import is_pack, pack_type
 
 LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # llama.cpp's types with as many bits as ours

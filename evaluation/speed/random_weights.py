@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig, OPTConfig, PretrainedConfig, Qwen2Config
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.load.loader import build_on_meta, read_config
+from transformers_patches.load.meta_model import build_on_meta
+from transformers_patches.weights.model_files import read_config
 from transformers_patches.weights.source import Source, WeightSource, largest_in_columns
 
 BLOCK = 2**22  # values that are drawn; tensors repeat them, each from another place

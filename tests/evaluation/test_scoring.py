@@ -12,7 +12,8 @@ from tests.transformers_patches.model_passes import MODEL
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.generation.generate import generate_ids
-from transformers_patches.load.loader import LoadedModel, load_model
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_model
 
 CONTEXT, TARGET = list(range(3, 24)), [90, 40, 77, 41, 5, 60, 61, 3]
 PARTINFER = {"method": "partinfer", "sparsity": 0.35, "compensation": "mean"}

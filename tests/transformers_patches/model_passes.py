@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import HIDDEN, VOCABULARY, random_neuron_file
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, positions
 from transformers_patches.families import family_of
-from transformers_patches.load.loader import LoadedModel
+from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 
 SPARSE = range(1, 5)

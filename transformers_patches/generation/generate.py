@@ -22,7 +22,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.fast_pass.one_token import new_cache
 from transformers_patches.generation.decoding_loop import one_sequence_loop
 from transformers_patches.generation.text import AnswerText, Sink
-from transformers_patches.load.loader import LoadedModel
+from transformers_patches.load.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,9 @@ class Runner:
             "load_s": loaded.report.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "settings": loaded.settings.to_dict(),
+            "reasons": {
+                name: decision.why for name, decision in loaded.run.decisions.items()
+            },  # of settings left to auto
         }
         if len(results) != 1:
             total["results"] = [{"prompt": text, **dataclasses.asdict(result)} for text, result in self.results]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import PreTrainedModel
 
-from transformers_patches.config import TOKEN_SELECTIONS, PartInferConfig
-from transformers_patches.families import Family
-from transformers_patches.kernels import WeightFormat
-from transformers_patches.neurons.fit_file import FitFile
-from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.plan.load_plan import LayerPlan, LoadPlan
+from transformers_patches.config import TOKEN_SELECTIONS
+from transformers_patches.neurons.fit_file import LayerFit
+from transformers_patches.plan.load_plan import LayerPlan
+from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.compensation import Compensation
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.sparse.prior import Prior
@@ -23,67 +22,41 @@ from transformers_patches.sparse.token_selection import TokenSelection
 from transformers_patches.weights.source import Source, WeightedSum
 
 
-def swap_ffns(
-    model: PreTrainedModel,
-    family: Family,
-    plan: LoadPlan,
-    settings: PartInferConfig,
-    state: RequestState,
-    dtype: torch.dtype,
-    weight_format: WeightFormat | None,
-    *,
-    native: bool,
-    neurons: NeuronFile | None = None,
-    fit: FitFile | None = None,
-) -> dict[str, Source]:
-    """Put a SparseFFN in place of each planned FFN; where the new parameters come from.
-
-    neurons: the file whose statistics compensation and selection use; fit: set if it is used.
-    """
-    inputs = {"up": family.up} | ({"gate": family.gate} if family.gated else {})
-    sources: dict[str, Source] = {}
-    with_threshold = fit is not None and fit.has_thresholds(settings.selection, settings.sparsity)
-    for layer, layer_plan in plan.layers.items():
+def swap_ffns(model: PreTrainedModel, run: ResolvedRun, state: RequestState) -> dict[str, Source]:
+    """Put a SparseFFN in place of each planned FFN; where the new parameters come from."""
+    family, sources = run.family, {}
+    for layer in run.plan.layers:
         dense = family.ffn_module(model, layer)
-        up, down = getattr(dense, family.up), getattr(dense, family.down)
-        layer_fit = None if fit is None else fit.layers[layer]
-        with init_empty_weights():
-            rows = NeuronRows(
-                layer_plan.loaded_count,
-                up.in_features,
-                family.activation(model.config),
-                gated=family.gated,
-                input_bias=up.bias is not None,
-                weight_format=weight_format,
-                native=native,
-                paired=settings.selection == "up",
-            )
-            prior = Prior.of(layer_plan, layer, neurons, layer_fit, with_threshold=with_threshold)
-            selection = _selection(settings, rows, layer_plan, prior)
-            sparse = SparseFFN(rows, selection, state, output_bias=down.bias is not None).to(dtype)
-        family.swap_ffn(family.decoder_layers(model)[layer], sparse)
         place = f"{family.layers}.{layer}.{family.ffn_children[0]}"
-        for row, projection in inputs.items():
-            prefix = family.projection(layer, projection)
-            sources[f"{place}.rows.{row}"] = Source(f"{prefix}.weight", "rows", layer_plan.neurons)
-            if up.bias is not None:
-                sources[f"{place}.rows.{row}_bias"] = Source(f"{prefix}.bias", "rows", layer_plan.neurons)
-        prefix = family.projection(layer, family.down)
-        fitted = settings.compensation == "refit"
-        sources[f"{place}.rows.down"] = Source(
-            f"{prefix}.weight",
-            "columns",
-            layer_plan.neurons,
-            None if fitted else _left_out(settings, layer_plan, layer, neurons, up.in_features),
-            layer_fit if fitted else None,
-        )
-        if down.bias is not None:
-            sources[f"{place}.output_bias"] = Source(f"{prefix}.bias")
+        sources |= {f"{place}.{name}": source for name, source in _sources(run, layer, dense).items()}
+        family.swap_ffn(family.decoder_layers(model)[layer], _sparse_ffn(run, layer, dense, state))
     return sources
 
 
-def _selection(settings: PartInferConfig, rows: NeuronRows, plan: LayerPlan, prior: Prior) -> Selection:
+def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestState) -> SparseFFN:
+    """What replaces a layer's FFN, still without memory. dense: the module with the layer's projections."""
+    family, plan, settings = run.family, run.plan.layers[layer], run.settings
+    up, down = getattr(dense, family.up), getattr(dense, family.down)
+    with_threshold = run.fit is not None and run.fit.has_thresholds(settings.selection, settings.sparsity)
+    prior = Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)
+    with init_empty_weights():
+        rows = NeuronRows(
+            plan.loaded_count,
+            up.in_features,
+            family.activation(run.config),
+            gated=family.gated,
+            input_bias=up.bias is not None,
+            weight_format=run.weight_format,
+            native=run.native,
+            paired=settings.selection == "up",
+        )
+        selection = _selection(run, rows, plan, prior)
+        return SparseFFN(rows, selection, state, output_bias=down.bias is not None).to(run.dtype)
+
+
+def _selection(run: ResolvedRun, rows: NeuronRows, plan: LayerPlan, prior: Prior) -> Selection:
     """What chooses the neurons of a layer."""
+    settings = run.settings
     if settings.selection in TOKEN_SELECTIONS:
         return TokenSelection(rows, plan, prior, settings.selection, average=settings.token_count == "average")
     return PromptSelection(
@@ -96,35 +69,55 @@ def _selection(settings: PartInferConfig, rows: NeuronRows, plan: LayerPlan, pri
     )
 
 
-def _left_out(
-    settings: PartInferConfig, plan: LayerPlan, layer: int, neurons: NeuronFile | None, hidden_size: int
-) -> WeightedSum | None:
+def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source]:
+    """Where the parameters of a layer's SparseFFN come from, by their names in it."""
+    family, neurons = run.family, run.plan.layers[layer].neurons
+    up, down = getattr(dense, family.up), getattr(dense, family.down)
+    sources = {}
+    for row, projection in {"up": family.up, "gate": family.gate}.items():
+        if projection is None:
+            continue
+        prefix = family.projection(layer, projection)
+        sources[f"rows.{row}"] = Source(f"{prefix}.weight", "rows", neurons)
+        if up.bias is not None:
+            sources[f"rows.{row}_bias"] = Source(f"{prefix}.bias", "rows", neurons)
+    prefix = family.projection(layer, family.down)
+    fitted = run.settings.compensation == "refit"
+    sources["rows.down"] = Source(
+        f"{prefix}.weight",
+        "columns",
+        neurons,
+        None if fitted else _left_out(run, layer, up.in_features),
+        _fit_of(run, layer) if fitted else None,
+    )
+    if down.bias is not None:
+        sources["output_bias"] = Source(f"{prefix}.bias")
+    return sources
+
+
+def _fit_of(run: ResolvedRun, layer: int) -> LayerFit | None:
+    return None if run.fit is None else run.fit.layers[layer]
+
+
+def _left_out(run: ResolvedRun, layer: int, hidden_size: int) -> WeightedSum | None:
     """The sum that becomes the mean compensation of the neurons that are not loaded."""
-    if settings.compensation != "mean" or neurons is None:
+    if run.settings.compensation != "mean" or run.base is None:
         return None
-    loaded = torch.zeros(neurons.intermediate_size, dtype=torch.bool)
-    loaded[plan.neurons] = True
+    loaded = torch.zeros(run.plan.intermediate_size, dtype=torch.bool)
+    loaded[run.plan.layers[layer].neurons] = True
     others = (~loaded).nonzero().squeeze(1)
-    return WeightedSum(others, neurons.statistics["mean"][layer][others].float(), torch.zeros(hidden_size))
+    return WeightedSum(others, run.base.statistics["mean"][layer][others].float(), torch.zeros(hidden_size))
 
 
-def attach_compensation(
-    layers: list[RequestLayer],
-    plan: LoadPlan,
-    settings: PartInferConfig,
-    sources: dict[str, Source],
-    fit: FitFile | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
+def attach_compensation(layers: list[RequestLayer], sources: dict[str, Source], run: ResolvedRun) -> None:
     """Give the SparseFFNs, in the plan's order, what stands in for left out neurons, once all weights are read."""
     sums = [source.left_out for source in sources.values() if source.how == "columns"]
-    for layer, ffn, left_out in zip(plan.layers, layers, sums, strict=True):
-        if settings.compensation == "refit":
-            fitted = fit.layers[layer]
+    for layer, ffn, left_out in zip(run.plan.layers, layers, sums, strict=True):
+        if run.settings.compensation == "refit":
+            fitted = run.fit.layers[layer]
             # what decoding leaves out of a prompt's choice has its own means; a token's choice has the fitted bias
-            decode = fitted.bias_decode if settings.selects_per_token else fitted.bias_prefill
-            ffn.compensation = Compensation(fitted.bias_prefill.to(device, dtype), decode.to(device, dtype))
+            decode = fitted.bias_decode if run.settings.selects_per_token else fitted.bias_prefill
+            ffn.compensation = Compensation(*(bias.to(run.device, run.dtype) for bias in (fitted.bias_prefill, decode)))
         elif left_out is not None:
-            bias = left_out.out.to(device, dtype)
+            bias = left_out.out.to(run.device, run.dtype)
             ffn.compensation = Compensation(bias, bias)

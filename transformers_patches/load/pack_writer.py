@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 
-from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import sync_folder, write_text_atomic
 from transformers_patches.kernels import QuantizedTensor
-from transformers_patches.load.loader import LoadedModel, load_from, read_config
+from transformers_patches.load.loader import load_from
 from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.plan.resolve import find_fit
+from transformers_patches.plan.resolve import RunFiles, find_fit
+from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.weights.aligned_file import save_aligned
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
 from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.mapped_files import forget
-from transformers_patches.weights.model_files import open_weights
+from transformers_patches.weights.model_files import open_weights, read_config
 from transformers_patches.weights.pack_description import (
     COLUMN_SCALES,
     DESCRIPTION,
@@ -208,28 +208,30 @@ def write_pack(
     return description
 
 
-def _fill(folder: Path, source: Path, settings: PartInferConfig, *neurons: NeuronFile | None) -> dict:
-    given = (settings.dataset_neurons_filepath, settings.model_neurons_filepath)
-    neurons = [
-        NeuronFile.load(path) if file is None and path else file for file, path in zip(neurons, given, strict=True)
-    ]
+def _fill(
+    folder: Path,
+    source: Path,
+    settings: PartInferConfig,
+    dataset_neurons: NeuronFile | None,
+    model_neurons: NeuronFile | None,
+) -> dict:
     recorder = _Recorder(open_weights(source), folder)
     # with the kernels of later runs, if this machine has them, so that weights lie in the pack as they will in memory
     plain = replace(settings, device="cpu", memory_limit=False)
-    config = read_config(source)
-    loaded = load_from(recorder, config, plain, *neurons, model_name(source))
+    files = RunFiles.of(plain, dataset_neurons, model_neurons)
+    loaded = load_from(recorder, read_config(source), plain, files, model_name(source))
     recorder.finish()
-    quantized = settings.dtype in kernels.FORMATS
-    _save_neurons(folder / NEURONS, neurons, find_fit(settings, *neurons), loaded, quantized=quantized)
+    run = loaded.run
+    _save_neurons(folder / NEURONS, files, run)
     _copy_rest(source, folder)
-    layers = list(loaded.plan.layers)
-    made = {name: getattr(loaded.settings, name) for name in FIXED}
+    layers = list(run.plan.layers)
+    made = {name: getattr(run.settings, name) for name in FIXED}
     description = {
         "format": FORMAT,
         "version": VERSION,
         "made_from": model_name(source),
-        "dtype": settings.dtype if quantized else str(loaded.model.dtype).removeprefix("torch."),
-        "head_dtype": settings.head_dtype,
+        "dtype": run.settings.dtype,
+        "head_dtype": run.settings.head_dtype,
         "settings": made | {"start_num": layers[0], "end_num": layers[-1]},
         "bytes": recorder.bytes_written,
         "bytes_dense": loaded.report.bytes_dense,
@@ -240,13 +242,13 @@ def _fill(folder: Path, source: Path, settings: PartInferConfig, *neurons: Neuro
     return description
 
 
-def _save_neurons(
-    folder: Path, neurons: list[NeuronFile | None], fit: FitFile | None, loaded: LoadedModel, *, quantized: bool
-) -> None:
+def _save_neurons(folder: Path, files: RunFiles, run: ResolvedRun) -> None:
     """The neuron files, and the fit file beside each; without its rows where the pack has them quantised."""
-    if fit is not None and quantized and loaded.settings.compensation == "refit":
+    fit = find_fit(run.settings, files.dataset_neurons, files.model_neurons)  # again: loading let go of its rows
+    if fit is not None and run.weight_format is not None and run.settings.compensation == "refit":
         fit = replace(fit, layers={number: layer.without_rows() for number, layer in fit.layers.items()})
-    for name, file in zip(("dataset_neurons", "model_neurons"), neurons, strict=True):
+    for name in ("dataset_neurons", "model_neurons"):
+        file = getattr(files, name)
         if file is not None:
             path = folder / f"{name}.safetensors"
             file.save(path)

@@ -64,13 +64,3 @@ def replace_linears(model: nn.Module) -> int:
     for name, module in plain:
         model.set_submodule(name, FastLinear.of(module))
     return len(plain)
-
-
-def native_kernels_wanted(setting: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decoding goes through the native kernels (`--kernels`).
-
-    auto: on CPUs in bfloat16 and float16, where PyTorch is slow; float32 stays PyTorch's, bit for bit.
-    """
-    if setting == "torch" or device.type != "cpu":
-        return False
-    return (setting == "native" or dtype in (torch.bfloat16, torch.float16)) and kernels.available()

@@ -81,15 +81,15 @@ def can_be_screened(head: nn.Linear) -> bool:
     return head.bias is None and head.in_features % INT8.group == 0
 
 
-def screen_head(model: PreTrainedModel, *, float_too: bool, memory: WeightMemory) -> None:
-    """Put a ScreenedHead in place of a loaded model's head if that is in planes, or (float_too) of a float type.
+def screen_head(model: PreTrainedModel, memory: WeightMemory) -> None:
+    """Put a ScreenedHead in place of a loaded model's head if that is in planes, or of a float type.
 
     For models on a CPU, with native kernels.
     """
     head = model.get_output_embeddings()
     if isinstance(head, QuantizedLinear) and head.weight.packed.in_planes:
         model.set_output_embeddings(ScreenedHead(head, None))
-    elif float_too and isinstance(head, FastLinear) and can_be_screened(head):
+    elif isinstance(head, FastLinear) and can_be_screened(head):
         model.set_output_embeddings(ScreenedHead(head, _high_plane(head.weight.detach(), memory)))
 
 

@@ -1,19 +1,34 @@
-"""What belongs to a model on disk, a checkpoint folder or one GGUF file: its tokenizer, its weights."""
+"""What belongs to a model on disk, a checkpoint folder or one GGUF file: its config, its tokenizer, its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf import GGUFCheckpoint
+from transformers_patches.weights.gguf_config import gguf_config
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
 from transformers_patches.weights.pack import Pack
 from transformers_patches.weights.pack_description import is_pack
 from transformers_patches.weights.safetensors_folder import Checkpoint
 from transformers_patches.weights.source import WeightSource
+
+
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """The config of a checkpoint folder or GGUF file, without network; PartInferError if it is neither."""
+    folder = Path(folder)
+    if is_gguf(folder):
+        return gguf_config(folder)
+    if not (folder / "config.json").is_file():
+        raise PartInferError(f"no model at {folder} (config.json is missing): fetch one with python download.py")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:  # damaged, or an architecture that transformers does not know either
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise PartInferError(f"{folder / 'config.json'} can't be used: {reason}; fetch the model again") from None
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

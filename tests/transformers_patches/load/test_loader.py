@@ -13,9 +13,11 @@ from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS, random_neuron_file
 from tests.transformers_patches.model_passes import DATASET, MODEL, padded_prompts, passes, run
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.load.loader import load_model, read_config, resolve_device
+from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.fingerprint import fingerprint_of_model
 from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.plan.machine import resolve_device
+from transformers_patches.weights.model_files import read_config
 
 TORCH = {"device": "cpu", "kernels": "torch"}
 PASSES = passes(*padded_prompts([7, 3, 1], "left"), [1, 1, 2])

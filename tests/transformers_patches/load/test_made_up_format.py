@@ -11,7 +11,8 @@ from transformers_patches import config, kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor, WeightFormat, formats
-from transformers_patches.load.loader import LoadedModel, load_model
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.modules.quantized import QuantizedWeight, weight_places
 from transformers_patches.weights.pack import Pack

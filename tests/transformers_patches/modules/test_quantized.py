@@ -25,7 +25,8 @@ from tests.transformers_patches.model_passes import (
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.load.loader import LoadedModel, load_model
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_model
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 LENGTHS = {"one sequence": [7], "left": [7, 3, 1], "right": [5, 9, 2], "one token": [1]}

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import FAMILIES, make_tiny_checkpoint
 from transformers_patches.config import PartInferConfig
-from transformers_patches.load.loader import load_model, read_config
+from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.fingerprint import fingerprint, fingerprint_of_model
+from transformers_patches.weights.model_files import read_config
 from transformers_patches.weights.safetensors_folder import Checkpoint
 
 

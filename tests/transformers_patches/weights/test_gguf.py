@@ -13,10 +13,10 @@ from tests.tiny_gguf import tiny_llama, tiny_model, write_gguf, write_tiny_gguf
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.load.loader import load_model, read_config
+from transformers_patches.load.loader import load_model
 from transformers_patches.weights.gguf import GGUFCheckpoint
 from transformers_patches.weights.lookup import gguf_model_name
-from transformers_patches.weights.model_files import load_tokenizer, open_weights
+from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config
 from transformers_patches.weights.source import Source, WeightedSum
 
 TORCH = {"device": "cpu", "kernels": "torch"}

@@ -9,7 +9,8 @@ from tests.conftest import FAMILIES
 from tests.transformers_patches.made_up_files import made_up_fit, with_statistics
 from tests.transformers_patches.model_passes import logits
 from transformers_patches.config import PartInferConfig
-from transformers_patches.load.loader import LoadedModel, load_model
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.weights import mapped_files

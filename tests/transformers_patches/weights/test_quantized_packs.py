@@ -16,7 +16,8 @@ from tests.transformers_patches.model_passes import DATASET, MODEL, logits
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import INT4
-from transformers_patches.load.loader import LoadedModel, load_model
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.modules.quantized import weight_places
 from transformers_patches.neurons.fit_file import FitFile, fit_path

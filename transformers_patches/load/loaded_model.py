@@ -1,0 +1,74 @@
+"""LoadedModel: what load_model returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from transformers_patches.config import PartInferConfig
+from transformers_patches.modules.screened_head import ScreenedHead
+from transformers_patches.plan.load_plan import LoadPlan
+from transformers_patches.plan.run import ResolvedRun
+from transformers_patches.sparse.request import RequestState
+
+
+@dataclass
+class LoadReport:
+    """What loading cost. Bytes are of weights."""
+
+    seconds: float
+    bytes_read: int  # those of a fit file included
+    bytes_dense: int  # of the whole checkpoint
+    bytes_resident: int
+
+
+@dataclass
+class LoadedModel:
+    """A transformers model whose planned layers are SparseFFNs, and what is known about it.
+
+    `model` is used as any transformers model is: the phase of each pass and the selection are taken care of.
+    """
+
+    model: PreTrainedModel
+    run: ResolvedRun  # without its files
+    state: RequestState
+    report: LoadReport
+
+    @property
+    def settings(self) -> PartInferConfig:
+        """Those it was loaded with; `auto` is replaced by what was decided."""
+        return self.run.settings
+
+    @property
+    def plan(self) -> LoadPlan:
+        return self.run.plan
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def computed_fraction(self) -> float:
+        """Share of the sparse layers' neurons that decode steps computed since the last reset, as counted."""
+        tokens = sum(layer.counters.tokens for layer in self.state.layers)
+        if not tokens:
+            return self.plan.loaded_fraction
+        return sum(layer.counters.neurons for layer in self.state.layers) / (tokens * self.plan.intermediate_size)
+
+    def bytes_fraction(self) -> float:
+        """Share of the sparse layers' FFN bytes that decode steps read since the last reset, as counted.
+
+        If nothing was decoded, what a step over all loaded neurons would read.
+        """
+        tokens = sum(layer.counters.tokens for layer in self.state.layers)
+        if not tokens:
+            return self.plan.loaded_fraction
+        matrices = self.state.layers[0].rows.matrices
+        read = sum(layer.counters.rows for layer in self.state.layers)
+        return read / (tokens * matrices * self.plan.intermediate_size)
+
+    def reset_counters(self) -> None:
+        head = self.model.get_output_embeddings()
+        for counting in (*self.state.layers, *([head] if isinstance(head, ScreenedHead) else [])):
+            counting.reset_counters()

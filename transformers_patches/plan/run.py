@@ -1,0 +1,100 @@
+"""ResolvedRun: everything that is decided about a run before weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PretrainedConfig
+
+from transformers_patches.config import PartInferConfig
+from transformers_patches.families import Family, family_of
+from transformers_patches.kernels import FORMATS, WeightFormat
+from transformers_patches.neurons.fit_file import FitFile
+from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.plan.decision import Decision
+from transformers_patches.plan.load_plan import LoadPlan, build_load_plan
+from transformers_patches.plan.machine import (
+    decide_device,
+    decide_dtype,
+    decide_head_dtype,
+    decide_kernels,
+    decide_screening,
+    types_of,
+)
+from transformers_patches.plan.resolve import RunFiles, resolve_by_files
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What is loaded and computed, and how. Loading takes it as it is and decides nothing itself."""
+
+    config: PretrainedConfig  # the model's
+    family: Family  # the model's
+    settings: PartInferConfig  # without `auto`
+    decisions: dict[str, Decision]  # by the name of the setting, for all settings that take `auto`
+    files: RunFiles  # as given and found
+    base: NeuronFile | None  # the one of them whose statistics count
+    fit: FitFile | None  # theirs, if it is used
+    plan: LoadPlan
+    device: torch.device
+    dtype: torch.dtype  # of arithmetic and of weights that are not quantised
+    weight_format: WeightFormat | None  # of quantised weights; None: none are quantised
+    head_format: WeightFormat | None  # the same of embeddings and output projection
+
+    @property
+    def native(self) -> bool:
+        """Whether the native kernels decode."""
+        return self.settings.kernels == "native"
+
+    @property
+    def screened(self) -> bool:
+        """Whether the output projection is screened, if it is one that can be."""
+        return self.settings.screen_head == "on"
+
+    def without_files(self) -> ResolvedRun:
+        """The same, once its files have been used, so that their memory can go."""
+        return replace(self, files=RunFiles(), base=None, fit=None)
+
+    @property
+    def fit_bytes(self) -> int:
+        """Bytes of the fit file in memory; loading lets go of its rows once they are where they belong."""
+        return 0 if self.fit is None else sum(layer.nbytes for layer in self.fit.layers.values())
+
+    def describe(self) -> str:
+        """What was decided, a line for each setting: name, value, reason."""
+        names = max(map(len, self.decisions))
+        values = max(len(decision.value) for decision in self.decisions.values())
+        return "\n".join(f"{name:{names}}  {d.value:{values}}  {d.why}" for name, d in self.decisions.items())
+
+
+def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunFiles) -> ResolvedRun:
+    """Decide everything that the settings leave open.
+
+    Raises PartInferError for an unknown architecture, and for settings that model, files or machine can't meet.
+    """
+    family = family_of(config)
+    decisions, fit = resolve_by_files(settings, files, config.num_hidden_layers)
+    decisions["device"] = decide_device(settings)
+    dtype = decisions["dtype"] = decide_dtype(settings, config)
+    head = decisions["head_dtype"] = decide_head_dtype(settings, dtype.value)
+    device = torch.device(decisions["device"].value)
+    decisions["kernels"] = decide_kernels(settings, device, dtype.value)
+    native = decisions["kernels"].value == "native"
+    decisions["screen_head"] = decide_screening(settings, native=native, head_dtype=head.value)
+    resolved = replace(settings, **{name: decision.value for name, decision in decisions.items()})
+    arithmetic, weight_format = types_of(dtype.value)
+    return ResolvedRun(
+        config=config,
+        family=family,
+        settings=resolved,
+        decisions=decisions,
+        files=files,
+        base=files.base(settings),
+        fit=fit,
+        plan=build_load_plan(resolved, config, files.dataset_neurons, files.model_neurons, fit),
+        device=device,
+        dtype=arithmetic,
+        weight_format=weight_format,
+        head_format=FORMATS.get(head.value),
+    )

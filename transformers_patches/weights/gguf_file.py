@@ -66,13 +66,14 @@ class GGUFFile:
 def is_gguf(path: str | Path) -> bool:
     """Whether a checkpoint is one GGUF file: by its first bytes, and by its name only where those tell nothing."""
     path = Path(path)
+    named = path.suffix.lower() == ".gguf" and not path.is_dir()
+    if not path.is_file():
+        return named
     try:
         with path.open("rb") as file:
-            if file.read(len(MAGIC)) == MAGIC:
-                return True
+            return file.read(len(MAGIC)) == MAGIC or named
     except OSError:
-        pass  # a folder, or nothing: what reads it says so
-    return path.suffix.lower() == ".gguf" and not path.is_dir()
+        return named  # what reads it says why it can't be read
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
@@ -86,6 +87,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
         status = path.stat()
     except OSError:
         raise PartInferError(f"no model at {path}: fetch one with python download.py") from None
+    if not path.is_file():
+        raise PartInferError(f"{path} is no file: give a GGUF file")
     return _read_all(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 

@@ -10,6 +10,7 @@ from transformers_patches.weights.gguf_schema import Metadata
 
 BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"  # tokenizer.ggml.model
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+LONGEST_TOKEN = 1024  # characters; how a token is put together takes the square of its length to find out
 NO_VOCABULARY = ("none", "no_vocab")
 
 # Tokens that end an answer whatever the file says about them (llama-vocab.cpp)
@@ -74,6 +75,10 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     ids = {token: place for place, token in enumerate(tokens)}
     if not tokens or len(ids) < len(tokens):
         raise PartInferError(f"{path}: tokenizer.ggml.tokens is empty or has a token twice: fetch it again")
+    if (longest := max(map(len, tokens))) > LONGEST_TOKEN:
+        raise PartInferError(
+            f"{path} has a token of {longest} characters, expected {LONGEST_TOKEN} at most: fetch it again"
+        )
     types = metadata.numbers("tokenizer.ggml.token_type", len(tokens))
     types = [NORMAL] * len(tokens) if types is None else [int(kind) for kind in types[: len(tokens)]]
     pre = PreTokenizer((), add_bos=True) if kind == SENTENCEPIECE else _pre_tokenizer(metadata)

@@ -187,6 +187,7 @@ def test_saved_tokenizers_are_the_same(vocabulary, written, tmp_path):
         ({"tokenizer.ggml.merges": ["Ġ"]}, "merge 0 of tokenizer.ggml.merges, 'Ġ', must be two tokens"),
         ({"tokenizer.ggml.merges": ["a b"]}, "must be two tokens that make a third"),
         ({"tokenizer.ggml.tokens": ["a"] * 260}, "has a token twice"),
+        ({"tokenizer.ggml.tokens": ["a", "b" * 2000]}, "a token of 2000 characters, expected 1024 at most"),
         ({"tokenizer.ggml.tokens": 5}, "tokens must be a list of texts, got '5'"),
         ({"tokenizer.ggml.token_type": [1, 2]}, "token_type must be a list of 260 numbers"),
         ({"tokenizer.ggml.eos_token_id": "end"}, "eos_token_id must be an integer"),

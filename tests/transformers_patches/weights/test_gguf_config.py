@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 
 from tests.tiny_gguf import tiny_llama, tiny_model, write_tiny_gguf
 from tests.transformers_patches.weights.gguf_cases import CONFIGS, FACTORS, Case
-from transformers_patches import cli
+from transformers_patches import flags
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model, read_config
@@ -76,11 +78,9 @@ def test_what_is_not_understood_is_named(architecture, key, value, tmp_path, ign
 
 
 def test_the_flag_adds_keys(ignored, monkeypatch):
-    import argparse
-
-    monkeypatch.setattr(cli, "IGNORED_GGUF_KEYS", ignored)
+    monkeypatch.setattr(flags, "IGNORED_GGUF_KEYS", ignored)
     parser = argparse.ArgumentParser()
-    cli.add_gguf_arguments(parser)
+    flags.add_model(parser)
     parser.parse_args(["--ignore_gguf_key", "a.b", "--ignore_gguf_key", "c"])
     assert ignored == {"a.b", "c"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from transformers import (
     Cache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -20,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.fast_pass.one_token import new_cache
-from transformers_patches.generation.decoding_loop import one_sequence_loop
+from transformers_patches.generation.decoding_loop import FiniteLogits, one_sequence_loop
 from transformers_patches.generation.text import AnswerText, Sink
 from transformers_patches.load.loaded_model import LoadedModel
 
@@ -45,6 +47,8 @@ class GenerationOptions:
             raise PartInferError(
                 f"temperature must be above 0, got {self.temperature}: greedy is --sampling-method greedy"
             )
+        if not math.isfinite(self.temperature):
+            raise PartInferError(f"temperature must be a number, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise PartInferError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
@@ -125,30 +129,36 @@ def generate(
 
     prompt_ids: token ids of the whole prompt (with a conversation: of the whole history and the new turn); sink: is
     called with each piece of text as soon as it is certain; stopped: asked after each token whether to end. Ctrl-C ends
-    the generation and keeps the text; the next prompt starts from a clean state. Raises PartInferError for an empty
-    prompt and for one that exceeds the model's context.
+    the generation and keeps the text; the next prompt starts from a clean state, as it does after an error. An answer
+    ends (`length`) where the model's context does. Raises PartInferError for an empty prompt, for one that fills the
+    model's context, and for logits that are not finite.
     """
     _check_length(loaded, prompt_ids)
     conversation = conversation or Conversation()
     cache = conversation.prepare(prompt_ids, loaded.model)
     cached = len(conversation.token_ids)
     config = options.generation_config(loaded.model.generation_config)
+    limit = _context(loaded)
+    if limit is not None:
+        config.max_new_tokens = min(config.max_new_tokens, limit - len(prompt_ids))
     if config.pad_token_id is None:
         config.pad_token_id = _first_id(config.eos_token_id) or tokenizer.eos_token_id or 0
-    recorder = _Recorder(AnswerText(tokenizer, options.stop, sink))
+    recorder = _Recorder(AnswerText(tokenizer, options.stop + loaded.stop_strings, sink))
     ids = torch.tensor([prompt_ids], device=loaded.device)
-    interrupted = False
+    interrupted, done = False, False
     started = time.perf_counter()
     try:
         criteria = [recorder, _Stopped(stopped)] if stopped else [recorder]
         generate_ids(loaded, ids, config, None, cache, stopping_criteria=StoppingCriteriaList(criteria))
+        done = True
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        if not done:
+            conversation.forget()  # the layers of the cache may hold different numbers of tokens
+            loaded.state.reset()
     recorder.answer.finish()
-    if interrupted:
-        conversation.forget()  # the layers of the cache may hold different numbers of tokens
-        loaded.state.reset()
-    else:
+    if done:
         conversation.token_ids = (prompt_ids + recorder.token_ids)[: int(cache.get_seq_length())]
     return GenerationResult(
         text=recorder.answer.text,
@@ -174,6 +184,11 @@ def generate_ids(
     cache: holds a prefix of the prompts; options: others of transformers' generate().
     """
     loop = one_sequence_loop(loaded.model, loaded.state, config, streamer, len(ids), options)
+    if loop is None:
+        options = {
+            **options,
+            "logits_processor": LogitsProcessorList([*options.get("logits_processor", ()), FiniteLogits()]),
+        }
     with loaded.state.expect_prompt(ids.shape[1]), torch.inference_mode():
         return loaded.model.generate(
             input_ids=ids,
@@ -186,11 +201,16 @@ def generate_ids(
         )
 
 
+def _context(loaded: LoadedModel) -> int | None:
+    """How many tokens a prompt and its answer may have together; None if the config does not say."""
+    return getattr(loaded.model.config, "max_position_embeddings", None) or None
+
+
 def _check_length(loaded: LoadedModel, prompt_ids: list[int]) -> None:
     if not prompt_ids:
         raise PartInferError("the prompt has no tokens: give a text with --prompt")
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    if limit and len(prompt_ids) >= limit:
+    limit = _context(loaded)
+    if limit is not None and len(prompt_ids) >= limit:
         raise PartInferError(f"the prompt has {len(prompt_ids)} tokens, the model's context is {limit}: shorten it")
 
 

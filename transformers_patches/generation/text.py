@@ -64,8 +64,11 @@ class TextDecoder:
 
     def push(self, token_id: int) -> str:
         """Take a token; the text that is certain now and was not before."""
+        token = self._token(token_id)
+        if self._streams and token is None:  # models have more ids than tokenizers tokens: they read as nothing
+            return ""
         self._ids.append(token_id)
-        if not self._streams or _is_byte(self._token(token_id)):
+        if not self._streams or _is_byte(token):
             return ""
         text = self._decode(self._ids)
         if text.endswith(INCOMPLETE):
@@ -125,9 +128,9 @@ def _tidies(tokenizer: PreTrainedTokenizerBase) -> bool:
     return type(tokenizer.backend_tokenizer.model).__name__ != "BPE" or despite
 
 
-def _is_byte(token: str | None) -> bool:
+def _is_byte(token: str) -> bool:
     """Whether a token stands for one byte, as in <0x0A>."""
-    return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _overlap(text: str, pattern: str) -> int:

@@ -35,6 +35,7 @@ class LoadedModel:
     run: ResolvedRun  # without its files
     state: RequestState
     report: LoadReport
+    stop_strings: tuple[str, ...] = ()  # that the model's own generation config names
 
     @property
     def settings(self) -> PartInferConfig:

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import family_of
 from transformers_patches.fast_pass.one_token import speed_up_one_token
 from transformers_patches.load.ffn_swap import attach_compensation
+from transformers_patches.load.generation_config import own_generation_config
 from transformers_patches.load.loaded_model import LoadedModel, LoadReport
 from transformers_patches.load.meta_model import build_model
 from transformers_patches.load.streaming import names_in_model, stream_weights
@@ -50,8 +51,8 @@ def load_model(
         if not files.neurons:
             files = RunFiles.of(settings, **weights.neuron_files())
     loaded = load_from(weights, config, settings, files, model_name(folder))
-    if (Path(folder) / "generation_config.json").is_file():
-        loaded.model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    made = loaded.model.generation_config
+    loaded.model.generation_config, loaded.stop_strings = own_generation_config(Path(folder), made, config.vocab_size)
     return loaded
 
 

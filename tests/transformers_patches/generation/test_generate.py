@@ -129,6 +129,8 @@ def test_a_dense_conversation_equals_whole_prompts(tiny_checkpoints, tokenizer):
     [
         ({"max_new_tokens": 0}, "num_tokens_to_generate must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be a number, got nan"),
+        ({"temperature": float("inf")}, "temperature must be a number, got inf"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"top_k": -1}, "top_k must be 0"),
         ({"stop": ("",)}, "stop must be a text"),
@@ -145,3 +147,29 @@ def test_prompts_that_do_not_fit_say_so(model, tokenizer):
         generate(model, tokenizer, [], greedy(1))
     with pytest.raises(PartInferError, match="context is 256"):
         generate(model, tokenizer, [5] * 300, greedy(1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_answers_end_where_the_context_does(tiny_checkpoints, tokenizer, family):
+    loaded = load_model(tiny_checkpoints[family], PartInferConfig(method="dense", device="cpu"))
+    loaded.model.generation_config.eos_token_id = None
+    result = generate(loaded, tokenizer, [5, 9] * 125, greedy(20))
+    assert (result.prompt_tokens, result.generated_tokens, result.finish_reason) == (250, 6, "length")
+    assert result.text == tokenizer.decode(result.token_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", ["greedy", "top-p"])
+def test_logits_that_are_not_finite_end_in_one_line(tiny_checkpoints, tokenizer, kernels, value, sampling):
+    broken = load_model(tiny_checkpoints["llama"], PartInferConfig(method="dense", device="cpu", kernels=kernels))
+    conversation, options = Conversation(), greedy(8, sampling=sampling)
+    right = generate(broken, tokenizer, PROMPT, greedy(8)).token_ids
+    norm = broken.model.model.norm.weight
+    before = float(norm[3])
+    norm.data[3] = value
+    with pytest.raises(PartInferError, match="logits are not finite"):
+        generate(broken, tokenizer, PROMPT, options, conversation=conversation)
+    assert conversation.cache is None
+    norm.data[3] = before
+    assert generate(broken, tokenizer, PROMPT, greedy(8), conversation=conversation).token_ids == right

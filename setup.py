@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-PACKAGES = ["transformers_patches", "profiler", "evaluation", "downloads"]
+PACKAGES = ["transformers_patches", "profiler", "evaluation", "downloads", "texts"]
 ENDINGS = (".json", ".safetensors")
 DATA = {f"transformers_patches.shipped.{folder}": folder for folder in ("prompts", "neuron_files")}
 

@@ -20,6 +20,10 @@ from transformers_patches.errors import PartInferError
 
 DEFAULT_METHODS = "dense,dense+partial,partinfer,coreinfer"
 BATCH_SIZE = 4
+DATASET_HELP = (
+    "a file: plain text, JSON lines, CSV, TSV or Parquet, also compressed with gzip; a folder that download.py saved; or a "
+    "hub id (ID or ID:CONFIG)"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,8 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_method_arguments(parser, DEFAULT_METHODS)
     add_dtypes_argument(parser)
     add = parser.add_argument
-    add("--dataset", required=True, metavar="FILE-or-hub-id", help="a text, JSON lines, or a hub id (ID or ID:CONFIG)")
-    add("--split", default="test", help="split of a hub data set (test)")
+    add("--dataset", required=True, metavar="FILE-or-hub-id", help=DATASET_HELP)
+    add("--split", default="test", help="split of a saved or hub data set (test)")
     add("--half", default="all", choices=HALVES, help="which half of the examples, in order (all)")
     add("--limit", type=int, metavar="WINDOWS", help="measure on a sample of this size (all)")
     add("--prefill_tokens", type=int, default=PREFILL_TOKENS, help=f"context of a window ({PREFILL_TOKENS})")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING
 
+from texts.data_sets import read_hub, read_saved
+from texts.files import has_known_ending, is_plain_text, read_documents, read_records
+from texts.records import Record
 from transformers_patches.errors import PartInferError
 
 if TYPE_CHECKING:
@@ -18,6 +23,7 @@ HALVES = ("all", "first", "second")
 _QUESTION = "Question: {question}\nAnswer:"
 _QUESTION_ABOUT = "Context: {context}\nQuestion: {question}\nAnswer:"
 _ANSWER = " {answer}"
+_INDEX = re.compile(r"\[([^\]]*)\]")  # of a Python format string
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ class Source:
     question prompt, and rows with `text` are joined into one text.
     """
 
-    dataset: str  # a file, or a hub id: ID or ID:CONFIG
-    split: str = "test"  # of a hub data set
+    dataset: str  # a file, a folder that download.py saved, or a hub id: ID or ID:CONFIG
+    split: str = "test"  # of a saved or hub data set
     half: str = "all"  # one of HALVES
     limit: int | None = None  # take at most this many examples, drawn at random but kept in order; None: all
     seed: int = 0  # of that draw
@@ -84,39 +90,26 @@ def _half(items: list, half: str) -> list:
     return {"all": items, "first": items[:middle], "second": items[middle:]}[half]
 
 
-def _read(source: Source) -> str | list[dict]:
+def _read(source: Source) -> str | list[Record]:
     """The text of a source, or its rows."""
     path = Path(source.dataset)
-    if path.is_file() and path.suffix not in (".jsonl", ".json"):
-        return path.read_text(encoding="utf-8")
-    rows = _read_rows(path) if path.is_file() else _read_hub(source)
-    if source.target_template is None and all("text" in row for row in rows):
-        return "\n".join(row["text"] for row in rows)
+    if path.is_file() and is_plain_text(path):
+        return "".join(record.text("text") for record in read_documents(path))
+    rows = list(_records(source, path))
+    if source.target_template is None and all("text" in row.fields for row in rows):
+        return "\n".join(row.text("text") for row in rows)
     return rows
 
 
-def _read_rows(path: Path) -> list[dict]:
-    try:
-        # split at "\n" only: texts may contain the other separators of str.splitlines
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise PartInferError(f"{path} is not JSON lines: {error}") from None
-    wrong = next((row for row in rows if not isinstance(row, dict)), None)
-    if wrong is not None:
-        raise PartInferError(f"{path}: expected one object per line, got {str(wrong)[:40]}")
-    return rows
-
-
-def _read_hub(source: Source) -> list[dict]:
-    from datasets import load_dataset
-
+def _records(source: Source, path: Path) -> Iterator[Record]:
+    if path.is_file():
+        return read_records(path)
+    if path.is_dir():
+        return read_saved(path, source.split)
     name, _, config = source.dataset.partition(":")
-    if name.startswith(("/", ".")) or Path(name).suffix:
-        raise PartInferError(f"no data set at {name}: expected a text or JSON lines file, or a hub id")
-    try:
-        return list(load_dataset(name, config or None, split=source.split))
-    except Exception as error:  # the hub's clients raise whatever their transport raises
-        raise PartInferError(f"{name} is neither a file nor a hub data set that can be read: {error}") from error
+    if name.startswith(("/", ".", "~")) or has_known_ending(path):
+        raise PartInferError(f"no data set at {name}: expected a file of texts, a folder of download.py, or a hub id")
+    return read_hub(name, config or None, source.split, streaming=False)
 
 
 def _text_windows(text: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -137,18 +130,38 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
 
 
-def _question(row: dict, source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    prompt_template = source.prompt_template or (_QUESTION_ABOUT if "context" in row else _QUESTION)
-    try:
-        prompt = prompt_template.format_map(row)
-        answer = (source.target_template or _ANSWER).format_map(row)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise PartInferError(
-            f"{source.dataset}: a row with fields {', '.join(row)} does not fit the templates ({error!r}): "
-            "give --prompt_template and --target_template"
-        ) from None
+def _question(row: Record, source: Source, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
+    about = source.prompt_template is None and row.has("context") and row.text("context").strip()
+    prompt = _filled(source.prompt_template or (_QUESTION_ABOUT if about else _QUESTION), row)
+    answer = _filled(source.target_template or _ANSWER, row, of_text=True)
     target = tokenizer.encode(answer, add_special_tokens=False)
     if not target:
-        raise PartInferError(f"{source.dataset}: the answer {answer!r} has no tokens")
+        raise PartInferError(f"{row.where}: the answer {answer!r} has no tokens")
     context = tokenizer.encode(prompt) or [tokenizer.bos_token_id or tokenizer.eos_token_id]
     return Example(context[-(max_length + 1 - len(target)) :], target)
+
+
+class _Filler(Formatter):
+    """Format strings whose fields are texts of a record: {answer}, {answers[text][0]}, {translation.de}."""
+
+    def __init__(self, row: Record) -> None:
+        self.row, self.texts = row, []
+
+    def get_field(self, field_name: str, args: Sequence, kwargs: Mapping) -> tuple[str, str]:
+        text = self.row.text(_INDEX.sub(r".\1", field_name))
+        self.texts.append(text)
+        return text, field_name
+
+
+def _filled(template: str, row: Record, *, of_text: bool = False) -> str:
+    """A template with a row's texts. of_text: whether a row whose texts are all blank is an error."""
+    filler = _Filler(row)
+    try:
+        text = filler.format(template)
+    except PartInferError as error:
+        raise PartInferError(f"{error} (fields are named by --prompt_template and --target_template)") from None
+    except (ValueError, IndexError, KeyError) as error:
+        raise PartInferError(f"{template!r} is no template: {error}; write such as 'Question: {{question}}'") from None
+    if of_text and not any(text.strip() for text in filler.texts):
+        raise PartInferError(f"{row.where}: the answer is empty: leave such rows out")
+    return text

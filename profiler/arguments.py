@@ -17,9 +17,9 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument(
         "--dataset",
         default=BUILTIN,
-        help=f"a .jsonl, .csv or .txt file; a folder that download.py saved; a hub data set (mapped already: "
-        f"{', '.join(HUB_DATASETS)}); {BUILTIN}: texts that come with the project; {SELF}: the model writes its own "
-        f"by sampling ({BUILTIN})",
+        help="a file: JSON lines, CSV, TSV, Parquet or plain text, also compressed with gzip; a folder that download.py "
+        f"saved; a hub data set (mapped already: {', '.join(HUB_DATASETS)}); {BUILTIN}: texts that come with the project; "
+        f"{SELF}: the model writes its own by sampling ({BUILTIN})",
     )
     texts.add_argument("--dataset_config", help="configuration of a hub data set")
     texts.add_argument("--dataset_split", help="split of a hub or saved data set (train, or as the mapping says)")

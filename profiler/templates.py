@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from texts.records import Record
 from transformers_patches.errors import PartInferError
 
 LANGUAGES = {"de": "German", "ro": "Romanian", "fr": "French", "en": "English"}
@@ -53,27 +53,27 @@ class Template:
         self._needs_text = "text" in names
         self.suffix = self.template[self.template.rindex("}") + 1 :]
 
-    def fill(self, record: Mapping, where: str) -> Prompt:
-        """The prompt of a record, empty if its text is empty; PartInferError, naming `where`, if a field is missing."""
-        values = dict(record)
+    def fill(self, record: Record) -> Prompt:
+        """The prompt of a record, empty if its text is; PartInferError, with its place, if a field is no text."""
         if self._needs_text:
-            fields = self.fields or self._usual_fields(record, where)
-            text = substitute(fields, record, where)
+            fields = self.fields or self._usual_fields(record)
+            text = substitute(fields, record)
             if not text.strip():
                 return Prompt("")
-            values["text"] = text if self.task_type == TEXT else text.strip()  # documents keep their white space
-        return Prompt(substitute(self.template, values, where), self.suffix)
+            text = text if self.task_type == TEXT else text.strip()  # documents keep their white space
+            record = replace(record, fields={**record.fields, "text": text})
+        return Prompt(substitute(self.template, record), self.suffix)
 
     def prefix(self) -> str:
         """The template up to its first field, for a model that writes its own texts."""
         return self.template[: self.template.index("{")].rstrip(" ")
 
-    def _usual_fields(self, record: Mapping, where: str) -> str:
+    def _usual_fields(self, record: Record) -> str:
         for fields in usual_fields(self.task_type):
-            if all(_lookup(record, name) is not None for name in _PLACEHOLDER.findall(fields)):
+            if all(record.has(name) for name in _PLACEHOLDER.findall(fields)):
                 return fields
         raise PartInferError(
-            f"{where} has none of the usual fields of {self.task_type}; it has {', '.join(map(str, record))}: "
+            f"{record.where} has none of the usual fields of {self.task_type}, or nothing in them; it has {record.names}: "
             "name one with --text_field"
         )
 
@@ -90,24 +90,6 @@ def usual_fields(task_type: str) -> tuple[str, ...]:
     return ("{text}",)
 
 
-def substitute(template: str, record: Mapping, where: str) -> str:
-    """Replace {name} and {name.inner} by the record's values. Other braces are left alone."""
-
-    def value(match: re.Match) -> str:
-        found = _lookup(record, match.group(1))
-        if found is None:
-            raise PartInferError(
-                f"{where} has no field {match.group(1)!r}, or nothing in it; it has {', '.join(map(str, record))}"
-            )
-        return str(found)
-
-    return _PLACEHOLDER.sub(value, template)
-
-
-def _lookup(record: Mapping, path: str) -> object | None:
-    found: object = record
-    for part in path.split("."):
-        if not isinstance(found, Mapping) or part not in found:
-            return None
-        found = found[part]
-    return found
+def substitute(template: str, record: Record) -> str:
+    """Replace {name} and {name.inner} by the record's texts. Other braces are left alone. Raises as Record.text does."""
+    return _PLACEHOLDER.sub(lambda match: record.text(match.group(1)), template)

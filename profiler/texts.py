@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from profiler.templates import TASK_TYPES, TEXT, Prompt, Template
+from texts.data_sets import read_hub, read_saved
+from texts.files import has_known_ending, is_plain_text, read_documents, read_records
+from texts.records import Record
 from transformers_patches.errors import PartInferError
 
 BUILTIN, SELF = "builtin", "self"
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
-ENCODING = "utf-8-sig"  # drops the byte order mark that some programs write
-DOCUMENT_CHARACTERS = 16_384  # a text file is read in pieces of about this size
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class ResolvedSource:
 
     def prompts(self) -> Iterator[Prompt]:
         """The texts in the source's order, without empty ones. They are read one by one and not kept."""
-        for number, record in enumerate(self._records(), start=1):
-            prompt = self.template.fill(record, f"record {number} of {self.dataset}")
+        for record in self._records():
+            prompt = self.template.fill(record)
             if prompt.text.strip():
                 yield prompt
 
@@ -97,15 +96,15 @@ class ResolvedSource:
         """Whether the texts are plain documents, to be cut into pieces, rather than prompts."""
         return self.task_type == TEXT and not self.template.is_own
 
-    def _records(self) -> Iterator[Mapping]:
+    def _records(self) -> Iterator[Record]:
         if self.dataset == BUILTIN:
             return _read_builtin(self.task_type)
         path = _local_path(self.dataset)
         if path is None:
-            return _stream_hub(self.dataset, self.config, self.split or "train")
+            return read_hub(self.dataset, self.config, self.split or "train", streaming=True)
         if path.is_dir():
-            return _read_saved(path, self.split)
-        return _read_file(path, documents=self.language_modelling)
+            return read_saved(path, self.split)
+        return read_documents(path) if self.language_modelling and is_plain_text(path) else read_records(path)
 
 
 def _default_task_type(source: TextSource) -> str:
@@ -131,102 +130,14 @@ def _local_path(dataset: str) -> Path | None:
         return None
     if path.exists():
         return path
-    if path.suffix in _READERS or dataset.startswith((".", "/", "~")):
+    if has_known_ending(path) or dataset.startswith((".", "/", "~")):
         raise PartInferError(f"no data set at {dataset}: give a file, a folder made by download.py, or a hub data set")
     return None
 
 
-def _read_builtin(task_type: str) -> Iterator[Mapping]:
+def _read_builtin(task_type: str) -> Iterator[Record]:
     path = BUILTIN_FOLDER / f"{task_type.lower()}.jsonl"
     if not path.is_file():
         there = ", ".join(task for task in TASK_TYPES if (BUILTIN_FOLDER / f"{task.lower()}.jsonl").is_file())
         raise PartInferError(f"no built-in texts for task type {task_type}, only for {there}: give a --dataset")
-    return _read_jsonl(path)
-
-
-def _read_file(path: Path, *, documents: bool) -> Iterator[Mapping]:
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise PartInferError(f"{path}: expected a file whose name ends in {', '.join(_READERS)}")
-    if reader is _read_lines and documents:
-        reader = _read_documents
-    try:
-        yield from reader(path)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise PartInferError(f"{path} can't be read as UTF-8 {path.suffix[1:]}: {error}; convert it first") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[Mapping]:
-    with open(path, encoding=ENCODING) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PartInferError(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise PartInferError(f"{path}, line {number}: expected an object, got {type(record).__name__}")
-            yield record
-
-
-def _read_csv(path: Path) -> Iterator[Mapping]:
-    with open(path, encoding=ENCODING, newline="") as file:
-        yield from csv.DictReader(file)
-
-
-def _read_lines(path: Path) -> Iterator[Mapping]:
-    with open(path, encoding=ENCODING) as file:
-        yield from ({"text": line.strip()} for line in file if line.strip())
-
-
-def _read_documents(path: Path) -> Iterator[Mapping]:
-    """A text file in large pieces, each ending with a whole line."""
-    piece: list[str] = []
-    length = 0
-    with open(path, encoding=ENCODING) as file:
-        for line in file:
-            piece.append(line)
-            length += len(line)
-            if length >= DOCUMENT_CHARACTERS:
-                yield {"text": "".join(piece)}
-                piece, length = [], 0
-    yield {"text": "".join(piece)}
-
-
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_lines}
-
-
-def _read_saved(folder: Path, split: str | None) -> Iterator[Mapping]:
-    """A data set saved by download.py with `save_to_disk` of the datasets library."""
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        saved = load_from_disk(str(folder))
-    except FileNotFoundError:
-        raise PartInferError(
-            f"{folder} is not a data set saved by download.py: give it, a file, or a hub name"
-        ) from None
-    if not isinstance(saved, DatasetDict):
-        return iter(saved)
-    split = split or ("train" if "train" in saved else next(iter(saved)))
-    if split not in saved:
-        raise PartInferError(f"{folder} has no split {split!r}; it has {', '.join(saved)}: give --dataset_split")
-    return iter(saved[split])
-
-
-def _stream_hub(path: str, config: str | None, split: str) -> Iterator[Mapping]:
-    from datasets import load_dataset
-
-    try:
-        try:
-            rows = load_dataset(path, config, split=split, streaming=True)
-        except RuntimeError:  # a repository with a loading script: the hub has a Parquet copy of most of these
-            rows = load_dataset(path, config, split=split, streaming=True, revision="refs/convert/parquet")
-        yield from rows
-    except (OSError, ValueError, RuntimeError) as error:  # no network, unknown names, loading scripts
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PartInferError(
-            f"can't read {path} (config {config}, split {split}) from the hub: {reason}; "
-            "give another data set, a local file, --dataset builtin or --dataset self"
-        ) from None
+    return read_records(path)

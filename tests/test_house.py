@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["transformers_patches", "downloads", "profiler", "evaluation", "benchmarks"]
+PACKAGES = ["transformers_patches", "downloads", "texts", "profiler", "evaluation", "benchmarks"]
 MOST_LINES = 60  # of a function, its signature and docstring included
 LONGER: set[str] = set()  # functions that may be longer, as `path name`, each with a reason
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
@@ -66,6 +66,7 @@ def test_the_import_contract_holds(sources):
             "transformers_patches.generation.runner -> evaluation.methods",
         ),
         ("profiler/texts.py", "from evaluation.methods import METHODS", "profiler.texts -> evaluation.methods"),
+        ("texts/files.py", "from profiler.templates import TEXT", "texts.files -> profiler.templates"),
         ("evaluation/models.py", "from partinfer import main", "evaluation.models -> partinfer"),
         (
             "evaluation/models.py",
@@ -73,7 +74,16 @@ def test_the_import_contract_holds(sources):
             "evaluation.models -> evaluation.evaluate_task",
         ),
     ],
-    ids=["upward", "upward for type checking", "circle", "evaluation", "siblings", "script", "script in a package"],
+    ids=[
+        "upward",
+        "upward for type checking",
+        "circle",
+        "evaluation",
+        "siblings",
+        "texts",
+        "script",
+        "script in a package",
+    ],
 )
 def test_an_import_against_the_contract_is_named(sources, file, line, named):
     path = sources / file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
@@ -248,12 +249,113 @@ def test_unreadable_sources_are_told(model_folder, tmp_path):
     broken.write_text('{"a": \n', encoding="utf-8")
     for path, message in (
         (short, "gives no example"),
-        (rows, "does not fit the templates"),
-        (broken, "is not JSON lines"),
+        (rows, "line 1: there is no field 'question', only a .*--prompt_template"),
+        (broken, "broken.jsonl, line 1 is not JSON"),
         (tmp_path / "nothing.txt", "no data set at"),
     ):
         with pytest.raises(PartInferError, match=message):
             read_examples(Source(str(path)), tokenizer, 256)
+
+
+def examples(folder, path, **options):
+    return read_examples(Source(str(path), **options), AutoTokenizer.from_pretrained(folder), 256)
+
+
+def as_text(folder, example) -> tuple[str, str]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.decode(example.context), tokenizer.decode(example.target)
+
+
+def test_rows_of_every_kind_of_file_are_the_same_questions(model_folder, tmp_path):
+    rows = [{"question": f"what, is {i}?", "answer": f"x{i}"} for i in range(3)]
+    lines = "\n".join(map(json.dumps, rows))
+    quoted = "\n".join(["question,answer", *(f'"{row["question"]}",{row["answer"]}' for row in rows)])
+    triviaqa = [{**row, "answer": {"value": row["answer"], "aliases": ["y"]}} for row in rows]
+    contents = {
+        "rows.jsonl": lines.encode(),
+        "mark.jsonl": b"\xef\xbb\xbf" + lines.encode(),
+        "rows.json": json.dumps(rows, indent=1).encode(),
+        "rows.csv": quoted.encode(),
+        "rows.jsonl.gz": gzip.compress(lines.encode()),
+        "triviaqa.jsonl": "\n".join(map(json.dumps, triviaqa)).encode(),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        found = [as_text(model_folder, example) for example in examples(model_folder, tmp_path / name)]
+        assert found == [(f"Question: what, is {i}?\nAnswer:", f" x{i}") for i in range(3)], name
+
+
+def test_a_context_that_is_empty_is_left_out(model_folder, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("context,question,answer\nit is,what?,yes\n,who?,no\n")
+    texts = [as_text(model_folder, example)[0] for example in examples(model_folder, path)]
+    assert texts == ["Context: it is\nQuestion: what?\nAnswer:", "Question: who?\nAnswer:"]
+
+
+def test_templates_reach_into_lists_and_objects(model_folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "q", "answers": {"text": ["Paris", "Lyon"]}, "de": {"x": "ja"}}))
+    for template, target in (
+        (" {answers[text][0]}", " Paris"),
+        (" {answers.text.1}", " Lyon"),
+        ("{{{de.x}}}", "{ja}"),
+    ):
+        (example,) = examples(model_folder, path, target_template=template)
+        assert as_text(model_folder, example)[1] == target
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "q", "answer": None}, "rows.jsonl, line 1: field 'answer' is null"),
+        ({"question": "q", "answer": ["a", "b"]}, "line 1: field 'answer' is a list of 2.*{answer.0}"),
+        ({"question": "q", "answer": {"text": "a"}}, "line 1: field 'answer' is an object with text.*{answer.text}"),
+        ({"question": "q", "answer": True}, "line 1: field 'answer' is true, expected a text"),
+        ({"question": "q", "answer": " "}, "line 1: the answer is empty"),
+        ({"question": "q\ud800", "answer": "a"}, "line 1: field 'question' has half of a character"),
+        ({"text": None}, "line 1: field 'text' is null"),
+        ({"text": ["a"]}, "line 1: field 'text' is a list of 1"),
+    ],
+)
+def test_fields_that_are_no_texts_are_told(model_folder, tmp_path, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(PartInferError, match=message) as raised:
+        examples(model_folder, path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_text_in_many_pieces_is_one_text(model_folder, tmp_path):
+    path = tmp_path / "text.txt"
+    text = "a line of text\r\n" * 2500  # more than one piece
+    path.write_text(text, newline="")
+    tokens = AutoTokenizer.from_pretrained(model_folder).encode(text.replace("\r\n", "\n"))
+    found = examples(model_folder, path, prefill_tokens=24, scored_tokens=8)
+    assert sum((e.context + e.target for e in found), []) == tokens[: len(tokens) // 32 * 32]
+
+
+def test_saved_data_sets_are_read_by_split(model_folder, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    saved = {split: Dataset.from_dict({"question": ["q"], "answer": [split]}) for split in ("train", "test")}
+    DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
+    for split in saved:
+        (example,) = examples(model_folder, tmp_path / "saved", split=split)
+        assert as_text(model_folder, example)[1] == f" {split}"
+
+
+def test_the_hub_is_read_by_its_id_configuration_and_split(model_folder, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*given, **options):
+        asked.append((given, options))
+        return [{"question": "q", "answer": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(examples(model_folder, "owner/name:part", split="dev")) == 1
+    assert asked == [(("owner/name", "part"), {"split": "dev"})]
 
 
 def test_the_bootstrap_interval_covers_the_mean_at_its_rate():

@@ -10,6 +10,7 @@ from profiler.sequences import Encoder, windows
 from profiler.templates import Prompt, Template
 from profiler.texts import BUILTIN_FOLDER, HUB_DATASETS, TextSource
 from tests.profiler.byte_tokenizer import byte_tokenizer
+from texts.records import Record
 from transformers_patches.errors import PartInferError
 
 
@@ -70,7 +71,7 @@ def test_damaged_jsonl_names_the_line(tmp_path, content, expected):
 def test_texts_that_are_no_utf8_are_one_line_and_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes("text\nschön\n".encode("latin-1"))
-    with pytest.raises(PartInferError, match="can't be read as UTF-8 csv.*convert it first"):
+    with pytest.raises(PartInferError, match="data.csv, line 2 is not UTF-8 .*: convert the file"):
         prompts(path, "QA")
     path.write_bytes("\ufefftext\nschön\n".encode())
     assert prompts(path, "QA") == ["Question: schön\nAnswer: "]
@@ -81,7 +82,9 @@ def test_empty_texts_are_left_out_and_missing_ones_are_not(tmp_path):
     path.write_text('{"question": "  "}\n{"question": "Why?"}\n{"question": null}\n')
     source = TextSource(str(path), "QA").resolve().prompts()
     assert next(source).text == "Question: Why?\nAnswer: "
-    with pytest.raises(PartInferError, match="record 3 of .* has none of the usual fields of QA; it has question"):
+    with pytest.raises(
+        PartInferError, match="line 3 has none of the usual fields of QA, or nothing in them; it has question"
+    ):
         next(source)
 
 
@@ -112,7 +115,7 @@ def test_hub_mappings_by_short_name_and_by_path():
     by_name = TextSource("truthful_qa").resolve()
     assert (by_path.task_type, by_path.split) == (by_name.task_type, by_name.split) == ("QA", "validation")
     backwards = TextSource("wmt/wmt14", "translate_en_fr", "fr-en").resolve()
-    assert backwards.template.fill({"translation": {"fr": "Oui", "en": "Yes"}}, "x").text.startswith(
+    assert backwards.template.fill(Record({"translation": {"fr": "Oui", "en": "Yes"}}, "x")).text.startswith(
         "English phrase: Yes"
     )
 
@@ -168,7 +171,7 @@ def test_tasks_without_built_in_texts_say_which_have_some(task_type):
 
 def test_long_prompts_keep_the_end_of_their_template():
     template = Template("QA")
-    prompt = template.fill({"question": "x" * 500}, "here")
+    prompt = template.fill(Record({"question": "x" * 500}, "here"))
     (ids,) = Encoder(byte_tokenizer(), 60).sequences([prompt])
     text = byte_tokenizer().decode(ids)
     assert len(ids) == 60

@@ -40,7 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     choice.add_argument("--temperature", type=float, default=1.0, help="of top-p sampling (1.0)")
     choice.add_argument("--top_p", type=float, default=0.9, help="of top-p sampling (0.9)")
     choice.add_argument("--top_k", type=int, default=0, help="of top-p sampling, 0: no limit (0)")
-    choice.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
+    choice.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="end at this text; may be given several times (--stop=--- if it begins with a -)",
+    )
     choice.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     out = parser.add_argument_group("output")
     flags.add_json(out)
@@ -72,10 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     runner = Runner(folder, settings, options, arguments)
     if arguments.mask_filepath:
         runner.loaded.plan.save(arguments.mask_filepath)
-    interrupted = getattr(runner, arguments.function)()
+    code = getattr(runner, arguments.function)()
     if arguments.json:
         cli.write_json(arguments.json, runner.report())
-    return cli.INTERRUPTED if interrupted else cli.DONE
+    return code
 
 
 def _check_output(arguments: argparse.Namespace) -> None:

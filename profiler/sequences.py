@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from profiler.templates import Prompt
 from transformers_patches.errors import PartInferError
+from transformers_patches.generation.chat_template import apply_chat_template
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Encoder:
         text, suffix = prompt.text, prompt.suffix
         if self.chat_template:
             messages = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = apply_chat_template(self.tokenizer, messages)
             suffix += text.rpartition(prompt.text.strip())[2]
         ids = self.tokenizer(text, add_special_tokens=not self.chat_template, truncation=False, verbose=False)[
             "input_ids"

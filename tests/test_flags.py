@@ -141,6 +141,8 @@ def test_settings_of_a_command_come_from_a_file_too(tmp_path, capsys):
 
 def raising(error: BaseException):
     def main():
+        if isinstance(error, bytes):
+            error.decode("utf-8")
         raise error
 
     return main
@@ -152,13 +154,102 @@ def raising(error: BaseException):
         (PartInferError("no model at x"), 1, "error: no model at x\n"),
         (PermissionError(13, "Permission denied", "/x"), 1, "error: /x: Permission denied\n"),
         (OSError("several\nlines"), 1, "error: input or output: several lines\n"),
+        (MemoryError(), 1, "error: not enough memory\n"),
+        (RuntimeError("in a\nlibrary"), 1, "error: RuntimeError: in a library (--debug shows where)\n"),
+        ("é".encode("latin-1"), 1, "error: text that can't be read or written: 'utf-8' codec can't decode byte 0xe9"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 1, ""),
     ],
 )
 def test_what_goes_wrong_is_one_line_and_an_exit_code(error, code, said, capsys):
     assert cli.guarded(raising(error)) == code
-    assert capsys.readouterr().err == said
+    shown = capsys.readouterr().err
+    assert shown.startswith(said)
+    assert shown.count("\n") == (said != "")
+
+
+def test_debug_shows_where_an_error_comes_from(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["partinfer.py", "--debug"])
+    assert cli.guarded(raising(RuntimeError("in a library"))) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert "in main" in shown
+    assert shown.endswith("error: RuntimeError: in a library (--debug shows where)\n")
+
+
+def test_every_command_has_debug():
+    for command in (["partinfer.py"], ["download.py"], ["evaluate_speed.py"], ["-m", "profiler", "show"]):
+        shown = subprocess.run(
+            [sys.executable, *command, "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        assert "--debug" in shown.stdout, command
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('quiet: "false"', "quiet: expected true or false, got 'false'"),
+        ("quiet: 1", "quiet: expected true or false, got 1"),
+        ("checkpoint_path: {a: b}", "checkpoint_path: expected a text or a number, got {'a': 'b'}"),
+        ("checkpoint_path: [a, b]", "checkpoint_path: expected one value, got a list of 2"),
+        ("checkpoint_path: yes", "checkpoint_path: expected a text or a number, got True"),
+        ("checkpoint_path: 2020-01-01", "checkpoint_path: expected a text or a number, got datetime.date"),
+        ("stop: [[a]]", "stop: expected a text or a number, got ['a']"),
+        ("debug: true", "unknown setting 'debug'"),
+        ("config: other.yaml", "unknown setting 'config'"),
+        ("[" * 5000, "can't be read"),
+    ],
+)
+def test_values_of_a_config_file_are_values(tmp_path, capsys, content, said):
+    (tmp_path / "settings.yaml").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(partinfer.build_parser(), ["--config", str(tmp_path / "settings.yaml")])
+    assert stopped.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_values_that_look_like_flags_are_values(tmp_path):
+    (tmp_path / "settings.yaml").write_text(
+        'stop: ["---", "-1", "--json", "a=b"]\nprompt: -x\nquiet: false\njson: true\n'
+    )
+    arguments = flags.parse(partinfer.build_parser(), ["--config", str(tmp_path / "settings.yaml")])
+    assert arguments.stop == ["---", "-1", "--json", "a=b"]
+    assert (arguments.prompt, arguments.quiet, arguments.json) == ("-x", False, "-")
+
+
+def test_a_config_file_that_is_no_utf8_is_wrong_usage(tmp_path, capsys):
+    (tmp_path / "settings.yaml").write_bytes(b"prompt: caf\xe9")
+    with pytest.raises(SystemExit) as stopped:
+        flags.parse(partinfer.build_parser(), ["--config", str(tmp_path / "settings.yaml")])
+    assert stopped.value.code == 2
+    assert "can't be read: 'utf-8' codec can't decode byte 0xe9" in capsys.readouterr().err
+
+
+def test_an_output_that_lacks_a_character_shows_another():
+    program = "from transformers_patches import cli\n"
+    program += "cli.run(lambda: (print('日'), cli.write_json('-', {'a': '日'})) and 0)"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert ended.stdout == b'?\n{"a": "\\u65e5"}\n'
+
+
+@pytest.mark.parametrize(
+    ("redirection", "said"),
+    [
+        (">/dev/full", "error: input or output: No space left on device\n"),
+        (">&-", "error: standard output is closed\n"),
+    ],
+)
+def test_an_output_that_takes_nothing_is_one_line(redirection, said):
+    program = "from transformers_patches import cli; cli.run(lambda: print('text'))"
+    command = f'{sys.executable} -c "{program}" {redirection}'
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr) == (1, said)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error_message():

@@ -114,6 +114,37 @@ def test_chat_takes_turns_on_one_cache(run, monkeypatch):
     assert second["prefilled_tokens"] < second["prompt_tokens"]
 
 
+def test_a_turn_that_fails_does_not_end_a_chat(run, monkeypatch):
+    turns = ["hi", "long " * 60, "again"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(turns)))
+    code, out, err = run("--function", "chat", "--json")
+    first, last = json.loads(out)["results"]
+    assert code == 0
+    assert (first["prompt"], last["prompt"]) == ("hi", "again")
+    assert "error: the prompt has" in err
+    assert last["prompt_tokens"] == len(f"u:hi\na:{first['text']}\nu:again\na:")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(turns[:2])))
+    assert run("--function", "chat")[0] == 1
+
+
+def test_a_line_that_is_no_text_does_not_end_a_chat(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhi\n"), encoding="utf-8"))
+    code, out, err = run("--function", "chat", "--json")
+    assert (code, json.loads(out)["generated_tokens"] > 0) == (0, True)
+    assert "standard input is no utf-8 text (byte 0xe9 at place 3)" in err
+
+
+def test_a_prompt_on_standard_input_is_text(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    with pytest.raises(PartInferError, match="byte 0xe9 at place 3"):
+        run("--prompt", "-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfhi\n"), encoding="utf-8"))
+    assert json.loads(run("--prompt", "-", "--json")[1])["prompt_tokens"] == len("u:hi\na:")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(PartInferError, match="standard input is closed"):
+        run("--prompt", "-")
+
+
 def test_chat_needs_a_chat_template(run):
     with pytest.raises(PartInferError, match="chat template"):
         run("--function", "chat", model="base")
@@ -144,6 +175,7 @@ def test_flags_win_over_the_config_file(run, tmp_path):
         (["--memory_limit"], "memory_limit moves active neurons to a GPU"),
         (["--device", "cuda"], "--cpu_only contradicts --device cuda"),
         (["--num_tokens_to_generate", "0"], "num_tokens_to_generate must be at least 1"),
+        (["--stop", "caf\udce9"], "--stop is not in the terminal's encoding"),
         (["--threads", "0"], "threads must be at least 1"),
         (["--method", "fast"], "invalid choice: 'fast'"),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +47,8 @@ def hide_bars(arguments: argparse.Namespace) -> None:
 
 def write_json(target: str | Path, content: dict, indent: int | None = None) -> None:
     """Print an object, or write it to a file, as --json says."""
-    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    unicode = target != STANDARD_OUTPUT or "utf" in (sys.stdout.encoding or "utf-8").lower()
+    text = json.dumps(content, indent=indent, ensure_ascii=not unicode)
     if target == STANDARD_OUTPUT:
         print(text, flush=True)
     else:
@@ -63,26 +66,59 @@ def report(target: str | None, content: dict, text: str, indent: int | None = No
 def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Call a script's main and return its exit code: 0 done, 1 failed with one line on standard error, 130 interrupted.
 
-    interrupted: what is said then. (Wrong usage is 2: argparse exits by itself.)
+    interrupted: what is said then. (Wrong usage is 2: argparse exits by itself.) Any error that a library raises is one
+    line, too; with --debug on the command line, after its traceback.
     """
+    if sys.stdout is None:
+        print("error: standard output is closed", file=sys.stderr)
+        return FAILED
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows ? for it
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = main() or DONE
         sys.stdout.flush()
-    except PartInferError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except BrokenPipeError:  # `| head` has seen enough
-        with suppress(OSError, ValueError):  # what is left to be flushed would fail again, and be reported
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except OSError as error:  # no permission, a full disk, …
-        reason = " ".join(str(error.strerror or error).split())
-        print(f"error: {error.filename or 'input or output'}: {reason}", file=sys.stderr)
-        return FAILED
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
+    except BaseException as error:  # tokenizers' own failures are no Exceptions
+        if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            show_error(error)
+        _give_up_output()
+        return FAILED
     return code
+
+
+def show_error(error: BaseException) -> None:
+    """One line on standard error; with --debug on the command line, after the traceback."""
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    print(f"error: {explained(error)}", file=sys.stderr)
+
+
+def explained(error: BaseException) -> str:
+    """An error in one line: PartInferError's own, for files which and why, for others what they are."""
+    said = " ".join(str(error).split())
+    if isinstance(error, PartInferError):
+        return said
+    if isinstance(error, OSError):
+        reason = " ".join(str(error.strerror or error).split())
+        return f"{error.filename or 'input or output'}: {reason}"
+    if isinstance(error, UnicodeError):
+        return f"text that can't be read or written: {said}"
+    if isinstance(error, MemoryError):
+        return f"not enough memory{': ' * bool(said)}{said}"
+    return f"{type(error).__name__}: {said[:500]} (--debug shows where)"
+
+
+def _give_up_output() -> None:
+    """What is left to be flushed would fail again when Python ends, and be reported once more."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -19,6 +19,8 @@ from transformers_patches.errors import PartInferError
 STANDARD_OUTPUT = "-"
 IGNORE_FLAG = "--ignore_gguf_key"
 IGNORED_GGUF_KEYS: set[str] = set()  # of this process: what is read without them does not depend on who reads it
+FREE_TEXTS = ("prompt", "system_prompt", "stop")  # flags whose values go to the tokenizer
+NOT_SETTINGS = ("config", "debug", "help", "version", "h")  # flags that a file of settings can't give
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = DEMO_MODEL) -> argparse._ArgumentGroup:
@@ -65,6 +67,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help=text)
 
 
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """--debug, of the parser or of each of its commands."""
+    commands = next(
+        (a.choices.values() for a in parser._actions if isinstance(a, argparse._SubParsersAction)), [parser]
+    )
+    for command in commands:
+        command.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
+
+
 def check_model(arguments: argparse.Namespace) -> None:
     """PartInferError unless a model was given, for scripts that have none by default."""
     if arguments.model_name is None and arguments.checkpoint_path is None:
@@ -75,8 +86,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     """Parse flags over a --config file; flags that are given win. Mistakes end the program with exit code 2.
 
     The file's values go through the parser as flags do, so types and choices are checked alike. --cpu_only has become
-    --device cpu afterwards.
+    --device cpu afterwards. Every script has --debug, which is for cli.guarded.
     """
+    add_debug(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
     command = _command_of(parser, argv)
     if any(not action.option_strings for action in command._actions):
@@ -102,9 +114,18 @@ def _settle(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
         if given["device"] not in (None, "auto", "cpu"):
             parser.error(f"--cpu_only contradicts --device {given['device']}: leave one of them out")
         arguments.device = "cpu"
+    for name in FREE_TEXTS:
+        for text in given[name] if isinstance(given.get(name), list) else [given.get(name) or ""]:
+            if not _is_unicode(text):
+                parser.error(f"--{name} is not in the terminal's encoding: {text!r:.60}; give it as UTF-8")
     threads = given.get("threads")
     if threads is not None and threads < 1:
         parser.error(f"threads must be at least 1, got {threads}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no byte of an argument was one that its encoding does not have; Python keeps such as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _config_path(argv: list[str]) -> str | None:
@@ -114,9 +135,10 @@ def _config_path(argv: list[str]) -> str | None:
 
 
 def _flags_of(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """A settings file as flags; exits with 2 for a file or a value that can't be one."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"config file {path} can't be read: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         parser.error(f"config file {path}: expected names and values, got {type(content).__name__}")
@@ -125,11 +147,29 @@ def _flags_of(parser: argparse.ArgumentParser, path: str) -> list[str]:
     }
     flags = []
     for name, value in content.items():
-        if str(name).replace("-", "_") not in actions:
+        key = str(name).replace("-", "_")
+        if key not in actions or key in NOT_SETTINGS:
             parser.error(f"config file {path}: unknown setting {name!r}; the settings are the flags of --help")
-        option, action = actions[str(name).replace("-", "_")]
-        if action.nargs == 0 or (action.nargs == "?" and isinstance(value, bool)):  # a switch
-            flags += [f"{option}={action.const}" if action.nargs else option] if value else []
-        elif value is not None:
-            flags += [f"{option}={item}" for item in (value if isinstance(value, list) else [value])]
+        try:
+            flags += _flag(*actions[key], value)
+        except ValueError as error:
+            parser.error(f"config file {path}: {name}: {error}")
     return flags
+
+
+def _flag(option: str, action: argparse.Action, value: object) -> list[str]:
+    """One setting as flags, none if it is null; ValueError for a value that the flag can't have."""
+    if value is None:
+        return []
+    if action.nargs == 0 or (action.nargs == "?" and isinstance(value, bool)):  # a switch
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, got {value!r:.60}")
+        return ([f"{option}={action.const}"] if action.nargs else [option]) if value else []
+    several = isinstance(action, argparse._AppendAction)
+    if isinstance(value, list) and not several:
+        raise ValueError(f"expected one value, got a list of {len(value)}")
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (str, int, float)):
+            raise ValueError(f"expected a text or a number, got {item!r:.60} (put a text in quotes)")
+    return [f"{option}={item}" for item in items]

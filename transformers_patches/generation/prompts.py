@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from transformers_patches.files import shipped
+from transformers_patches.generation.chat_template import apply_chat_template
 
 PROMPTS = shipped("prompts")
 
@@ -82,8 +83,8 @@ def chat_messages(task_type: str, text: str, count: int, system_prompt: str | No
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, ending where the assistant's answer begins."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """Token ids of a conversation, ending where the assistant's answer begins; PartInferError if its template fails."""
+    text = apply_chat_template(tokenizer, messages)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # templates write their own special tokens
 
 

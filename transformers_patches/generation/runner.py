@@ -7,10 +7,12 @@ import dataclasses
 import resource
 import sys
 from pathlib import Path
+from typing import IO
 
 import torch
 import transformers
 
+from transformers_patches import cli
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.flags import STANDARD_OUTPUT
@@ -43,7 +45,7 @@ def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
 class Runner:
     """Loads a model once and answers with it; `report` tells, as counted, what that took.
 
-    normal, chat and predefined_prompts return whether Ctrl-C ended them.
+    normal, chat and predefined_prompts return the exit code: 130 if Ctrl-C ended the last answer.
     """
 
     def __init__(
@@ -67,47 +69,61 @@ class Runner:
     def _uses_chat_template(self) -> bool:
         return uses_chat_template(self.tokenizer, self.arguments.no_chat_template)
 
-    def normal(self) -> bool:
+    def normal(self) -> int:
         """Answer one prompt: --prompt, standard input, or the first predefined prompt of the task type."""
         text = self.arguments.prompt
         if text is None:
             text = predefined_prompts(self.arguments.task_type)[0]
             self._show_prompt(text)
         elif text == "-":
-            text = sys.stdin.read().strip()
+            text = _decoded(_standard_input().read()).strip()
         return self._answer(text, self._task_ids(text))
 
-    def predefined_prompts(self) -> bool:
+    def predefined_prompts(self) -> int:
         """Answer the project's own prompts of the task type, one after the other; Ctrl-C goes on to the next one."""
-        interrupted = False
+        code = cli.DONE
         for text in predefined_prompts(self.arguments.task_type):
             self._show_prompt(text)
-            interrupted = self._answer(text, self._task_ids(text))
-        return interrupted
+            code = self._answer(text, self._task_ids(text))
+        return code
 
-    def chat(self) -> bool:
-        """Take turns with the user until the input ends or says /exit; /reset forgets the history."""
+    def chat(self) -> int:
+        """Take turns with the user until the input ends or says /exit; /reset forgets the history.
+
+        A turn that fails is said to have failed, and forgotten; the exit code is 1 if it was the last.
+        """
         if not self._uses_chat_template():
             raise PartInferError("chat needs a model with a chat template: use --function normal with base models")
         system = self.arguments.system_prompt
         start = [{"role": "system", "content": system}] if system else []
         messages, conversation = list(start), Conversation()
-        while (line := self._read_turn()) is not None:
-            if line == "/reset":
-                messages, conversation = list(start), Conversation()
-                continue
-            messages.append({"role": "user", "content": line})
-            self._answer(line, chat_ids(self.tokenizer, messages), conversation)
-            messages.append({"role": "assistant", "content": self.results[-1][1].text})
-        return False
+        source, code = _standard_input(), cli.DONE
+        while (line := self._read_turn(source)) is not None:
+            try:
+                turn = _decoded(line)
+                if turn == "/reset":
+                    messages, conversation = list(start), Conversation()
+                    continue
+                asked = [*messages, {"role": "user", "content": turn}]
+                self._answer(turn, chat_ids(self.tokenizer, asked), conversation)
+            except OSError:  # nobody can read the next answer either
+                raise
+            except Exception as error:
+                cli.show_error(error)
+                code = cli.FAILED
+            else:
+                messages = [*asked, {"role": "assistant", "content": self.results[-1][1].text}]
+                code = cli.DONE
+        return code
 
-    def _read_turn(self) -> str | None:
+    @staticmethod
+    def _read_turn(source: IO) -> str | bytes | None:
         """The user's next line that is not empty; None at the end."""
         while True:
-            if sys.stdin.isatty():
+            if source.isatty():
                 print("\nYou: ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line or line.strip() == "/exit":
+            line = source.readline()
+            if not line or line.strip() in ("/exit", b"/exit"):
                 return None
             if line.strip():
                 return line.strip()
@@ -126,7 +142,7 @@ class Runner:
         except ValueError as error:
             raise PartInferError(str(error)) from None
 
-    def _answer(self, text: str, prompt_ids: list[int], conversation: Conversation | None = None) -> bool:
+    def _answer(self, text: str, prompt_ids: list[int], conversation: Conversation | None = None) -> int:
         self.loaded.reset_counters()
         shown = self.arguments.json != STANDARD_OUTPUT
         sink = self._print_piece if shown else None
@@ -136,7 +152,7 @@ class Runner:
             print(flush=True)
         if not self.arguments.quiet:
             print(self._summary(result), file=sys.stderr)
-        return result.finish_reason == "interrupted"
+        return cli.INTERRUPTED if result.finish_reason == "interrupted" else cli.DONE
 
     @staticmethod
     def _print_piece(piece: str) -> None:
@@ -197,6 +213,27 @@ class Runner:
         if len(results) != 1:
             total["results"] = [{"prompt": text, **dataclasses.asdict(result)} for text, result in self.results]
         return total
+
+
+def _standard_input() -> IO:
+    """Standard input as bytes, so that one wrong byte spoils no more than its line; as text where it has no bytes."""
+    if sys.stdin is None:
+        raise PartInferError("standard input is closed: give the text with --prompt")
+    return getattr(sys.stdin, "buffer", sys.stdin)
+
+
+def _decoded(content: str | bytes) -> str:
+    """What was read from standard input as text; PartInferError for bytes that are none."""
+    if isinstance(content, str):
+        return content
+    encoding = sys.stdin.encoding if sys.stdin.encoding.lower() not in ("ascii", "ansi_x3.4-1968") else "utf-8"
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        wrong = f"byte 0x{content[error.start]:02x} at place {error.start}"
+        raise PartInferError(
+            f"standard input is no {encoding} text ({wrong}): convert it, for example with iconv"
+        ) from None
 
 
 def _mean(values: list[float | None]) -> float | None:

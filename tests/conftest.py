@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,18 @@ def random_neuron_file(seed: int, layers: int = LAYERS, size: int = INTERMEDIATE
 def neuron_files() -> dict[str, NeuronFile]:
     """A data set's and a model's ranking for the tiny models, as load_model takes them."""
     return {"dataset_neurons": random_neuron_file(1), "model_neurons": random_neuron_file(2)}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own with room for half a megabyte; skipped where nobody may mount one."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,31 @@
-"""Files that are either wholly written or not there: temporary name, fsync, rename."""
+"""Files and folders that are either wholly written or not there: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers_patches.errors import PartInferError
+from transformers_patches.locks import clear_leftovers, partial
+
 if TYPE_CHECKING:
     import torch
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+_OWN_STREAMS = re.compile(r"/dev/(stdout|stderr|fd/\d+)|/proc/[^/]+/fd/\d+")
 
 
 def shipped(name: str) -> Path:
@@ -23,34 +37,121 @@ def shipped(name: str) -> Path:
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make everything in a folder durable, and the folder."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing; they survive a power cut."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_folder(place.parent)
+
+
+def check_new(path: str | Path, *, overwrite: bool) -> None:
+    """PartInferError if there is an output already that was not asked to be replaced, or that is no file."""
+    if Path(path).exists() and not overwrite:
+        raise PartInferError(f"{path} already exists: replace it with --overwrite, or give another --output")
+    check_regular(path)
+
+
+def check_regular(path: str | Path) -> None:
+    """PartInferError if there is a folder, device, pipe or socket where a file is to be written."""
+    kind = _kind(path)
+    if kind is not None:
+        raise PartInferError(f"{path} is {kind}: give the path of a file")
+
+
+def _kind(path: str | Path) -> str | None:
+    """What a path leads to, if it is something other than a file."""
+    try:
+        return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    except FileNotFoundError:
+        return None
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; renamed onto it when the block ends well, removed when it does not."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    """Yield a temporary path beside `path`; renamed onto it when the block ends well, removed when it does not.
+
+    Links are followed, a new file gets the mode that the umask says, and one that is replaced keeps its own. Raises
+    PartInferError for what is no file, and OSErrors that name `path`.
+    """
+    check_regular(path)
+    place = Path(os.path.realpath(path))
+    with _named(path):
+        make_folder(place.parent)
+        clear_leftovers(place.parent)
+        with partial(place) as temporary:
+            yield temporary
+            if place.exists():
+                os.chmod(temporary, stat.S_IMODE(place.stat().st_mode))
+            _sync(temporary)
+            os.replace(temporary, place)
+            sync_folder(place.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, which must not be there; synced and renamed when the block ends well, else removed.
+
+    Links are followed. OSErrors name `path`.
+    """
+    place = Path(os.path.realpath(path))
+    with _named(path):
+        make_folder(place.parent)
+        clear_leftovers(place.parent)
+        with partial(place, folder=True) as temporary:
+            yield temporary
+            sync_tree(temporary)
+            os.replace(temporary, place)
+            sync_folder(place.parent)
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """A folder for one run among the system's temporary files; those that killed runs have left there go."""
+    parent = Path(tempfile.gettempdir())
+    clear_leftovers(parent)
+    with partial(parent / f"partinfer-{purpose}", folder=True) as folder:
+        folder.chmod(0o700)
+        yield folder
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Errors of the operating system are about the path that was given, not about a temporary one, or none."""
+    name = os.path.basename(os.path.realpath(path))
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None or f".{name}." in str(error.filename):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write UTF-8 text to a path, whole or not at all."""
+    """Write UTF-8 text to a path, whole or not at all. What is a device or a pipe is written to."""
+    if _OWN_STREAMS.fullmatch(str(path)) or _kind(path) not in (None, "a folder"):
+        with _named(path), open(path, "a", encoding="utf-8") as stream:
+            stream.write(text)
+        return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

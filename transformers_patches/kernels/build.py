@@ -1,14 +1,15 @@
 """Compile the native kernels once and keep them in a cache folder.
 
 `python -m transformers_patches.kernels.build` does it ahead of time (for packagers); otherwise the first use does.
-The kernel sources are compiled once per instruction set, each with its own flags, by the system's C++ compiler;
-torch.utils.cpp_extension compiles the torch-facing rest and links everything (it needs `ninja`).
+The kernel sources are compiled once per instruction set, each with its own flags, and the torch-facing rest once, by the
+system's C++ compiler. It is called with lists of arguments, never through a shell, so folders may have any name.
+A finished library's size and hash lie beside it: what was truncated or overwritten is built again. A build that failed is
+remembered, so that only the first start, and the command above, take the time to try.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -17,14 +18,15 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from transformers_patches.files import write_text_atomic
+from transformers_patches.files import atomic_folder, make_folder, write_text_atomic
+from transformers_patches.kernels.commands import CommandFailed, run_all
+from transformers_patches.locks import exclusive
 
 SOURCES = Path(__file__).parent / "csrc"
 NAME = "partinfer_kernels"
@@ -45,6 +47,8 @@ DRIVERS = (
     "input",
     "probe",
 )
+FACTS = "build.json"
+AGAIN = "python -m transformers_patches.kernels.build"
 COMMON_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 
 _AVX2 = ("-O3", "-mavx2", "-mfma", "-mf16c")
@@ -97,7 +101,8 @@ def with_needed(names: list[str], isas: dict[str, Isa]) -> list[str]:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept: $PARTINFER_CACHE, else ~/.cache/partinfer."""
-    return Path(os.environ.get("PARTINFER_CACHE") or Path.home() / ".cache" / "partinfer").expanduser() / "kernels"
+    given = os.environ.get("PARTINFER_CACHE")
+    return (Path(given).expanduser() if given else Path.home() / ".cache" / "partinfer").absolute() / "kernels"
 
 
 def source_key() -> str:
@@ -120,92 +125,129 @@ def find_compiler() -> tuple[str, str] | None:
 
 
 def find_library(folder: Path | None = None) -> Path | None:
-    """The path of a finished library for these sources, this torch and this machine's compiler, if it has one; or None."""
+    """The path of a finished library for these sources, this torch and this machine's compiler, if it has one; or None.
+
+    One that is not as it was built, by size and hash, is none.
+    """
     folder = folder or cache_folder()
     compiler = find_compiler()
-    pattern = f"{source_key()}-{_compiler_key(compiler) if compiler else '*'}"
-    finished = [path.parent / f"{NAME}.so" for path in folder.glob(f"{pattern}/build.json")]
-    return next((path for path in sorted(finished) if path.is_file()), None)
+    names = [_folder_name(compiler)] if compiler else sorted(path.name for path in folder.glob(f"{source_key()}-*"))
+    libraries = [folder / name / f"{NAME}.so" for name in names]
+    return next((path for path in libraries if _is_whole(path)), None)
 
 
-def build(isa_names: list[str] | None = None, force: bool = False) -> Path:
-    """Compile and load the library. If there is one already, only return its path, without loading it.
+def _is_whole(library: Path) -> bool:
+    facts = _read_facts(library.with_name(FACTS))
+    try:
+        return facts.get("bytes") == library.stat().st_size and facts.get("sha256") == _hash_of(library)
+    except OSError:
+        return False
 
-    Raises BuildError if there is no compiler or it fails.
+
+def _hash_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_facts(path: Path) -> dict:
+    """What a JSON file of a build says; nothing where there is none, or a damaged one."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def find_failure(folder: Path | None = None) -> BuildError | None:
+    """Why an earlier build of these sources with this compiler failed, and how to try again; None if none did."""
+    compiler = find_compiler()
+    reason = _read_facts(_failure_path(folder or cache_folder(), compiler)).get("reason") if compiler else None
+    return (
+        BuildError(f"{reason} (when it was tried before; to try again: {AGAIN})") if isinstance(reason, str) else None
+    )
+
+
+def _failure_path(folder: Path, compiler: tuple[str, str]) -> Path:
+    return folder / f"{_folder_name(compiler)}.failed.json"
+
+
+def build(isa_names: list[str] | None = None, force: bool = False, again: bool = True) -> Path:
+    """Compile the library, and return its path. If there is one already, only return its path.
+
+    again: also where an earlier build failed. Raises BuildError if there is no compiler or it fails. Interrupted, it ends
+    at once, and the next build starts afresh. A second process waits for the first, and takes what that has built.
     """
     compiler = find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler was found (install g++, or name one in CXX)")
-    if shutil.which("ninja") is None:
-        raise BuildError("ninja was not found (pip install ninja)")
-    folder = cache_folder() / f"{source_key()}-{_compiler_key(compiler)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    folder = cache_folder() / _folder_name(compiler)
+    make_folder(folder.parent)
+    with exclusive(folder, wait=True):
         found = find_library(folder.parent)
         if found is not None and not force:
             return found
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted build left
-        folder.mkdir()
-        return _compile(folder, compiler, isa_names)
+        if not again and (failure := find_failure(folder.parent)):
+            raise failure
+        try:
+            with atomic_folder(folder) as work:
+                _compile(work, compiler, isa_names)
+                shutil.rmtree(folder, ignore_errors=True)  # one that is damaged, or to be built again
+        except BuildError as error:
+            with suppress(OSError):
+                write_text_atomic(_failure_path(folder.parent, compiler), json.dumps({"reason": str(error)}))
+            raise
+        _failure_path(folder.parent, compiler).unlink(missing_ok=True)
+    return folder / f"{NAME}.so"
 
 
-def _compile(folder: Path, compiler: tuple[str, str], isa_names: list[str] | None) -> Path:
+def _compile(folder: Path, compiler: tuple[str, str], isa_names: list[str] | None) -> None:
     isas = isas_of(platform.machine())
     names = with_needed(isa_names if isa_names is not None else list(isas), isas)
     supported = [name for name in names if _accepts_flags(compiler[0], isas[name].flags)]
     names = [name for name in supported if set(isas[name].needs) <= set(supported)]
-    jobs = [(name, source) for name in names for source in isas[name].sources]
-
-    def compile_one(job: tuple[str, str]) -> str:
-        name, source = job
-        target = folder / f"{source}.{name}.o"
-        flags = [*COMMON_FLAGS, *isas[name].flags, f"-DPARTINFER_ISA=isa_{name}"]
-        _run([compiler[0], *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(target)])
-        return str(target)
-
     start = time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, jobs))
-    library = _link(folder, objects, names)
-    for path in folder.glob("*.o"):
+    objects = {folder / f"{source}.o": [*_driver_flags(names), str(SOURCES / f"{source}.cpp")] for source in DRIVERS}
+    for name in names:
+        flags = [*COMMON_FLAGS, *isas[name].flags, f"-DPARTINFER_ISA=isa_{name}"]
+        for source in isas[name].sources:
+            objects[folder / f"{source}.{name}.o"] = [*flags, str(SOURCES / f"{source}.cpp")]
+    library = folder / f"{NAME}.so"
+    try:
+        run_all([[compiler[0], *arguments, "-c", "-o", str(target)] for target, arguments in objects.items()])
+        run_all([[compiler[0], "-shared", *map(str, objects), *_libraries(), "-o", str(library)]])
+    except CommandFailed as error:
+        raise BuildError(f"the compiler failed: {error}") from None
+    for path in objects:
         path.unlink()
     facts = {"compiler": compiler[1], "torch": torch.__version__, "variants": names}
-    facts["seconds"] = round(time.monotonic() - start, 1)
-    write_text_atomic(folder / "build.json", json.dumps(facts, indent=1))  # last: marks a finished build
-    return library
+    facts |= {
+        "seconds": round(time.monotonic() - start, 1),
+        "bytes": library.stat().st_size,
+        "sha256": _hash_of(library),
+    }
+    write_text_atomic(folder / FACTS, json.dumps(facts, indent=1))
 
 
-def _link(folder: Path, objects: list[str], names: list[str]) -> Path:
-    """Compile the drivers and bindings, link, and load."""
-    from torch.utils import cpp_extension  # takes a second to import, and only a build needs it
-
-    defines = [f"-DPARTINFER_HAVE_{name.upper()}" for name in names]
-    # Torch's own OpenMP library by its path: the same threads, whatever name the wheel gave the file.
-    torch_lib = Path(torch.__file__).parent / "lib"
-    openmp = [str(path) for path in sorted(torch_lib.glob("libgomp*.so*"))[:1]] or ["-fopenmp"]
-    try:
-        cpp_extension.load(
-            name=NAME,
-            sources=[str(SOURCES / f"{source}.cpp") for source in DRIVERS],
-            extra_cflags=["-O2", "-fopenmp", "-fvisibility=hidden", *defines],
-            extra_ldflags=[*objects, *openmp],
-            build_directory=str(folder),
-            is_python_module=False,
-        )
-    except (RuntimeError, OSError) as error:
-        raise BuildError(f"the compiler failed: {_last_line(str(error))}") from error
-    return folder / f"{NAME}.so"
+def _driver_flags(isa_names: list[str]) -> list[str]:
+    """For the sources that see torch: its headers, its C++ standard, and which variants there are."""
+    include = Path(torch.__file__).parent / "include"
+    headers = [
+        part for path in (include, include / "torch" / "csrc" / "api" / "include") for part in ("-isystem", str(path))
+    ]
+    defines = [f"-DPARTINFER_HAVE_{name.upper()}" for name in isa_names]
+    return ["-fPIC", "-std=c++20", "-O2", "-fopenmp", "-fvisibility=hidden", *headers, *defines]
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        wrong = next((line for line in done.stderr.splitlines() if "error" in line), _last_line(done.stderr))
-        raise BuildError(f"the compiler failed: {wrong}")
+def _libraries() -> list[str]:
+    """Torch's libraries by their paths. They are loaded already when the kernels are, so those need not find them."""
+    folder = Path(torch.__file__).parent / "lib"
+    # Torch's own OpenMP library: the same threads, whatever name the wheel gave the file.
+    openmp = [str(path) for path in sorted(folder.glob("libgomp*.so*"))[:1]] or ["-fopenmp"]
+    return [*openmp, *(str(folder / f"lib{name}.so") for name in ("c10", "torch_cpu", "torch"))]
 
 
-def _last_line(text: str) -> str:
-    return next(reversed([line for line in text.splitlines() if line.strip()]), "it said nothing")
+def _folder_name(compiler: tuple[str, str]) -> str:
+    return f"{source_key()}-{_compiler_key(compiler)}"
 
 
 def _accepts_flags(compiler: str, flags: tuple[str, ...]) -> bool:
@@ -215,14 +257,6 @@ def _accepts_flags(compiler: str, flags: tuple[str, ...]) -> bool:
 
 def _compiler_key(compiler: tuple[str, str]) -> str:
     return hashlib.sha256(repr(compiler).encode()).hexdigest()[:8]
-
-
-@contextmanager
-def _locked(path: Path):
-    """Let only one process compile; the others wait and then find the result."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -239,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    facts = json.loads((library.parent / "build.json").read_text())
+    facts = _read_facts(library.with_name(FACTS))
     print(f"{library}\nvariants: {' '.join(facts['variants'])}\ncompiler: {facts['compiler']}, {facts['seconds']} s")
     return 0
 

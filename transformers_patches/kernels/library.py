@@ -53,10 +53,11 @@ class Library:
         try:
             path = build.find_library()
             if path is None:
+                if failure := build.find_failure():
+                    raise failure
                 _notice(f"compiling the CPU kernels once, about a minute, into {build.cache_folder()}")
-                path = build.build()
-            if not hasattr(torch.ops.partinfer, "sparse_ffn"):  # a build in this process has loaded it already
-                torch.ops.load_library(path)
+                path = build.build(again=False)
+            torch.ops.load_library(path)
         except (build.BuildError, OSError) as error:
             self.why_not = str(error)
             _notice(f"no native kernels: {error}; PyTorch computes instead, slower")

@@ -84,16 +84,6 @@ def test_key_follows_sources_and_torch(monkeypatch, tmp_path):
     assert build.source_key() != before
 
 
-def test_an_unfinished_build_is_not_used(tmp_path):
-    key = build._compiler_key(build.find_compiler()) if build.find_compiler() else "x"
-    folder = tmp_path / f"{build.source_key()}-{key}"
-    folder.mkdir()
-    (folder / f"{build.NAME}.so").write_bytes(b"half")
-    assert build.find_library(tmp_path) is None
-    (folder / "build.json").write_text("{}")
-    assert build.find_library(tmp_path) == folder / f"{build.NAME}.so"
-
-
 def test_what_was_built_is_said(native):
     facts = json.loads((build.find_library().parent / "build.json").read_text())
     assert "scalar" in facts["variants"]

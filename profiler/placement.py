@@ -13,6 +13,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 from transformers_patches.load.loader import load_model
+from transformers_patches.load.threads import check_threads
 from transformers_patches.modules.fast_linear import replace_linears
 from transformers_patches.neurons.fingerprint import fingerprint
 from transformers_patches.plan.machine import decide_dtype, decide_kernels, resolve_device
@@ -120,6 +121,7 @@ def load_for_profiling(
     settings = PartInferConfig(method="dense", dtype=dtype, device=device)
     dtype = decide_dtype(settings, config).value
     torch_dtype, where = getattr(torch, dtype), resolve_device(device)
+    check_threads(where, torch_dtype)
     gpus = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())] if where.type == "cuda" else []
     estimate = estimate_memory(config, torch_dtype, batch_size, tokens)
     placement = choose_placement(estimate, where, gpus, free_memory(), processes)

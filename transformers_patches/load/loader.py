@@ -16,6 +16,7 @@ from transformers_patches.load.generation_config import own_generation_config
 from transformers_patches.load.loaded_model import LoadedModel, LoadReport
 from transformers_patches.load.meta_model import build_model
 from transformers_patches.load.streaming import names_in_model, stream_weights
+from transformers_patches.load.threads import check_threads
 from transformers_patches.modules.fast_linear import replace_linears
 from transformers_patches.modules.quantized import weight_bytes
 from transformers_patches.modules.screened_head import screen_head
@@ -67,6 +68,7 @@ def load_from(
 
 def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedModel:
     """Load what was decided. started: since when loading is timed, a time of `time.perf_counter`."""
+    check_threads(run.device, run.dtype)
     fit_bytes = run.fit_bytes  # now: rows are let go of as they are read
     state, memory = RequestState(), WeightMemory(huge_pages=run.native)
     model, sources = build_model(run, state)

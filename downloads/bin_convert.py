@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.files import write_text_atomic
 
 SHARD_BYTES = 2 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -38,14 +39,16 @@ def convert_bin(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> N
         # clones: every tensor owns exactly its bytes, whatever views the file held
         tensors = {key: state[key].clone(memory_format=torch.contiguous_format) for key in keys}
         del state
-        save_file(tensors, target / name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, target / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, most likely
+            reason = " ".join(str(error).split())
+            raise PartInferError(f"{target / name} can't be written: {reason}; free some space and try again") from None
         weight_map |= dict.fromkeys(keys, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        temporary = target / f"{INDEX}.tmp"
-        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, target / INDEX)
+        write_text_atomic(target / INDEX, json.dumps(index, indent=1) + "\n")
 
 
 def _bin_files(folder: Path) -> list[Path]:
@@ -109,6 +112,6 @@ def _ties_embeddings(folder: Path) -> bool:
         raise PartInferError(f"{folder / 'config.json'} can't be read: fetch the model again") from None
     if "tie_word_embeddings" in config:
         return bool(config["tie_word_embeddings"])
-    from transformers import AutoConfig
+    from transformers_patches.weights.model_files import read_config
 
-    return bool(getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "tie_word_embeddings", True))
+    return bool(getattr(read_config(folder), "tie_word_embeddings", True))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
-from downloads.folder import check_free_space, damage, locked, publish, read_manifest, work_folder, write_manifest
+from downloads.folder import check_free_space, damage, publish, read_manifest, work_folder, write_manifest
 from downloads.hub import CONNECT_SECONDS, hub_errors
 from downloads.model import Fetched
 from transformers_patches.errors import PartInferError
+from transformers_patches.hub_tokens import checked_token, without_tokens
+from transformers_patches.locks import exclusive
 
 
 def dataset_folder(parent: Path, name: str, config: str | None) -> Path:
@@ -26,7 +29,8 @@ def download_dataset(
     datasets.load_from_disk reads. Raises PartInferError; nothing is then left that looks complete.
     """
     target = dataset_folder(parent, name, config)
-    with locked(target):
+    token = checked_token(token)
+    with exclusive(target, wait=True):
         manifest = read_manifest(target)
         if manifest and manifest.name == name and manifest.revision == revision and not damage(target, manifest):
             return Fetched(str(target), manifest.source, manifest.total_bytes, True)
@@ -37,14 +41,16 @@ def download_dataset(
                 f"{target} holds {manifest.name} (revision {manifest.revision}), asked for was {name} (revision "
                 f"{revision}): give another --datasave_path, or delete it first"
             )
-        work = work_folder(target)
-        if work.exists():
-            shutil.rmtree(work)
+        place = Path(os.path.realpath(target))  # a link to a folder stays one
+        work = work_folder(place)
+        shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        _save(name, config, revision, token, work)
-        manifest = write_manifest(work / "finished", name, "hub", revision)
-        publish(work / "finished", target)
-        shutil.rmtree(work)
+        try:
+            _save(name, config, revision, token, work)
+            manifest = write_manifest(work / "finished", name, "hub", revision)
+            publish(work / "finished", place)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return Fetched(str(target), "hub", manifest.total_bytes, False)
 
 
@@ -73,5 +79,5 @@ def _save(name: str, config: str | None, revision: str | None, token: str | None
                 loaded = load_dataset(info.id, config, revision="refs/convert/parquet", **options)
             loaded.save_to_disk(str(work / "finished"))
         except (ValueError, RuntimeError, DatasetNotFoundError, DatasetGenerationError) as error:
-            reason = " ".join(str(error).split("Example of usage")[0].split())[:400]
+            reason = " ".join(without_tokens(str(error)).split("Example of usage")[0].split())[:400]
             raise PartInferError(f"can't load {name}, config {config}: {reason}; see --data_config") from None

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from transformers_patches.errors import PartInferError
-from transformers_patches.files import sync_folder
+from transformers_patches.files import sync_folder, sync_tree
 
 MANIFEST = "partinfer_download.json"
 
@@ -70,32 +66,16 @@ def work_folder(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-@contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold the right to write a target folder; a second process waits, and says so."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another download of {target} is running: waiting for it (Ctrl-C to give up)", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def publish(finished: Path, target: Path) -> None:
-    """Sync a finished folder to disk and rename it to its place, over what download.py put there earlier."""
+    """Sync a finished folder to disk and rename it to its place, over what download.py put there earlier.
+
+    Its files get the mode that the umask gave the folder: some libraries make theirs readable for their owner only.
+    """
+    mode = stat.S_IMODE(finished.stat().st_mode) & 0o666
     for path in finished.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            path.chmod(0o644)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(finished)
+        if path.is_file():
+            path.chmod(mode)
+    sync_tree(finished)
     if target.exists():
         shutil.rmtree(target)
     os.replace(finished, target)

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 
 from downloads.folder import check_free_space
 from transformers_patches.errors import PartInferError
+from transformers_patches.hub_tokens import without_tokens
 
 CONNECT_SECONDS = 5  # a hub that can't be reached should show at once
 SMALL_FILES = (
@@ -145,4 +146,4 @@ def hub_errors(kind: str, hub_id: str, revision: str | None) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return " ".join(without_tokens(str(error)).split())[:120] or type(error).__name__

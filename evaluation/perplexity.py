@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from evaluation.scoring import batches, continuation_logits, decoded_logits
 from evaluation.weights import weight_counts
 from evaluation.windows import Example
 from transformers_patches.errors import PartInferError
+from transformers_patches.files import scratch_folder
 from transformers_patches.load.loaded_model import LoadedModel
 
 COLUMNS = ("nll", "tokens", "kl", "agreement")
@@ -55,8 +55,8 @@ class DenseLogits:
 @contextmanager
 def dense_logits() -> Iterator[DenseLogits]:
     """A temporary place for the dense model's logits."""
-    with tempfile.TemporaryDirectory(prefix="partinfer-dense-") as folder:
-        yield DenseLogits(Path(folder))
+    with scratch_folder("dense") as folder:
+        yield DenseLogits(folder)
 
 
 def score_examples(

@@ -100,3 +100,8 @@ def add_output_arguments(parser: argparse.ArgumentParser, what: str, *, resume: 
     flags.add_json(output)
     flags.add_quiet(output)
     return output
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """--overwrite, of commands that are done in a moment."""
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is there")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import signal
 import threading
@@ -12,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.files import save_tensors_atomic
+from transformers_patches.files import check_new, check_regular, save_tensors_atomic
+from transformers_patches.locks import exclusive
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,10 @@ class CheckpointFile:
     def begin(self, *, resume: bool, overwrite: bool) -> bool:
         """Make way for a run, and return whether it continues from the checkpoint.
 
-        Raises PartInferError if an earlier run's work would be lost and `overwrite` is not set.
+        Raises PartInferError if an earlier run's work would be lost and `overwrite` is not set, and for an output that
+        is no file.
         """
+        check_regular(self.output)
         if overwrite:
             self.remove()
             return False
@@ -63,8 +64,8 @@ class CheckpointFile:
                 f"{self.path} is left over from an interrupted run: continue it with --resume, or start again with "
                 "--overwrite"
             )
-        if not self.exists() and self.output.exists():
-            raise PartInferError(f"{self.output} already exists: replace it with --overwrite, or give another --output")
+        if not self.exists():
+            check_new(self.output, overwrite=False)
         return self.exists()
 
     def _write(self, tensors: dict[str, torch.Tensor], state: dict, settings: dict) -> None:
@@ -123,31 +124,15 @@ def check_output(path: Path) -> None:
             f"--output {path}: expected a file whose name ends in .safetensors, which keeps the statistics; "
             "python -m profiler convert turns it into JSON"
         )
+    check_regular(path)
 
 
 @contextmanager
-def exclusive(output: Path) -> Iterator[None]:
-    """Hold the lock of an output file; PartInferError if another run holds it. The lock of a killed run is free."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.name}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise PartInferError(f"another run is writing {output}: wait for it, or give another --output") from None
-    try:
-        _remove_leftovers(output)
+def new_output(output: Path, *, overwrite: bool) -> Iterator[None]:
+    """Hold the lock of an output that is made in one go; PartInferError if it is there and is not to be replaced."""
+    with exclusive(output):
+        check_new(output, overwrite=overwrite)
         yield
-    finally:
-        path.unlink(missing_ok=True)  # while still held: a run that has opened it meanwhile notices that it is gone
-        lock.release()
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove temporary files of a run that was killed while writing."""
-    for path in output.parent.glob(f".{glob.escape(output.name)}.*"):
-        if not path.name.endswith(".lock"):
-            path.unlink(missing_ok=True)
 
 
 @contextmanager

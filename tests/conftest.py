@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,13 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small disk needs root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on a folder's disk, which is a small one."""
+    with suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+        for _ in range(10**4):
+            file.write(bytes(1024))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from texts.records import Record
 from transformers_patches.errors import PartInferError
+from transformers_patches.hub_tokens import checked_token, without_tokens
 
 
 def read_saved(folder: Path, split: str | None) -> Iterator[Record]:
@@ -39,6 +40,7 @@ def read_hub(path: str, config: str | None, split: str, *, streaming: bool) -> I
     """
     from datasets import load_dataset
 
+    checked_token(None)
     options = {"split": split, **({"streaming": True} if streaming else {})}
     try:
         try:
@@ -60,4 +62,4 @@ def _numbered(rows: Iterable, name: str) -> Iterator[Record]:
 
 
 def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return (without_tokens(str(error)).splitlines() or [""])[0] or type(error).__name__

@@ -27,11 +27,12 @@ from profiler.fitting import FitSettings
 from profiler.layerwise import Batch, LayerwiseModel
 from profiler.placement import ProfiledModel, load_for_profiling
 from profiler.ranking import SCORES, score_neurons
-from profiler.store import exclusive, interrupts_deferred
+from profiler.store import interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
 from transformers_patches import cli, flags
 from transformers_patches.config import BUDGETS, TOKEN_SELECTIONS, PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.locks import exclusive
 from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
 
@@ -100,8 +101,13 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.quiet:
         transformers_logging.disable_progress_bar()
     with exclusive(output):
-        resumes = FitCheckpoint(output).begin(resume=arguments.resume, overwrite=arguments.overwrite)
-        _report(arguments, _fit(arguments, source, neurons, settings, output, resume=resumes), output)
+        checkpoint = FitCheckpoint(output)
+        if arguments.resume and output.exists() and not checkpoint.exists():
+            fit = FitFile.load(output)  # nothing is left to do
+        else:
+            resumes = checkpoint.begin(resume=arguments.resume, overwrite=arguments.overwrite)
+            fit = _fit(arguments, source, neurons, settings, output, resume=resumes)
+        _report(arguments, fit, output)
 
 
 def _fit_settings(arguments: argparse.Namespace) -> FitSettings:

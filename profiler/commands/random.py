@@ -6,10 +6,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from profiler.arguments import add_overwrite
 from profiler.placement import checkpoint_fingerprint
+from profiler.store import new_output
 from transformers_patches import cli, flags
 from transformers_patches.families import family_of
 from transformers_patches.neurons.lookup import own_neuron_file
+from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.neurons.random_ranking import random_ranking
 from transformers_patches.weights.lookup import model_name
 
@@ -23,14 +26,25 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_model(parser)
     parser.add_argument("--output", type=Path, help="neuron file (neuron_files/<model>/random.safetensors)")
+    add_overwrite(parser)
     flags.add_json(parser)
     parser.add_argument("--seed", type=int, default=0, help="other seeds, other permutations (0)")
     flags.add_config(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    config, fingerprint = checkpoint_fingerprint(arguments.checkpoint_path)
     name = model_name(arguments.checkpoint_path)
+    output = arguments.output or own_neuron_file(name, "random")
+    with new_output(output, overwrite=arguments.overwrite):
+        neurons = _random_file(arguments, name)
+        neurons.save(output)
+    shape = f"{neurons.num_layers} layers of {neurons.intermediate_size} neurons"
+    content = {"output": str(output), **neurons.metadata}
+    cli.report(arguments.json, content, f"{output}: {shape} in random order, seed {arguments.seed}")
+
+
+def _random_file(arguments: argparse.Namespace, name: str) -> NeuronFile:
+    config, fingerprint = checkpoint_fingerprint(arguments.checkpoint_path)
     neurons = random_ranking(config.num_hidden_layers, family_of(config).intermediate_size(config), arguments.seed)
     metadata = {
         "model_name": name,
@@ -43,8 +57,4 @@ def main(arguments: argparse.Namespace) -> None:
         "tokens": "0",
         "texts": "0",
     }
-    output = arguments.output or own_neuron_file(name, "random")
-    replace(neurons, metadata=metadata).save(output)
-    shape = f"{neurons.num_layers} layers of {neurons.intermediate_size} neurons"
-    content = {"output": str(output), **metadata}
-    cli.report(arguments.json, content, f"{output}: {shape} in random order, seed {arguments.seed}")
+    return replace(neurons, metadata=metadata)

@@ -20,9 +20,10 @@ from profiler.processes import from_main
 from profiler.profile import ProfilingRun
 from profiler.ranking import SCORES, down_norms, rank
 from profiler.sequences import Encoder, Window, windows
-from profiler.store import ProfileCheckpoint, Progress, check_output, exclusive, interrupts_deferred
+from profiler.store import ProfileCheckpoint, Progress, check_output, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
 from transformers_patches import cli, flags
+from transformers_patches.locks import exclusive
 from transformers_patches.neurons.lookup import own_neuron_file
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.lookup import model_name

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from downloads import folder as folders
 from downloads.catalog import KnownModel
-from downloads.folder import MANIFEST, locked, work_folder
+from downloads.folder import MANIFEST, work_folder
 from downloads.hub import HubUnreachable, needed_files
 from downloads.model import download_model
 from tests.conftest import make_tiny_checkpoint
 from tests.downloads.conftest import add_tokenizer, contents
 from transformers_patches.errors import PartInferError
+from transformers_patches.locks import exclusive
 
 MODEL = KnownModel("acme/tiny")
 
@@ -205,7 +206,7 @@ def test_full_disk_is_one_line(filled_hub, target, monkeypatch, capsys):
 
 def test_second_download_of_the_same_model_waits(filled_hub, target, capsys):
     results = []
-    with locked(target):
+    with exclusive(target):
         second = threading.Thread(target=lambda: results.append(download_model(MODEL, target)))
         second.start()
         second.join(0.5)
@@ -213,7 +214,7 @@ def test_second_download_of_the_same_model_waits(filled_hub, target, capsys):
         assert not target.exists()
     second.join(30)
     assert results[0].source == "hub"
-    assert "another download of" in capsys.readouterr().err
+    assert "another run is writing" in capsys.readouterr().err
 
 
 def test_bin_repository_becomes_safetensors(hub, target, tmp_path):

@@ -83,7 +83,7 @@ def test_convert_there_and_back(model_folder, files, tmp_path, capsys):
     assert json.loads(legacy.read_text()) == {"neurons": NeuronFile.load(files[0]).ranking.tolist()}
     assert main(["convert", str(legacy), str(back)]) == 0
     assert torch.equal(NeuronFile.load(back).ranking, NeuronFile.load(files[0]).ranking)
-    assert main(["convert", str(legacy), str(back), "--checkpoint_path", str(model_folder)]) == 1
+    assert main(["convert", str(legacy), str(back), "--overwrite", "--checkpoint_path", str(model_folder)]) == 1
     assert "3 layers of 20 neurons, but tiny-llama has 3 layers of 48" in capsys.readouterr().err
     assert main(["convert", str(legacy), str(tmp_path / "x.bin")]) == 1
     assert "ends in .json or .safetensors" in capsys.readouterr().err

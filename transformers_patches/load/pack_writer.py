@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,9 +12,10 @@ import torch
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.files import sync_folder, write_text_atomic
+from transformers_patches.files import atomic_folder, write_text_atomic
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load.loader import load_from
+from transformers_patches.locks import exclusive
 from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.resolve import RunFiles, find_fit
@@ -186,26 +186,25 @@ def write_pack(
     """Make a pack of a checkpoint folder or GGUF file by loading it once. Returns the pack's description, and its `bytes`.
 
     settings: what is planned, and the type of the weights; neuron files: as load_model takes them. The folder is written
-    under another name first, so it is whole or not there. Raises PartInferError for what load_model refuses, settings
-    without partial loading, and an output folder that exists.
+    and synced under another name first, so it is whole or not there. Raises PartInferError for what load_model refuses, settings
+    without partial loading, and an output folder that exists or that another process writes.
     """
     source, output = Path(model), Path(output)
-    if output.exists():
-        raise PartInferError(f"{output} is there already: remove it, or give another --output")
+    _check_absent(output)
     if is_pack(source):
         raise PartInferError(f"{source} is a pack already: give the model that it was made from")
     if not settings.use_partial_loading:
         raise PartInferError("a pack holds the neurons of partial loading: add --use_partial_loading")
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        (temporary / NEURONS).mkdir(parents=True)
-        description = _fill(temporary, source, settings, dataset_neurons, model_neurons)
-        os.replace(temporary, output)
-        sync_folder(output.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return description
+    with exclusive(output):
+        _check_absent(output)  # again: another process may just have written it
+        with atomic_folder(output) as folder:
+            (folder / NEURONS).mkdir()
+            return _fill(folder, source, settings, dataset_neurons, model_neurons)
+
+
+def _check_absent(output: Path) -> None:
+    if output.exists():
+        raise PartInferError(f"{output} is there already: remove it, or give another --output")
 
 
 def _fill(

@@ -1,12 +1,13 @@
 # Every target prints the plain commands it runs; without make, copy them from here.
 PYTHON ?= python3
-MODEL = models/SmolLM2-135M-Instruct
+MODEL ?= smollm2-135m
 RUN = .venv/bin/python
 
 .PHONY: demo test fast lint install model clean
 
-demo: install model  ## a real model answers, 70 % of its FFN neurons loaded, 40 % computed
-	$(RUN) partinfer.py --function predefined_prompts --num_tokens_to_generate 64
+demo: install  ## a real model answers each prompt twice, dense and with the fewest bytes that keep its answers
+	$(RUN) download.py --model_name $(MODEL) --keep_gguf
+	$(RUN) partinfer.py --function compare --model_name $(MODEL) --num_tokens_to_generate 64
 
 test: install model lint  ## everything, on tiny random models and on the demo model
 	$(RUN) -m pytest -m "not slow"
@@ -25,9 +26,9 @@ install: .venv/installed
 	$(RUN) -m pip install -q -r requirements-dev.txt
 	touch .venv/installed
 
-model: install $(MODEL)
+model: install models/SmolLM2-135M-Instruct
 
-$(MODEL): | .venv/installed
+models/SmolLM2-135M-Instruct: | .venv/installed
 	$(RUN) download.py --model_name smollm2-135m --keep_gguf
 
 clean:  ## removes the environment and what was downloaded

@@ -12,7 +12,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.lookup import TASK_TYPES
 
-FUNCTIONS = ("normal", "chat", "predefined_prompts", "pack")
+FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +27,9 @@ def build_parser() -> argparse.ArgumentParser:
     PartInferConfig.add_arguments(parser)
     add("--mask_filepath", metavar="FILE", help="write the load plan that was used, as JSON")
     task = parser.add_argument_group("what to do")
-    task.add_argument("--function", choices=FUNCTIONS, default="normal", help="pack writes --output")
+    task.add_argument(
+        "--function", choices=FUNCTIONS, default="normal", help="compare answers dense, too; pack writes --output"
+    )
     task.add_argument("--output", metavar="FOLDER", help="of --function pack: the planned neurons, to load them faster")
     task.add_argument("--task_type", choices=TASK_TYPES, default="QA")
     task.add_argument("--prompt", help="the text; - reads standard input (a predefined prompt)")
@@ -107,6 +109,7 @@ def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInf
     """The settings for a model, with the neuron files that are looked up, and says which; a pack's own where it is one."""
     from transformers_patches.plan.neuron_files import settings_for
     from transformers_patches.weights.lookup import model_name
+    from transformers_patches.weights.pack_description import is_pack
 
     given = PartInferConfig.given_in(arguments)
     settings = settings_for(folder, given, arguments.task_type)
@@ -114,6 +117,12 @@ def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInf
     if any(paths) and not {"dataset_neurons_filepath", "model_neurons_filepath"} & given.keys() and not arguments.quiet:
         named = ", ".join(Path(path).name for path in paths if path)
         print(f"neuron files: {named} for {model_name(folder)}", file=sys.stderr)
+    if settings.use_partial_loading and not any(paths) and not is_pack(folder) and not arguments.quiet:
+        print(
+            f"no neuron files for {model_name(folder)}: everything is loaded, and a token reads {settings.sparsity:.0%} of "
+            "the FFN bytes; python -m profiler run measures what that costs",
+            file=sys.stderr,
+        )
     return settings
 
 

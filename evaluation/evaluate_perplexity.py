@@ -66,13 +66,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
-    from evaluation.models import model_label
+    from evaluation.models import model_label, settled
     from transformers_patches.weights.lookup import find_model
     from transformers_patches.weights.model_files import load_tokenizer, read_config
 
     folder = find_model(arguments.model_name, arguments.checkpoint_path)
     tokenizer = load_tokenizer(folder)
     examples = read_examples(source, tokenizer, read_config(folder).max_position_embeddings)
+    grid = [settled(configuration, folder, arguments.task_type) for configuration in grid]
     rows = _measure(grid, folder, examples, batch_size, arguments)
     result = {
         "model": model_label(folder),

@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
+    from evaluation.models import settled
     from evaluation.task_runs import TaskRunner
     from transformers_patches.weights.lookup import find_model
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for configuration in grid:
         for task_type, tasks in runner.tasks_by_type().items():
-            rows += runner.run(configuration, task_type, tasks)
+            rows += runner.run(settled(configuration, runner.folder, task_type), task_type, tasks)
             gc.collect()  # one model at a time in memory
     table = markdown_table(rows, ["task", "configuration", "metric", "value", "stderr", "ffn_bytes_fraction"])
     cli.report(arguments.json, {"model": runner.model, "rows": rows}, table, indent=1)

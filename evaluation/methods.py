@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 from transformers_patches import flags
-from transformers_patches.config import PartInferConfig
+from transformers_patches.config import PartInferConfig, check_given, chooses_nothing
 from transformers_patches.errors import PartInferError
 
 
@@ -53,6 +53,7 @@ class Configuration:
     label: str  # its name in tables
     method: str
     settings: PartInferConfig  # what the model is loaded with
+    by_default: bool = False  # whether what is loaded and computed was left to the program
 
     @property
     def folder_name(self) -> str:
@@ -123,9 +124,11 @@ def build_grid(arguments: argparse.Namespace) -> list[Configuration]:
         for point in itertools.product(*swept.values()):
             chosen = dict(zip(swept, point, strict=True))
             options = _fixed_for(method, fixed) | chosen | dict(method.preset)
+            check_given(options)
             settings = PartInferConfig(method=method.compute, use_partial_loading=method.partial, **options)
             parts = [_label(key, value) for key, value in chosen.items() if len(swept[key]) > 1]
-            grid.append(Configuration(" ".join([name, *parts]), name, settings))
+            by_default = name == "partinfer" and chooses_nothing(options)
+            grid.append(Configuration(" ".join([name, *parts]), name, settings, by_default))
     return grid
 
 
@@ -166,7 +169,7 @@ def _relevant(method: Method) -> list[str]:
 
 def _fixed_for(method: Method, fixed: dict) -> dict:
     """Without what means nothing to a method: baselines stay what they are."""
-    left_out = set() if _is_open(method) else {"budget", "fit_filepath", "token_count"}
+    left_out = set() if _is_open(method) else {"budget", "fit_filepath", "token_count", "max_loss"}
     if method.compute == "dense":  # nothing to move between CPU and GPU
         left_out |= {"memory_limit"}
     return {key: value for key, value in fixed.items() if key not in left_out}

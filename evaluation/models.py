@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from evaluation.methods import METHODS, Configuration
@@ -13,7 +14,7 @@ from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.lookup import find_random_neurons
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.neurons.random_ranking import random_ranking
-from transformers_patches.plan.neuron_files import with_neuron_files
+from transformers_patches.plan.neuron_files import default_settings, with_neuron_files
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.lookup import model_name, model_names
 from transformers_patches.weights.model_files import read_config
@@ -31,6 +32,14 @@ def find_rankings(settings: PartInferConfig, folder: Path, task_type: str | None
     found = with_neuron_files(settings, folder, task_type)
     paths = {"dataset_neurons": found.dataset_neurons_filepath, "model_neurons": found.model_neurons_filepath}
     return {name: NeuronFile.load(path) for name, path in paths.items() if path}
+
+
+def settled(configuration: Configuration, folder: Path, task_type: str | None) -> Configuration:
+    """The configuration with the settings that partinfer.py would choose, where that was left to the program."""
+    if not configuration.by_default:
+        return configuration
+    settings = default_settings(configuration.settings, folder, task_type)
+    return replace(configuration, settings=settings, by_default=False)
 
 
 def random_rankings(folder: Path, given: str | None, seed: int) -> dict[str, NeuronFile]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from transformers_patches.load.loaded_model import LoadedModel
-from transformers_patches.modules.screened_head import ScreenedHead
-from transformers_patches.sparse.request import RequestLayer
 
 
 def weight_counts(loaded: LoadedModel) -> dict:
@@ -17,8 +15,7 @@ def weight_counts(loaded: LoadedModel) -> dict:
     weight_bytes_read: bytes read from disk
     weight_bytes_dense: bytes of the whole checkpoint
     weight_bytes_resident: bytes in memory
-    bytes_per_token: bytes read for one token. An input embedding that is not also the output layer is left out, since a
-        token reads one row of it. A screened head counts with what decoded tokens read on average.
+    bytes_per_token: bytes read for one token, see LoadedModel.token_bytes
     """
     layers = loaded.state.layers
     return {
@@ -29,25 +26,5 @@ def weight_counts(loaded: LoadedModel) -> dict:
         "weight_bytes_read": loaded.report.bytes_read,
         "weight_bytes_dense": loaded.report.bytes_dense,
         "weight_bytes_resident": loaded.report.bytes_resident,
-        "bytes_per_token": _bytes_per_token(loaded),
+        "bytes_per_token": loaded.token_bytes(),
     }
-
-
-def _bytes_per_token(loaded: LoadedModel) -> int:
-    model = loaded.model
-    total = loaded.report.bytes_resident
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if embedding is not head.weight:
-        total -= embedding.nbytes
-    skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in loaded.state.layers)
-    if isinstance(head, ScreenedHead):
-        skipped += head.unread_bytes()
-    return round(total - skipped)
-
-
-def _read_share(layer: RequestLayer) -> float:
-    """Share of a layer's stored rows that a decoded token has read on average; 1 if nothing was decoded."""
-    if not layer.counters.tokens:
-        return 1.0
-    rows = layer.counters.rows / layer.counters.tokens
-    return rows / (layer.rows.count * layer.rows.matrices)

@@ -233,3 +233,17 @@ def test_threads_wait_briefly_unless_told_otherwise(given, expected, monkeypatch
     monkeypatch.setattr(cli.os, "environ", environment)
     cli.wait_briefly()
     assert environment["GOMP_SPINCOUNT"] == expected
+
+
+def test_compare_answers_dense_too_and_ends_with_a_table(run):
+    code, out, _ = run("--function", "compare", "--prompt", "hi", "--sparsity", "0.5")
+    assert code == 0
+    assert "dense: " in out
+    assert "partinfer: " in out
+    assert out.count("MB of weights per token, ") == 2
+    assert out.splitlines()[-2].startswith("dense")
+    _, out, _ = run("--function", "compare", "--prompt", "hi", "--json")
+    dense, partinfer_row = json.loads(out)["comparison"]
+    assert partinfer_row["token_bytes"] < dense["token_bytes"]
+    assert partinfer_row["weight_bytes_resident"] < dense["weight_bytes_resident"]
+    assert dense["predicted_loss"] == 0.0

@@ -23,6 +23,14 @@ BUDGETS = ("auto", "uniform", "per_layer")
 TOKEN_COUNTS = ("auto", "exact", "average")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
+# what chooses a setting by itself: who gives one of these gets no bound on the loss by default
+OWN_CHOICE = (
+    *("method", "use_partial_loading", "loaded_neurons_percent", "sparsity", "base_neurons_percent", "token_sparsity"),
+    *("selection", "token_count", "compensation", "fit_filepath", "budget", "start_num", "end_num"),
+    *("base_neurons_type", "memory_limit"),
+)
+# what a bound on the loss decides, so that both can't be given
+DECIDED = ("loaded_neurons_percent", "sparsity", "selection", "token_count", "compensation", "budget")
 FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_num and end_num are not given
 
 
@@ -53,6 +61,12 @@ class PartInferConfig:
     sparsity: float = _option(
         0.4,
         "portion of the neurons computed in decoding, or with a selection per token of the FFN bytes read, phi",
+        type=float,
+    )
+    max_loss: float | None = _option(
+        None,
+        "instead of the fractions: load everything, and read the fewest bytes of all layers' FFNs whose predicted loss, in "
+        "nats per token over dense, is at most this (0.05 where neither is given and the neuron file has a loss curve)",
         type=float,
     )
     base_neurons_percent: float | None = _option(
@@ -145,6 +159,10 @@ class PartInferConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise PartInferError(f"{name} must be a fraction in [0, 1], got {value}")
+        if self.max_loss is not None and not (self.max_loss >= 0 and self.method == "partinfer"):
+            raise PartInferError(
+                f"max_loss must be at least 0 nats, of method partinfer, got {self.max_loss} of {self.method}"
+            )
         if self.method == "partinfer":
             self.use_partial_loading = True
             self._check_order("base_neurons_percent", "sparsity")
@@ -187,7 +205,8 @@ class PartInferConfig:
 
     @property
     def needs_neuron_files(self) -> bool:
-        return self.use_partial_loading
+        """Whether nothing can be loaded without one."""
+        return self.use_partial_loading and (self.loaded_neurons_percent < 1 or self.max_loss is not None)
 
     def resolve_layers(self, num_layers: int) -> range:
         """The sparse layers of a model with num_layers layers.
@@ -233,3 +252,21 @@ class PartInferConfig:
         """The fields that were given among parsed arguments, by name."""
         names = {item.name for item in fields(cls)}
         return {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+
+
+def default_layers(num_layers: int) -> range:
+    """The sparse layers of a model where none are given; empty for models that are not deep enough."""
+    return range(FIRST_LAYERS_KEPT, max(FIRST_LAYERS_KEPT, num_layers - LAST_LAYERS_KEPT))
+
+
+def check_given(given: dict) -> None:
+    """PartInferError if a bound on the loss is given together with what it decides. given: fields of PartInferConfig."""
+    both = [name for name in DECIDED if name in given]
+    if given.get("max_loss") is not None and both:
+        raise PartInferError(f"--max_loss decides about --{both[0]}: give one of them")
+
+
+def chooses_nothing(given: dict) -> bool:
+    """Whether the fields that were given leave the setting to the program."""
+    chosen = {name: value for name, value in given.items() if (name, value) != ("method", "partinfer")}
+    return not {"max_loss", *OWN_CHOICE} & chosen.keys()

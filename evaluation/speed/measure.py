@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from evaluation.methods import Configuration
-from evaluation.models import model_label
+from evaluation.models import model_label, settled
 from evaluation.speed.job import Job, Timing
 from evaluation.speed.random_weights import RandomWeights, shape_config
 from evaluation.speed.rows import measured_row, speedup
@@ -86,6 +86,8 @@ class Measurement:
 
     def rows(self, grid: list[Configuration], with_transformers: bool, compared: list[str | None]) -> list[dict]:
         """A row for each configuration, two for transformers, and one for each type of llama.cpp's weights."""
+        if self.folder is not None:
+            grid = [settled(configuration, self.folder, self.arguments.task_type) for configuration in grid]
         jobs = [self._job("partinfer", p.label, self._dtype(p.settings.dtype), configuration=p) for p in grid]
         if with_transformers:
             jobs.append(self._job("transformers", "transformers", self._float_dtype()))

@@ -21,10 +21,11 @@ from profiler.arguments import (
     text_source,
 )
 from profiler.budget import Share, spread_budget
-from profiler.commands.run import default_output, profiled_settings, text_sequences
+from profiler.commands.run import default_output, profiled_settings
 from profiler.fit_run import FitCheckpoint, FitRun, prepare_texts
 from profiler.fitting import FitSettings
 from profiler.layerwise import Batch, LayerwiseModel
+from profiler.model_texts import text_sequences
 from profiler.placement import ProfiledModel, load_for_profiling
 from profiler.ranking import SCORES, score_neurons
 from profiler.store import interrupts_deferred

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,12 +15,14 @@ from transformers.utils import logging as transformers_logging
 
 from profiler.arguments import add_model_arguments, add_output_arguments, add_text_arguments, positive, text_source
 from profiler.collect import Collector
-from profiler.own_texts import OwnTexts
+from profiler.expected_loss import add_loss_tokens, expectation, measure, texts_to_score
+from profiler.loss_measurement import ScoredText
+from profiler.model_texts import own_texts, text_sequences
 from profiler.placement import ProfiledModel, load_for_profiling
 from profiler.processes import from_main
 from profiler.profile import ProfilingRun
 from profiler.ranking import SCORES, down_norms, rank
-from profiler.sequences import Encoder, Window, windows
+from profiler.sequences import Window, windows
 from profiler.store import ProfileCheckpoint, Progress, check_output, interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
 from transformers_patches import cli, flags
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         resume="go on from the checkpoint of an interrupted run, if any",
     )
     output.add_argument("--score", choices=SCORES, default="mean_abs", help="what the ranking goes by (mean_abs)")
+    add_loss_tokens(output)
     output.add_argument("--checkpoint_every", type=positive, default=256, help="texts between checkpoints (256)")
 
 
@@ -86,7 +90,22 @@ def _already_done(arguments: argparse.Namespace, output: Path) -> bool:
 
 
 def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path, processes: PartialState) -> None:
-    """Run the model over the texts; the main process writes the neuron file."""
+    """Run the model over the texts; the main process measures losses and writes the neuron file."""
+    counted = _count(arguments, source, output, processes)
+    if counted is None:
+        return
+    neurons, texts = counted  # the model's memory is free by now: measuring loads it again
+    if texts:
+        neurons.loss = measure(arguments, neurons, texts)
+    with interrupts_deferred():
+        neurons.save(output)
+        ProfileCheckpoint(output).remove()
+
+
+def _count(
+    arguments: argparse.Namespace, source: ResolvedSource, output: Path, processes: PartialState
+) -> tuple[NeuronFile, list[ScoredText]] | None:
+    """The ranked neurons, and the texts to measure losses on; None in processes besides the main one."""
     own = source.dataset == SELF
     prompt_tokens = 0 if own else arguments.max_length
     device = f"cuda:{processes.local_process_index}" if _shares_gpus(arguments, processes) else arguments.device
@@ -117,15 +136,14 @@ def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path,
     )
     run.run(resume=_resumes(run, arguments))
     if not processes.is_main_process:
-        return
+        return None
     counted = {"tokens": str(statistics.tokens), "texts": str(run.progress.texts)}
     named = {name: str(value) for name, value in settings.items() if value is not None}
     metadata = {**named, **counted, "datasets": "1", "texts_sha256": run.progress.digest}
     values = {**statistics.means(), "down_norm": down_norms(loaded.model)}
     neurons = rank(values, arguments.score, metadata, input_squares=statistics.input_squares())
-    with interrupts_deferred():
-        neurons.save(output)
-        run.checkpoint.remove()
+    alone = processes.num_processes == 1 or source.dataset != SELF  # own texts are written by all processes together
+    return neurons, texts_to_score(arguments, source, loaded) if alone and arguments.loss_tokens else []
 
 
 def _shares_gpus(arguments: argparse.Namespace, processes: PartialState) -> bool:
@@ -142,7 +160,7 @@ def _window_source(
     """What gives the run its windows; their size is a multiple of the batch size."""
     size = -(-arguments.checkpoint_every // arguments.batch_size) * arguments.batch_size
     if source.dataset == SELF:
-        own = _own_texts(arguments, source, loaded, processes)
+        own = own_texts(arguments, source, loaded, processes)
 
         def own_windows(done: Progress) -> Iterator[Window]:
             rest = own.sequences(done.windows * size)
@@ -154,33 +172,6 @@ def _window_source(
         return windows(text_sequences(arguments, source, loaded), size, arguments.skip, arguments.limit)
 
     return read_windows
-
-
-def text_sequences(arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel) -> Iterator[list[int]]:
-    """Token ids of the source's texts, from the first on; without end where the model writes its own."""
-    if source.dataset == SELF:
-        return _own_texts(arguments, source, loaded, PartialState()).sequences()
-    encoder = Encoder(
-        loaded.tokenizer,
-        arguments.max_length,
-        chat_template=arguments.chat_template,
-        split=source.language_modelling,
-    )
-    return encoder.sequences(source.prompts())
-
-
-def _own_texts(
-    arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel, processes: PartialState
-) -> OwnTexts:
-    return OwnTexts(
-        loaded.model,
-        loaded.tokenizer,
-        prefix=source.template.prefix(),
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
-        processes=processes,
-    )
 
 
 def profiled_settings(arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel) -> dict:
@@ -213,4 +204,8 @@ def _report(arguments: argparse.Namespace, neurons: NeuronFile, output: Path) ->
         f"{output}: {neurons.num_layers} layers of {neurons.intermediate_size} neurons ranked by {data['score']} "
         f"over {data['tokens']} tokens of {data['texts']} texts ({data['dataset']}, {data['task_type']})"
     )
-    cli.report(arguments.json, {"output": os.fspath(output), **data}, text)
+    content = {"output": os.fspath(output), **data}
+    if neurons.loss is not None:
+        content["losses"] = [asdict(point) for point in neurons.loss.points]
+        text = f"{expectation(neurons.loss)}\n\n{text}"
+    cli.report(arguments.json, content, text)

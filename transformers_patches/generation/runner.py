@@ -16,6 +16,7 @@ from transformers_patches import cli
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.flags import STANDARD_OUTPUT
+from transformers_patches.generation.comparison import Comparison, table
 from transformers_patches.generation.generate import Conversation, GenerationOptions, GenerationResult, generate
 from transformers_patches.generation.prompts import (
     TEMPLATES,
@@ -25,6 +26,7 @@ from transformers_patches.generation.prompts import (
     uses_chat_template,
 )
 from transformers_patches.load.loader import load_model
+from transformers_patches.plan.max_loss import DEFAULT_MAX_LOSS, SPOILS
 from transformers_patches.weights.model_files import load_tokenizer
 
 MEGABYTE = 10**6
@@ -51,14 +53,26 @@ class Runner:
     def __init__(
         self, folder: Path, settings: PartInferConfig, options: GenerationOptions, arguments: argparse.Namespace
     ) -> None:
-        self.arguments = arguments
+        self.arguments, self.folder = arguments, folder
+        self.comparison: Comparison | None = None
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.manual_seed(arguments.seed)
         self.tokenizer = load_tokenizer(folder)
         self.loaded = load_model(folder, settings)
+        self._warn()
         self.options = self._with_task_stop(options)
         self.results: list[tuple[str, GenerationResult]] = []
+
+    def _warn(self) -> None:
+        """Say so if the settings spoil the answers, with the flag that helps."""
+        loss = self.loaded.run.predicted_loss
+        if loss is not None and loss > SPOILS and not self.arguments.quiet:
+            print(
+                f"these settings are predicted to cost {loss:.2f} nats per token, and answers may break: "
+                f"--max_loss {DEFAULT_MAX_LOSS} keeps them",
+                file=sys.stderr,
+            )
 
     def _with_task_stop(self, options: GenerationOptions) -> GenerationOptions:
         """A base model would go on with an example of its own: end it there unless the user says otherwise."""
@@ -75,9 +89,13 @@ class Runner:
         if text is None:
             text = predefined_prompts(self.arguments.task_type)[0]
             self._show_prompt(text)
-        elif text == "-":
-            text = _decoded(_standard_input().read()).strip()
+        text = self._text(text)
         return self._answer(text, self._task_ids(text))
+
+    @staticmethod
+    def _text(given: str) -> str:
+        """A text, or standard input for -."""
+        return _decoded(_standard_input().read()).strip() if given == "-" else given
 
     def predefined_prompts(self) -> int:
         """Answer the project's own prompts of the task type, one after the other; Ctrl-C goes on to the next one."""
@@ -86,6 +104,26 @@ class Runner:
             self._show_prompt(text)
             code = self._answer(text, self._task_ids(text))
         return code
+
+    def compare(self) -> int:
+        """Answer --prompt, or the predefined prompts, dense and by the settings, and end with a table of both."""
+        given = self.arguments.prompt
+        texts = predefined_prompts(self.arguments.task_type) if given is None else [self._text(given)]
+        settings = dataclasses.replace(
+            self.loaded.settings, method="dense", use_partial_loading=False, max_loss=None, memory_limit=False
+        )
+        self.comparison = Comparison(load_model(self.folder, settings), self.loaded, self.options)
+        show = self._print_piece if self.arguments.json != STANDARD_OUTPUT else None
+        interrupted = False
+        for text in texts:
+            self._show_prompt(text)
+            interrupted = self.comparison.answer(self.tokenizer, self._task_ids(text), show)
+            if interrupted:
+                break
+        self.results = list(zip(texts, self.comparison.sides[-1].results, strict=False))
+        if show is not None:
+            print(f"\n{table(self.comparison.rows())}", flush=True)
+        return cli.INTERRUPTED if interrupted else cli.DONE
 
     def chat(self) -> int:
         """Take turns with the user until the input ends or says /exit; /reset forgets the history.
@@ -176,6 +214,8 @@ class Runner:
             f"neurons loaded {plan.loaded_fraction:.1%}, computed {computed:.1%}{per_token} "
             f"in {len(plan.layers)} of {plan.num_layers} layers"
         )
+        if self.loaded.run.predicted_loss is not None:
+            parts.append(f"predicted loss {self.loaded.run.predicted_loss:.3f} nats per token")
         parts.append(
             f"weights read {report.bytes_read / MEGABYTE:.0f} of {report.bytes_dense / MEGABYTE:.0f} MB, "
             f"held {report.bytes_resident / MEGABYTE:.0f} MB"
@@ -199,6 +239,7 @@ class Runner:
             # a neuron of which one of three rows was computed, to choose among tokens' candidates, is a third of one
             "computed_neurons_percent": loaded.bytes_fraction(),
             "wholly_computed_neurons_percent": loaded.computed_fraction(),
+            "predicted_loss": loaded.run.predicted_loss,
             "sparse_layers": list(loaded.plan.layers),
             "weight_bytes_read": loaded.report.bytes_read,
             "weight_bytes_dense": loaded.report.bytes_dense,
@@ -210,6 +251,8 @@ class Runner:
                 name: decision.why for name, decision in loaded.run.decisions.items()
             },  # of settings left to auto
         }
+        if self.comparison is not None:
+            total["comparison"] = self.comparison.rows()
         if len(results) != 1:
             total["results"] = [{"prompt": text, **dataclasses.asdict(result)} for text, result in self.results]
         return total

@@ -37,8 +37,7 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
     """What replaces a layer's FFN, still without memory. dense: the module with the layer's projections."""
     family, plan, settings = run.family, run.plan.layers[layer], run.settings
     up, down = getattr(dense, family.up), getattr(dense, family.down)
-    with_threshold = run.fit is not None and run.fit.has_thresholds(settings.selection, settings.sparsity)
-    prior = Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)
+    prior = _prior(run, layer, plan)
     with init_empty_weights():
         rows = NeuronRows(
             plan.loaded_count,
@@ -52,6 +51,14 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
         )
         selection = _selection(run, rows, plan, prior)
         return SparseFFN(rows, selection, state, output_bias=down.bias is not None).to(run.dtype)
+
+
+def _prior(run: ResolvedRun, layer: int, plan: LayerPlan) -> Prior:
+    settings = run.settings
+    if settings.max_loss is not None:
+        return Prior.of_curve(plan, layer, run.base, settings.sparsity)
+    with_threshold = run.fit is not None and run.fit.has_thresholds(settings.selection, settings.sparsity)
+    return Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)
 
 
 def _selection(run: ResolvedRun, rows: NeuronRows, plan: LayerPlan, prior: Prior) -> Selection:

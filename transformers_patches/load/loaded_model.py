@@ -11,7 +11,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.plan.load_plan import LoadPlan
 from transformers_patches.plan.run import ResolvedRun
-from transformers_patches.sparse.request import RequestState
+from transformers_patches.sparse.request import RequestLayer, RequestState
 
 
 @dataclass
@@ -69,7 +69,30 @@ class LoadedModel:
         read = sum(layer.counters.rows for layer in self.state.layers)
         return read / (tokens * matrices * self.plan.intermediate_size)
 
+    def token_bytes(self) -> int:
+        """Bytes of weights that a decoded token read on average since the last reset; if none was decoded, what it would.
+
+        An input embedding that is not also the lm_head is left out, since a token reads one row of it. A screened lm_head
+        counts with what decoded tokens read of it on average.
+        """
+        total = self.report.bytes_resident
+        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
+        if embedding is not head.weight:
+            total -= embedding.nbytes
+        skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in self.state.layers)
+        if isinstance(head, ScreenedHead):
+            skipped += head.unread_bytes()
+        return round(total - skipped)
+
     def reset_counters(self) -> None:
         head = self.model.get_output_embeddings()
         for counting in (*self.state.layers, *([head] if isinstance(head, ScreenedHead) else [])):
             counting.reset_counters()
+
+
+def _read_share(layer: RequestLayer) -> float:
+    """Share of a layer's stored rows that a decoded token has read on average; 1 if nothing was decoded."""
+    if not layer.counters.tokens:
+        return 1.0
+    rows = layer.counters.rows / layer.counters.tokens
+    return rows / (layer.rows.count * layer.rows.matrices)

@@ -32,6 +32,7 @@ from transformers_patches.weights.pack_description import (
     FIXED,
     FORMAT,
     INDEX,
+    KEPT,
     LARGEST,
     NEURONS,
     VERSION,
@@ -224,7 +225,7 @@ def _fill(
     _save_neurons(folder / NEURONS, files, run)
     _copy_rest(source, folder)
     layers = list(run.plan.layers)
-    made = {name: getattr(run.settings, name) for name in FIXED}
+    made = {name: getattr(run.settings, name) for name in (*FIXED, *KEPT)}
     description = {
         "format": FORMAT,
         "version": VERSION,

@@ -16,6 +16,10 @@ _MODEL_STEMS = ("model", "model_neurons")  # the second is what the original cal
 _TASK_STEMS = {"QA": ("qa",), "Summarize": ("summarize",), "translate_de_en": ("translate_de_en", "translate")}
 
 
+class NoNeuronFiles(PartInferError):
+    """There are none for a model."""
+
+
 @dataclass(frozen=True)
 class NeuronFilePaths:
     """The neuron files of a run: the task's ("dataset") and the model's; either may be missing, not both."""
@@ -33,13 +37,13 @@ def find_neuron_files(model_names: Sequence[str], task_type: str | None) -> Neur
     """Look in neuron_files/<model>/ for the task's file and the model's, .safetensors before legacy .json.
 
     model_names: what the model is called; the first under which there are files counts. task_type: one of TASK_TYPES,
-    or None for no task. Raises PartInferError if there is neither file.
+    or None for no task. Raises NoNeuronFiles if there is neither file.
     """
     for name in model_names:
         found = NeuronFilePaths(_first(name, _TASK_STEMS.get(task_type, ())), _first(name, _MODEL_STEMS))
         if found.dataset or found.model:
             return found
-    raise PartInferError(
+    raise NoNeuronFiles(
         f"no neuron files for {model_names[0]} in {OWN_NEURON_FILES}/: make one with python -m profiler run, or give "
         "--dataset_neurons_filepath"
     )

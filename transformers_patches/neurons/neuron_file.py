@@ -2,7 +2,7 @@
 
 The project's format is one safetensors file: `ranking` (int32), optionally `scores` (float32) and
 `statistics.<name>` (float32, see STATISTICS), every one [layers, N], optionally `input_squares.<name>` (float32, see
-INPUT_SQUARES), and string metadata. The legacy format of the original is JSON, `{"neurons": [[N indices] * layers]}`, best
+INPUT_SQUARES), optionally a loss curve (`loss.<name>`, and `loss_points` in the metadata), and string metadata. The legacy format of the original is JSON, `{"neurons": [[N indices] * layers]}`, best
 neuron first. Both are validated before anything is done with them.
 """
 
@@ -19,9 +19,11 @@ from transformers import PretrainedConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 from transformers_patches.files import save_tensors_atomic, write_text_atomic
+from transformers_patches.neurons.loss_curve import LossCurve
 
 FORMAT = "partinfer-neurons"
 VERSION = "1"
+LOSS_POINTS = "loss_points"
 # Per-token means over all counted tokens of h, the activation that enters the down projection, and of
 # h / ||h||_2 (the norm over the neurons of one token).
 ACTIVATION_STATISTICS = ("mean_abs", "mean", "mean_sq", "normalized_mean_abs", "normalized_mean", "normalized_mean_sq")
@@ -39,7 +41,8 @@ class NeuronFile:
     ranking: int32 [layers, N], each row a permutation of 0…N-1; scores: float32 [layers, N] by neuron index, or
     None; statistics: float32 [layers, N] by neuron index, for names in STATISTICS; metadata: strings, among them
     `model_name`, `model_type`, `fingerprint`, `dataset`, `task_type`, `score`, `tokens`, `texts`; source: where it
-    was read from, for messages; input_squares: float32, for names in INPUT_SQUARES.
+    was read from, for messages; input_squares: float32, for names in INPUT_SQUARES; loss: what decoding with fewer bytes
+    costs, None if that was not measured.
     """
 
     ranking: torch.Tensor
@@ -48,6 +51,7 @@ class NeuronFile:
     metadata: dict[str, str] = field(default_factory=dict)
     source: str = "(in memory)"
     input_squares: dict[str, torch.Tensor] = field(default_factory=dict)
+    loss: LossCurve | None = None
 
     def __post_init__(self) -> None:
         validate_ranking(self.ranking, self.source)
@@ -64,6 +68,15 @@ class NeuronFile:
                     f"{self.source}: input_squares.{name} has shape {list(values.shape)}, expected {rows} rows of "
                     "numbers of at least 0: the file is damaged, make it again"
                 )
+        if self.loss is not None:
+            self._check_loss(self.loss)
+
+    def _check_loss(self, loss: LossCurve) -> None:
+        sizes = [loss.thresholds.shape[1:] == (self.num_layers,)]
+        if loss.gate_size is not None:
+            sizes.append(loss.gate_size.shape == self.ranking.shape)
+        if not all(sizes):
+            raise PartInferError(f"{self.source}: its loss curve is of another model: make the file again")
 
     @property
     def num_layers(self) -> int:
@@ -118,7 +131,11 @@ class NeuronFile:
             tensors["scores"] = self.scores.float().contiguous()
         tensors.update({f"statistics.{name}": v.float().contiguous() for name, v in self.statistics.items()})
         tensors.update({f"input_squares.{name}": v.float().contiguous() for name, v in self.input_squares.items()})
-        save_tensors_atomic(path, tensors, {**self.metadata, "format": FORMAT, "version": VERSION})
+        metadata = {**self.metadata, "format": FORMAT, "version": VERSION}
+        if self.loss is not None:
+            tensors.update({f"loss.{name}": v.float().contiguous() for name, v in self.loss.tensors().items()})
+            metadata[LOSS_POINTS] = self.loss.described()
+        save_tensors_atomic(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> NeuronFile:
@@ -127,6 +144,15 @@ class NeuronFile:
         if not path.is_file():
             raise PartInferError(f"no neuron file at {path}: make one with python -m profiler run")
         return _load_legacy(path) if path.suffix == ".json" else _load_safetensors(path)
+
+
+def has_loss_curve(path: str | Path) -> bool:
+    """Whether a neuron file has one; only the head of the file is read. False for what can't be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return LOSS_POINTS in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def ranking_from_scores(scores: torch.Tensor) -> torch.Tensor:
@@ -193,8 +219,10 @@ def _load_safetensors(path: Path) -> NeuronFile:
     version = metadata.pop("version", "")
     if version != VERSION:
         raise PartInferError(f"{path} has format version {version!r}, this program reads {VERSION!r}: make it again")
-    statistics, squares = (
+    statistics, squares, losses = (
         {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
-        for prefix in ("statistics.", "input_squares.")
+        for prefix in ("statistics.", "input_squares.", "loss.")
     )
-    return NeuronFile(tensors["ranking"], tensors.get("scores"), statistics, metadata, str(path), squares)
+    described = metadata.pop(LOSS_POINTS, None)
+    loss = None if described is None else LossCurve.read(described, losses, str(path))
+    return NeuronFile(tensors["ranking"], tensors.get("scores"), statistics, metadata, str(path), squares, loss)

@@ -96,7 +96,8 @@ def build_load_plan(
     size, num_layers = family.intermediate_size(config), config.num_hidden_layers
     if not (settings.use_partial_loading or settings.computes_sparsely):
         return LoadPlan(settings.method, num_layers, size, {})
-    if settings.use_partial_loading and dataset_neurons is None and model_neurons is None:
+    partly = settings.use_partial_loading and settings.loaded_neurons_percent < 1
+    if partly and dataset_neurons is None and model_neurons is None:
         raise PartInferError(
             "partial loading needs a neuron file: give --dataset_neurons_filepath or --model_neurons_filepath, "
             "or make one with python -m profiler run"

@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from transformers_patches.config import PartInferConfig
-from transformers_patches.neurons.lookup import find_neuron_files
+from transformers_patches.config import DECIDED, PartInferConfig, check_given, chooses_nothing
+from transformers_patches.neurons.lookup import NoNeuronFiles, find_neuron_files
+from transformers_patches.neurons.neuron_file import has_loss_curve
+from transformers_patches.plan.max_loss import (
+    DEFAULT_MAX_LOSS,
+    UNMEASURED,
+    everything_loaded,
+)
 from transformers_patches.weights.lookup import model_names
+from transformers_patches.weights.model_files import read_config
 from transformers_patches.weights.pack_description import is_pack, pack_settings
 
 
@@ -17,20 +24,53 @@ def settings_for(path: str | Path, given: dict, task_type: str | None) -> PartIn
     given: fields of PartInferConfig by name. Raises PartInferError for settings that contradict each other, and where
     neuron files are needed and there are none.
     """
+    check_given(given)
     if is_pack(path):
-        return PartInferConfig(**(pack_settings(path) | given))
-    return with_neuron_files(PartInferConfig(**given), path, task_type)
+        return PartInferConfig(**(_pack_defaults(path, given) | given))
+    settings = PartInferConfig(**given)
+    if not chooses_nothing(given):
+        return with_neuron_files(settings, path, task_type)
+    return default_settings(settings, path, task_type)
+
+
+def default_settings(settings: PartInferConfig, path: str | Path, task_type: str | None) -> PartInferConfig:
+    """What is loaded and computed where that is left to the program.
+
+    A bound on the loss where the neuron file has a curve, the documented fractions where it has none. Without neuron
+    files everything is loaded, and tokens choose by weights and prompt. A pack keeps what it was made with.
+    """
+    if is_pack(path):
+        return settings
+    try:
+        found = with_neuron_files(settings, path, task_type)
+    except NoNeuronFiles:
+        return everything_loaded(settings, read_config(path).num_hidden_layers, UNMEASURED)
+    ranks = found.dataset_neurons_filepath or found.model_neurons_filepath
+    return replace(found, max_loss=DEFAULT_MAX_LOSS) if ranks and has_loss_curve(ranks) else found
+
+
+def _pack_defaults(path: str | Path, given: dict) -> dict:
+    """What a pack was made with, less the bound on the loss where the setting is chosen otherwise."""
+    made = pack_settings(path)
+    if made.get("max_loss") is not None and any(name in given for name in DECIDED):
+        made.pop("max_loss")
+    return made
 
 
 def with_neuron_files(settings: PartInferConfig, path: str | Path, task_type: str | None) -> PartInferConfig:
     """Fill in the paths of neuron files where partial loading needs them and none is named; a pack has its own.
 
-    Raises PartInferError if there are none.
+    Where everything is loaded they are used if there are some. Raises NoNeuronFiles if they are needed and there are none.
     """
     named = settings.dataset_neurons_filepath or settings.model_neurons_filepath
-    if named or not settings.needs_neuron_files or is_pack(path):
+    if named or not settings.use_partial_loading or is_pack(path):
         return settings
-    found = find_neuron_files(model_names(path), task_type)
+    try:
+        found = find_neuron_files(model_names(path), task_type)
+    except NoNeuronFiles:
+        if settings.needs_neuron_files:
+            raise
+        return settings
     return replace(
         settings,
         dataset_neurons_filepath=found.dataset and str(found.dataset),

@@ -22,6 +22,7 @@ from transformers_patches.plan.machine import (
     decide_screening,
     types_of,
 )
+from transformers_patches.plan.max_loss import predicted_loss, within_max_loss
 from transformers_patches.plan.resolve import RunFiles, resolve_by_files
 
 
@@ -41,6 +42,7 @@ class ResolvedRun:
     dtype: torch.dtype  # of arithmetic and of weights that are not quantised
     weight_format: WeightFormat | None  # of quantised weights; None: none are quantised
     head_format: WeightFormat | None  # the same of embeddings and output projection
+    predicted_loss: float | None  # nats per decoded token over dense; None: nothing near was measured
 
     @property
     def native(self) -> bool:
@@ -73,8 +75,10 @@ def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunF
 
     Raises PartInferError for an unknown architecture, and for settings that model, files or machine can't meet.
     """
-    family = family_of(config)
-    decisions, fit = resolve_by_files(settings, files, config.num_hidden_layers)
+    family, layers = family_of(config), config.num_hidden_layers
+    base = files.base(settings)
+    settings = within_max_loss(settings, base, layers)
+    decisions, fit = resolve_by_files(settings, files, layers)
     decisions["device"] = decide_device(settings)
     dtype = decisions["dtype"] = decide_dtype(settings, config)
     head = decisions["head_dtype"] = decide_head_dtype(settings, dtype.value)
@@ -90,11 +94,12 @@ def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunF
         settings=resolved,
         decisions=decisions,
         files=files,
-        base=files.base(settings),
+        base=base,
         fit=fit,
         plan=build_load_plan(resolved, config, files.dataset_neurons, files.model_neurons, fit),
         device=device,
         dtype=arithmetic,
         weight_format=weight_format,
         head_format=FORMATS.get(head.value),
+        predicted_loss=predicted_loss(resolved, None if base is None else base.loss, layers),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from transformers_patches import kernels
@@ -43,6 +45,20 @@ class Prior:
         size = None if fit is None or fit.gate_size is None else fit.gate_size.float()
         threshold = float(fit.threshold) if with_threshold and fit is not None and fit.threshold is not None else None
         return cls(pick("mean_abs"), pick("mean"), size, threshold)
+
+    @classmethod
+    def of_curve(cls, plan: LayerPlan, layer: int, neurons: NeuronFile, sparsity: float) -> Prior:
+        """What a neuron file's loss curve knows of decoding that reads `sparsity` of the FFN bytes, and its statistics."""
+        curve, thresholds = neurons.loss, neurons.loss.thresholds_for(sparsity)
+        threshold = None if thresholds is None else float(thresholds[layer])
+        size = None if curve.gate_size is None else curve.gate_size[layer][plan.neurons].float()
+        return cls.of(plan, layer, neurons, None, with_threshold=False).choosing(size, threshold)
+
+    def choosing(self, gate_size: torch.Tensor | None, threshold: float | None) -> Prior:
+        """The same with another typical size, and with a threshold if it is one (above 0)."""
+        changed = copy.copy(self)
+        changed.gate_size, changed.threshold = gate_size, threshold if threshold and threshold > 0 else None
+        return changed
 
     def down_norm(self, down: Weight) -> torch.Tensor:
         """||W_down[:, i]||_2 of the rows `down` [L, H]: float32 [L], computed once."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from transformers_patches import kernels
@@ -29,6 +30,7 @@ from transformers_patches.sparse.prompt_evidence import Blend
 from transformers_patches.sparse.selection import Decoded, Selection, SequenceActivations
 
 SAMPLE_TOKENS = 64  # prompt tokens that a threshold is taken from
+MOST_SCORES = 65536  # of those, scores that are looked at
 MIN_SAMPLE = 8  # with fewer, tokens keep their exact count
 
 
@@ -72,17 +74,22 @@ class ScoreSample:
         """
         if self.values is None or len(self.values) < MIN_SAMPLE:
             return None
-        scores = self.values.float().abs() * scale
-        return score_threshold(scores if index is None else scores[:, index.long()], count)
+        values = self.values
+        if index is not None:
+            values, scale = values[:, index.long()], scale[index.long()]
+        step = -(-values.numel() // MOST_SCORES)  # some of the neurons tell a threshold as well as all
+        part = values[:, ::step].float().abs() * scale[::step]
+        return score_threshold(part, count * part.shape[1] / values.shape[1])
 
 
-def score_threshold(scores: torch.Tensor, count: int) -> float:
-    """Above which tokens have `count` scores on average. scores: [T, C]."""
-    kept = count * len(scores)
-    if kept >= scores.numel():
+def score_threshold(scores: torch.Tensor, count: float) -> float:
+    """Above which tokens have `count` scores on average. scores: float32 [T, C]."""
+    kept, total = round(count * len(scores)), scores.numel()
+    if kept >= total:
         return -1.0
     # between the last that is kept and the first that is not: rounding must not tell them apart
-    return float(scores.flatten().topk(kept + 1).values[-2:].mean())
+    places = [total - kept - 1, min(total - kept, total - 1)]
+    return float(np.partition(scores.flatten().cpu().numpy(), places)[places].mean())  # PyTorch would sort
 
 
 class TokenSelection(Selection):

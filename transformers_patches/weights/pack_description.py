@@ -41,6 +41,7 @@ FIXED = (  # the settings that decide which neurons a pack holds
     *("loaded_neurons_percent", "base_neurons_percent", "base_neurons_type", "start_num", "end_num", "compensation"),
     "budget",
 )
+KEPT = ("sparsity", "max_loss")  # and those that a pack is run with unless told otherwise; older packs have none
 
 
 def is_pack(folder: str | Path) -> bool:
@@ -53,8 +54,8 @@ def pack_type(folder: str | Path) -> str:
 
 
 def pack_settings(folder: str | Path) -> dict:
-    """The settings in FIXED that a pack was made with; PartInferError if its description can't be read."""
-    return read_description(folder)["settings"]
+    """The settings in FIXED and KEPT that a pack was made with; PartInferError if its description can't be read."""
+    return {name: value for name, value in read_description(folder)["settings"].items() if name in (*FIXED, *KEPT)}
 
 
 def read_description(folder: str | Path) -> dict:

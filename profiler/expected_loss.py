@@ -1,0 +1,64 @@
+"""What users of a neuron file may expect: its loss curve, from the texts that a command's arguments name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from profiler.arguments import count
+from profiler.collect import with_continuations
+from profiler.loss_measurement import SCORED_TOKENS, LossMeasurement, ScoredText, scored_texts
+from profiler.model_texts import text_sequences
+from profiler.placement import ProfiledModel
+from profiler.texts import ResolvedSource
+from transformers_patches.neurons.loss_curve import LossCurve
+from transformers_patches.neurons.neuron_file import NeuronFile
+
+
+def add_loss_tokens(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    text = f"tokens that losses are means over: more take longer, and tell small losses apart; 0: none is measured ({SCORED_TOKENS})"
+    parser.add_argument("--loss_tokens", type=count, default=SCORED_TOKENS, metavar="N", help=text)
+
+
+def texts_to_score(arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel) -> list[ScoredText]:
+    """The first texts of the source, with the model's greedy continuation unless --max_new_tokens is 0."""
+    sequences = islice(text_sequences(arguments, source, loaded), arguments.skip, None)
+    if arguments.limit is not None:
+        sequences = islice(sequences, arguments.limit)
+    return scored_texts(_continued(sequences, arguments, loaded), arguments.loss_tokens)
+
+
+def _continued(
+    sequences: Iterator[list[int]], arguments: argparse.Namespace, loaded: ProfiledModel
+) -> Iterator[tuple[list[int], int]]:
+    """(token ids, how many of them are the prompt)."""
+    while batch := [ids for ids in islice(sequences, arguments.batch_size) if ids]:
+        longer = batch
+        if arguments.max_new_tokens:
+            with torch.no_grad():
+                longer = with_continuations(loaded.model, batch, arguments.max_new_tokens)
+        yield from zip(longer, map(len, batch), strict=True)
+
+
+def measure(arguments: argparse.Namespace, neurons: NeuronFile, texts: list[ScoredText]) -> LossCurve:
+    """The loss curve of a model's neuron file. arguments: --checkpoint_path, --dtype, --device and --quiet."""
+    settings = {"dtype": arguments.dtype, "device": arguments.device}
+    return LossMeasurement(arguments.checkpoint_path, settings, neurons, texts).curve(quiet=arguments.quiet)
+
+
+def expectation(curve: LossCurve) -> str:
+    """What users of the file may expect, as a table."""
+    rows = [("everything loaded, all layers", p) for p in curve.whole]
+    rows += [
+        ("documented fractions", p) for p in curve.points if (p.selection, p.sparsity) == ("up", 0.4) and p.loaded < 1
+    ]
+    rows += [("the original's method", p) for p in curve.points if p.selection == "core"]
+    lines = [["setting", "loaded", "FFN bytes a token reads", "loss, nats per token"]]
+    lines += [[name, f"{p.loaded:.0%}", f"{p.sparsity:.0%}", f"{p.loss:.3f}"] for name, p in rows]
+    bounds = ", ".join(f"{bound:g}: {curve.sparsity_for(bound):.0%}" for bound in (0.02, 0.05, 0.1))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return f"{table}\nFFN bytes read at --max_loss {bounds}"

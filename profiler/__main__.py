@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0 done, 1 failed, 130 interrupted; argparse exits with 2 on wrong usage."""
-    cli.wait_briefly()  # commands import torch
+    cli.prepare_torch()  # commands import torch
     arguments = flags.parse(build_parser(), argv)
     hint = "; run again with --resume to go on" if arguments.command in ("run", "fit") else ""
     return cli.guarded(lambda: _call(arguments), f"interrupted{hint}")

@@ -47,7 +47,7 @@ def estimate_memory(config: PretrainedConfig, dtype: torch.dtype, batch_size: in
     with their float32 copies, keys and values of all layers, the logits of one step, and twice six float64 sums per neuron.
     """
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     size, layers = family_of(config).intermediate_size(config), config.num_hidden_layers
     element = torch.empty(0, dtype=dtype).element_size()
@@ -130,7 +130,7 @@ def load_for_profiling(
         model = load_model(folder, replace(settings, kernels="torch")).model
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch_dtype, device_map=placement, local_files_only=True
+            folder, dtype=torch_dtype, device_map=placement, local_files_only=True, trust_remote_code=False
         )
         dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
         if not dispatched and decide_kernels(settings, model.device, dtype).value == "native":

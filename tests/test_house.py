@@ -29,6 +29,21 @@ def sources(tmp_path) -> Path:
     return tmp_path
 
 
+def test_no_model_brings_code_of_its_own():
+    """Where transformers may be asked to run what lies in a model's folder, the answer is no, and given beforehand."""
+    wrong = []
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                    continue
+                if call.func.attr not in ("from_pretrained", "from_config") or "Auto" not in ast.unparse(call.func):
+                    continue
+                if not any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in call.keywords):
+                    wrong.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert wrong == []
+
+
 def lint_imports(folder: Path) -> tuple[int, str]:
     """Exit code of lint-imports in `folder`, and what it printed in one line."""
     command = [sys.executable, "-c", LINT, "--no-cache", "--no-logo"]

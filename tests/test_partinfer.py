@@ -227,6 +227,14 @@ def test_the_demo_model_answers_with_part_of_its_neurons(demo_model, capsys):
     assert original["computed_neurons_percent"] == pytest.approx(0.4, abs=1e-3)
 
 
+def test_little_memory_is_kept_per_length_of_a_prompt_unless_told_otherwise(monkeypatch):
+    for given, expected in (({}, cli.PRIMITIVES), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, "1024")):
+        environment = dict(given)
+        monkeypatch.setattr(cli.os, "environ", environment)
+        cli.prepare_torch()
+        assert environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == expected
+
+
 @pytest.mark.parametrize("given, expected", [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5")])
 def test_threads_wait_briefly_unless_told_otherwise(given, expected, monkeypatch):
     environment = dict(given)

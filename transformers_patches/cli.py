@@ -17,6 +17,7 @@ from transformers_patches.files import write_text_atomic
 from transformers_patches.flags import STANDARD_OUTPUT
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+PRIMITIVES = "64"  # several times what one prompt needs
 
 
 def wait_briefly() -> None:
@@ -29,9 +30,24 @@ def wait_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
+def limit_primitives() -> None:
+    """Bound what oneDNN, PyTorch's matrix library, keeps in memory; before the first matrix product.
+
+    It keeps code for every shape it has met, here every length of a prompt, up to 1024 of them, and some take a megabyte.
+    https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
+
+
+def prepare_torch() -> None:
+    """What the environment has to say before torch is imported."""
+    wait_briefly()
+    limit_primitives()
+
+
 def begin(arguments: argparse.Namespace) -> None:
     """What --threads and --quiet mean everywhere; before anything else imports torch or tqdm."""
-    wait_briefly()
+    prepare_torch()
     hide_bars(arguments)
     if getattr(arguments, "threads", None):
         import torch

@@ -115,7 +115,9 @@ class TransformersEngine:
         started = time.perf_counter()
         device, dtype = resolve_device(job.device), getattr(torch, job.float_dtype)
         if job.folder is not None:
-            model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                job.folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
         else:
             model = _random_model(job.shape, dtype, job.seed)
         self.model = model.to(device).eval()

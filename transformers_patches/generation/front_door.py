@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from transformers_patches import cli
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.generation.generate import GenerationOptions, GenerationResult
@@ -79,6 +80,7 @@ def load_model(model: str | Path, settings: PartInferConfig | None = None, task_
     """
     if task_type not in TEMPLATES:
         raise PartInferError(f"task_type must be one of {', '.join(TEMPLATES)}, got {task_type!r}")
+    cli.limit_primitives()
     path = find_model(model)
     settings = settings_for(path, {}, task_type) if settings is None else with_neuron_files(settings, path, task_type)
     return TextModel(loader.load_model(path, settings), load_tokenizer(path), task_type)

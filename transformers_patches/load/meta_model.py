@@ -17,7 +17,7 @@ from transformers_patches.weights.source import Source
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The transformers model of a config, its parameters without memory, its buffers real."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval()
 
 

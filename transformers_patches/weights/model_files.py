@@ -25,8 +25,9 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise PartInferError(f"no model at {folder} (config.json is missing): fetch one with python download.py")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:  # damaged, or an architecture that transformers does not know either
+        _refuse_own_code(folder, "config.json", error)
         reason = str(error).split(". ")[0].splitlines()[0]
         raise PartInferError(f"{folder / 'config.json'} can't be used: {reason}; fetch the model again") from None
 
@@ -36,11 +37,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         if is_gguf(path):
             return gguf_tokenizer(Path(path))
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except PartInferError:
         raise
     except (OSError, ValueError) as error:
+        _refuse_own_code(path, "tokenizer_config.json", error)
         raise PartInferError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def _refuse_own_code(folder: str | Path, file: str, error: Exception) -> None:
+    """Say it where transformers has no class of its own for a model and would run the folder's code if it were trusted."""
+    if "trust_remote_code" in str(error):
+        raise PartInferError(
+            f"{Path(folder) / file} asks for code that comes with the model (auto_map), which is never run: give a model "
+            "that transformers has classes for"
+        ) from None
 
 
 def open_weights(path: str | Path) -> WeightSource:

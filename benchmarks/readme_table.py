@@ -19,13 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS  # noqa: E402
 from transformers_patches import cli  # noqa: E402
-from transformers_patches.config import PartInferConfig  # noqa: E402
 from transformers_patches.errors import PartInferError  # noqa: E402
 from transformers_patches.files import write_text_atomic  # noqa: E402
 
 BEGIN, END = "<!-- readme_table: begin -->", "<!-- readme_table: end -->"
-DEFAULT = {"loaded": PartInferConfig().loaded_neurons_percent, "sparsity": PartInferConfig().sparsity}
-WHOLE = {"loaded": 1.0, "sparsity": 0.7}  # every neuron in memory, fewer read for each token
+METHODS = {"dense": "`--method dense`", "partinfer": "`partinfer`, the default", "original": "the original's method"}
 LLAMA_CPP_NLL = re.compile(r"^llama\.cpp \S+: NLL (\S+),", re.MULTILINE)
 
 
@@ -51,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--limit", type=int, default=40, help="windows of the text (40)")
     add("--repetitions", type=int, default=7, help="rounds of the speed measurement (7)")
-    add("--task_type", help="task whose neuron file is looked up (the model's own file)")
+    add("--task_type", default="QA", help="task whose neuron file is looked up (QA)")
     add("--update", metavar="FILE", help=f"put the table between {BEGIN} and {END} of this file, such as README.md")
     return parser
 
@@ -81,14 +79,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def speed_command(options: argparse.Namespace, compare: bool) -> list[str]:
     """evaluate_speed.py with all methods in one run: only rounds of one run can be compared."""
-    command = ["evaluation/evaluate_speed.py", "--method", "dense,partinfer,transformers", *_common(options)]
+    command = ["evaluation/evaluate_speed.py", "--method", ",".join((*METHODS, "transformers")), *_common(options)]
     command += ["--repetitions", str(options.repetitions)]
     return [*command, "--compare", "llama.cpp"] if compare else command
 
 
 def quality_command(options: argparse.Namespace) -> list[str]:
     """evaluate_perplexity.py with the same settings."""
-    command = ["evaluation/evaluate_perplexity.py", "--method", "dense,partinfer", *_common(options)]
+    command = ["evaluation/evaluate_perplexity.py", "--method", ",".join(METHODS), *_common(options)]
     return [*command, "--dataset", options.dataset, "--limit", str(options.limit)]
 
 
@@ -99,11 +97,7 @@ def llama_cpp_command(options: argparse.Namespace, dtype: str) -> list[str]:
 
 
 def _common(options: argparse.Namespace) -> list[str]:
-    swept = {"--loaded_neurons_percent": "loaded", "--sparsity": "sparsity"}
-    flags = ["--model_name", options.model_name]
-    for flag, name in swept.items():
-        flags += [flag, ",".join(f"{value:g}" for value in dict.fromkeys((DEFAULT[name], WHOLE[name])))]
-    return flags + (["--task_type", options.task_type] if options.task_type else [])
+    return ["--model_name", options.model_name, "--task_type", options.task_type]
 
 
 def _output_of(command: Sequence[str]) -> str:
@@ -141,14 +135,8 @@ def lines(speed: Sequence[dict], quality: Sequence[dict], llama_cpp: float | Non
         found.append(_line("transformers, at its best", best, None))
     compared = [row for row in speed if row["method"] == "llama.cpp"]
     found += [_line("llama.cpp", row, None if llama_cpp is None else llama_cpp - dense["nll"]) for row in compared]
-    found.append(_line("`--method dense`", _one(speed, "dense"), dense["excess_nll"]))
-    flags = {
-        "`partinfer`, the default": DEFAULT,
-        "`partinfer --loaded_neurons_percent {loaded:g} --sparsity {sparsity:g}`": WHOLE,
-    }
-    for name, point in flags.items():
-        loss = _one(quality, "partinfer", **point)["excess_nll"]
-        found.append(_line(name.format(**point), _one(speed, "partinfer", **point), loss))
+    for method, name in METHODS.items():
+        found.append(_line(name, _one(speed, method), _one(quality, method)["excess_nll"]))
     return found
 
 
@@ -156,14 +144,12 @@ def _line(name: str, row: dict, loss: float | None) -> Line:
     return Line(name, row["decode_tokens_per_second"], row["weight_bytes_resident"], loss)
 
 
-def _one(rows: Sequence[dict], method: str, **point: float) -> dict:
-    """The row of a method whose label has these settings. Labels tell only settings that differ within a run."""
+def _one(rows: Sequence[dict], method: str) -> dict:
+    """The row of a method; PartInferError if there is none."""
     for row in rows:
-        told = dict(part.split("=") for part in row["label"].split() if "=" in part)
-        if row["method"] == method and all(float(told.get(name, point[name])) == point[name] for name in point):
+        if row["method"] == method:
             return row
-    settings = " ".join(f"{name}={value:g}" for name, value in point.items())
-    raise PartInferError(f"no row of {method} {settings}".rstrip() + f" among {[row['label'] for row in rows]}")
+    raise PartInferError(f"no row of {method} among {[row['label'] for row in rows]}")
 
 
 def table(found: Sequence[Line]) -> str:

@@ -37,7 +37,7 @@ LOADED, BY_UP = 0.7, 0.25  # of the neurons: candidates of the choice by up, and
 class Measured:
     """One way of computing an operation."""
 
-    shape: str
+    shape: str  # of the weights, and what is computed
     path: str  # its name
     run: Callable[[int], object]  # computes layer i
     nbytes: float  # bytes of weights that a run reads
@@ -64,11 +64,11 @@ class Measured:
 class Ffn:
     """Some layers of one shape, with random weights, and the paths through them."""
 
-    shape: str
-    dtype: torch.dtype
-    tokens: int
-    nbytes: int
-    huge_pages: bool
+    shape: str  # of the model that is imitated
+    dtype: torch.dtype  # of the weights
+    tokens: int  # computed at a time
+    nbytes: int  # of the weights of all layers together, at least
+    huge_pages: bool  # whether weights are in huge pages
 
     def __post_init__(self) -> None:
         self.hidden, self.neurons, self.gated = SHAPES[self.shape]

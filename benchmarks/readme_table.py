@@ -29,12 +29,12 @@ LLAMA_CPP_NLL = re.compile(r"^llama\.cpp \S+: NLL (\S+),", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table. loss: nats per token over the dense model; None if it was not measured."""
+    """A line of the table."""
 
-    name: str
-    tokens_per_second: float
-    resident_bytes: int
-    loss: float | None
+    name: str  # of the method
+    tokens_per_second: float  # in decoding
+    resident_bytes: int  # weights in memory
+    loss: float | None  # nats per token over the dense model; None if it was not measured
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,15 +21,15 @@ class PyPIModel:
     size: int  # bytes of the joined GGUF file
     sha256: str  # of the joined GGUF file
     folder_bytes: int  # size of the converted folder, to check for free space
-    license: str
+    license: str  # of the model
 
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model of the catalog, by its hub id and, if there are any, its PyPI packages."""
+    """A model of the catalog."""
 
-    hub_id: str
-    pypi: PyPIModel | None = None
+    hub_id: str  # owner/name
+    pypi: PyPIModel | None = None  # None: the hub only
 
 
 _PYPI = {

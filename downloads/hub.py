@@ -50,11 +50,11 @@ class HubUnreachable(PartInferError):
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository at one commit, and the sizes in bytes of the files that are needed from it."""
+    """A model repository at one commit."""
 
-    hub_id: str
-    commit: str
-    sizes: dict[str, int]
+    hub_id: str  # owner/name
+    commit: str  # its full hash
+    sizes: dict[str, int]  # bytes of each file that is needed from it, by path
 
     @property
     def needs_conversion(self) -> bool:

@@ -33,9 +33,9 @@ from transformers_patches.locks import exclusive, partial
 class Fetched:
     """A model or data set that is on disk."""
 
-    path: str
+    path: str  # its folder
     source: str  # hub, pypi, or disk if it was put there by other means
-    bytes: int
+    bytes: int  # size of its files
     already_there: bool  # nothing had to be downloaded
 
 

@@ -51,7 +51,7 @@ class Configuration:
     """One point of the grid."""
 
     label: str  # its name in tables
-    method: str
+    method: str  # one of METHODS
     settings: PartInferConfig  # what the model is loaded with
     by_default: bool = False  # whether what is loaded and computed was left to the program
 

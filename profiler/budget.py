@@ -37,9 +37,7 @@ class MissingEnergy:
 
     mean_abs: torch.Tensor  # float [N]: mean |h|
     ranking: torch.Tensor  # int64 [N]: neurons by the variance of what they write, largest first
-    unloaded: (
-        torch.Tensor
-    )  # float [N + 1]: entry n is the energy missing if only the first n of `ranking` are candidates
+    unloaded: torch.Tensor  # float [N + 1]: the energy missing if only the first n of `ranking` are candidates, by n
     squares: torch.Tensor  # float [T, N]: h_i^2 |d_i|^2 for a sample of tokens, neurons in the order of `ranking`
     scores: torch.Tensor  # float [T, N]: the scores by which a token selects neurons, in the same order
     matrices: int  # 3 if the FFN is gated, 2 if it is plain
@@ -143,8 +141,8 @@ def _steps(share: Share, *, over_loaded: bool, over_read: bool) -> list[Share]:
 class Loss:
     """s E(gamma, phi) of a layer. Values are cached: the greedy search asks for the same ones many times."""
 
-    energy: MissingEnergy
-    sensitivity: float  # s
+    energy: MissingEnergy  # E of the layer
+    sensitivity: float  # s of the layer
 
     def __post_init__(self) -> None:
         self._known: dict[Share, float] = {}

@@ -29,9 +29,9 @@ class FitTexts:
     """The texts to fit on."""
 
     batches: list[Batch]
-    texts: int  # how many
-    tokens: int  # how many tokens in all of them
-    digest: str
+    texts: int  # how many texts there are
+    tokens: int  # how many tokens they have together
+    digest: str  # of all token ids, to notice texts that have changed
 
 
 def prepare_texts(
@@ -103,11 +103,11 @@ class FitRun:
     model: PreTrainedModel
     texts: FitTexts
     layers: dict[int, Share | None]  # the sparse layers and the share of each; None: that of the settings
-    fit_settings: FitSettings
+    fit_settings: FitSettings  # what is fitted
     ranking: torch.Tensor | None  # int [layers, N]; None: the fit chooses the neurons
     checkpoint: FitCheckpoint
     settings: dict  # everything that affects the result; a resumed fit must have the same
-    quiet: bool = False
+    quiet: bool = False  # without a progress bar
     errors: dict[int, tuple[float, float]] = field(default_factory=dict)  # relative squared output error before, after
 
     def run(self, *, resume: bool) -> FitFile:

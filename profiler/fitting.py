@@ -64,7 +64,7 @@ class FitSettings:
 class FittedLayer:
     """A layer's fit, and its mean squared output errors relative to the mean squared output."""
 
-    fit: LayerFit
+    fit: LayerFit  # neurons, biases and refitted rows
     before: float  # error with the original rows and the best biases
     after: float  # error with the fit
 

@@ -151,7 +151,7 @@ class FFNWeights:
     gate_bias: torch.Tensor | None  # [N]
     up_bias: torch.Tensor | None  # [N]
     output_bias: torch.Tensor | None  # [H]
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    activation: Callable[[torch.Tensor], torch.Tensor]  # act, elementwise
 
     @classmethod
     def of(cls, model: PreTrainedModel, layer: int) -> FFNWeights:

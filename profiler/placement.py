@@ -29,7 +29,7 @@ AUTO = "auto"  # spread over all GPUs, and the CPU if those are not enough
 class Estimate:
     """How much memory profiling will take, in bytes."""
 
-    weights: int
+    weights: int  # the model's weights
     batch: int  # one batch, and the statistics
 
     @property

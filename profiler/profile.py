@@ -28,16 +28,16 @@ class ProfilingRun:
     does not depend on where a run was interrupted.
     """
 
-    collector: Collector
-    windows: WindowSource
-    batch_size: int
+    collector: Collector  # runs the batches and holds the statistics
+    windows: WindowSource  # gives the texts
+    batch_size: int  # texts at a time
     checkpoint: ProfileCheckpoint
     settings: dict  # everything that affects the result; a resumed run must have the same
-    processes: PartialState
+    processes: PartialState  # of `accelerate launch`
     describe: Callable[[list[int]], str]  # token ids -> text, for messages
     total: int | None = None  # number of texts, if known, for the progress bar
-    quiet: bool = False
-    progress: Progress = field(default_factory=Progress)
+    quiet: bool = False  # without a progress bar
+    progress: Progress = field(default_factory=Progress)  # how much is done
 
     @property
     def statistics(self) -> ActivationStatistics:

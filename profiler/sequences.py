@@ -86,8 +86,8 @@ class Encoder:
 class Window:
     """Consecutive sequences that are sorted into batches together. A checkpoint is written after each window."""
 
-    index: int
-    sequences: list[Sequence]
+    index: int  # from 0
+    sequences: list[Sequence]  # in the order of the source
     digest: str  # of all sequences up to the end of the window, to notice texts that have changed
 
     def batches(self, batch_size: int) -> list[list[Sequence]]:

@@ -16,7 +16,7 @@ from transformers_patches.sparse.token_selection import TypicalSize, keep_best
 class Counts:
     """Numbers of neurons of one layer."""
 
-    loaded: int
+    loaded: int  # in memory
     candidates: int  # a token chooses among these
     kept: int  # a token computes these
     base: int  # the first loaded neurons, which are always candidates

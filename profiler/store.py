@@ -22,9 +22,9 @@ from transformers_patches.locks import exclusive
 class Progress:
     """How much of a run is done."""
 
-    windows: int = 0  # whole windows
-    batches: int = 0  # batches of the next window
-    texts: int = 0  # the texts in all of these
+    windows: int = 0  # whole windows that are done
+    batches: int = 0  # batches of the next window that are done
+    texts: int = 0  # texts in these windows and batches
     digest: str = ""  # of the texts in the whole windows
 
     def after_batch(self, texts: int) -> Progress:

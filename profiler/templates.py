@@ -28,7 +28,7 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 class Prompt:
     """A text for the model."""
 
-    text: str
+    text: str  # with the template around it
     suffix: str = ""  # its end, which must be kept when the text is cut to a length
 
 

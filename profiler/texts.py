@@ -20,10 +20,10 @@ BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 class HubDataset:
     """A data set of the original PartInfer on the hub."""
 
-    path: str
-    task_type: str
+    path: str  # hub id
+    task_type: str  # one of TASK_TYPES
     fields: str  # a template over the record's fields that gives the text
-    config: str | None = None
+    config: str | None = None  # configuration; None: it has only one
     split: str = "train"
 
 
@@ -49,12 +49,12 @@ HUB_DATASETS = {
 class TextSource:
     """What to read, as the arguments of `python -m profiler run` say it. None: as the data set's name implies."""
 
-    dataset: str
-    task_type: str | None = None
-    dataset_config: str | None = None
-    dataset_split: str | None = None
-    text_field: str | None = None
-    template: str | None = None
+    dataset: str  # a file, folder or hub id, BUILTIN or SELF
+    task_type: str | None = None  # one of TASK_TYPES
+    dataset_config: str | None = None  # configuration of a hub data set
+    dataset_split: str | None = None  # split of a hub or saved data set
+    text_field: str | None = None  # path of the text in a record
+    template: str | None = None  # used instead of the task's own
 
     def resolve(self) -> ResolvedSource:
         """Fill in what the data set's name implies. PartInferError says what is missing or unknown."""
@@ -78,11 +78,11 @@ class TextSource:
 class ResolvedSource:
     """A source of texts with nothing left open."""
 
-    dataset: str
-    task_type: str
-    config: str | None
-    split: str | None
-    template: Template
+    dataset: str  # a file, folder or hub id, BUILTIN or SELF
+    task_type: str  # one of TASK_TYPES
+    config: str | None  # configuration of a hub data set
+    split: str | None  # split of a hub or saved data set
+    template: Template  # makes prompts of records
 
     def prompts(self) -> Iterator[Prompt]:
         """The texts in the source's order, without empty ones. They are read one by one and not kept."""

@@ -19,13 +19,13 @@ class Job:
     dtype: str  # of the weights, as --dtype or GGUF names it
     float_dtype: str  # of random weights, and of the weights that transformers loads
     folder: Path | None  # the checkpoint; None: random weights of `shape`
-    shape: str | None
-    threads: int
-    device: str
-    seed: int
-    configuration: Configuration | None = None  # for partinfer
-    task_type: str | None = None
-    random_neurons_filepath: str | None = None
+    shape: str | None  # a known shape, or a config.json; None: `folder` has the weights
+    threads: int  # of the computation
+    device: str  # as PyTorch names it
+    seed: int  # of random weights and rankings
+    configuration: Configuration | None = None  # for partinfer: method and settings
+    task_type: str | None = None  # for partinfer: whose neuron file is looked up
+    random_neurons_filepath: str | None = None  # for partinfer: the random ranking; None: a seeded one
     gguf: Path | None = None  # the file that llama.cpp reads
     gguf_bytes_per_token: int | None = None  # how much of it one token reads
 

@@ -18,10 +18,10 @@ MEGABYTE = 10**6
 class _Side:
     """One of the two models, and what it answered."""
 
-    name: str
+    name: str  # its method
     loaded: LoadedModel
-    results: list[GenerationResult]
-    token_bytes: list[float]
+    results: list[GenerationResult]  # one for each prompt
+    token_bytes: list[float]  # bytes of weights read per decoded token, for each prompt
 
     def row(self) -> dict:
         speeds = [r.decode_tokens_per_second for r in self.results if r.decode_tokens_per_second is not None]

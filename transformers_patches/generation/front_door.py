@@ -138,9 +138,9 @@ def _pieces(model: TextModel, ids: list[int], options: GenerationOptions) -> Gen
 
 @dataclass
 class _Ended:
-    """The last thing in the queue. outcome: gives the result, or raises what ended the generation."""
+    """The last thing in the queue."""
 
-    outcome: Callable[[], GenerationResult]
+    outcome: Callable[[], GenerationResult]  # returns the result, or raises what ended the generation
 
 
 def _raising(error: BaseException) -> Callable[[], GenerationResult]:

@@ -31,12 +31,12 @@ from transformers_patches.load.loaded_model import LoadedModel
 class GenerationOptions:
     """How tokens are chosen and when generation ends. Raises PartInferError for values out of range."""
 
-    max_new_tokens: int = 128
-    sampling: str = "greedy"
-    temperature: float = 1.0
-    top_p: float = 0.9
-    top_k: int = 0  # 0: no limit
-    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 128  # length of the answer at most
+    sampling: str = "greedy"  # greedy or top-p
+    temperature: float = 1.0  # logits are divided by it; top-p sampling only
+    top_p: float = 0.9  # probability mass of the tokens that are drawn from; top-p sampling only
+    top_k: int = 0  # number of tokens that are drawn from; 0: no limit; top-p sampling only
+    stop: tuple[str, ...] = ()  # texts that end the answer
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -70,18 +70,15 @@ class GenerationOptions:
 
 @dataclass
 class GenerationResult:
-    """One answer. Times in seconds; decode speed counts the tokens after the first, None if there is none.
+    """One answer."""
 
-    finish_reason: stop (the model's end token, or a stop string) | length | interrupted.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    prefilled_tokens: int
-    time_to_first_token_s: float | None
-    decode_tokens_per_second: float | None
-    finish_reason: str
+    text: str  # up to the first stop string
+    token_ids: list[int]  # the generated tokens
+    prompt_tokens: int  # tokens of the prompt
+    prefilled_tokens: int  # tokens of the prompt that were not in the cache already
+    time_to_first_token_s: float | None  # in seconds; None if no token was generated
+    decode_tokens_per_second: float | None  # over the tokens after the first; None if there are none
+    finish_reason: str  # stop (the model's end token or a stop string), length or interrupted
 
     @property
     def generated_tokens(self) -> int:
@@ -92,8 +89,8 @@ class GenerationResult:
 class Conversation:
     """The history of a chat on its key-value cache: what the next turn shares with it is not computed again."""
 
-    cache: Cache | None = None
-    token_ids: list[int] = field(default_factory=list)
+    cache: Cache | None = None  # None before the first turn
+    token_ids: list[int] = field(default_factory=list)  # the tokens in the cache
 
     def prepare(self, prompt: list[int], model: PreTrainedModel) -> Cache:
         """A cache that holds a true prefix of the prompt, at least one token less than it."""

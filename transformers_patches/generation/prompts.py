@@ -15,14 +15,13 @@ PROMPTS = shipped("prompts")
 
 @dataclass(frozen=True)
 class TaskTemplate:
-    """How a task is put to a model. question, answer: the original's format, for base models; instruction: the same
-    for models with a chat template; stop: where a base model would begin the next example."""
+    """How a task is put to a model."""
 
-    stem: str
-    question: str
-    answer: str
-    instruction: str
-    stop: str
+    stem: str  # name of the file with its few-shot examples
+    question: str  # for base models, in the original's format: what comes before the answer
+    answer: str  # for base models: what the answer follows
+    instruction: str  # for models with a chat template
+    stop: str  # where a base model would begin the next example
 
 
 TEMPLATES = {

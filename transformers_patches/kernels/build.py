@@ -61,11 +61,11 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Isa:
-    """One variant: compiler flags, and which sources differ from the variant that it builds on."""
+    """One variant of the kernels, for one instruction set."""
 
-    flags: tuple[str, ...]
-    sources: tuple[str, ...]
-    needs: tuple[str, ...] = ()
+    flags: tuple[str, ...]  # of the compiler
+    sources: tuple[str, ...]  # what is compiled for it; the rest is taken from the variants in `needs`
+    needs: tuple[str, ...] = ()  # names of the variants that it builds on
 
 
 _BOTH = FLOAT_SOURCES + QUANT_SOURCES

@@ -19,8 +19,8 @@ class Projections:
 
     weights: one tensor per layer, floats or the `data` of a QuantizedTensor.
     scales: one tensor per layer, empty for float weights.
-    biases: one per layer, None where a layer has none.
-    format: of the quantised weights, None for floats.
+    biases: one per layer; None where a layer has none.
+    format: how the weights are quantised; None for floats.
     column_scales: float32 [H] of the last layer, or None.
     """
 
@@ -72,14 +72,14 @@ class ActiveNeurons:
 
     projections: gate, up and down of a gated FFN, fc1 and fc2 of a plain one, [L, H] each, neuron-major (down and fc2
         are stored transposed). A bias of down or fc2 belongs to no neuron: it goes into `added`.
-    activation: silu, gelu, gelu_tanh or relu. Or a function of a tensor: PyTorch then computes everything.
+    activation: silu, gelu, gelu_tanh or relu; or a function of a tensor, and PyTorch then computes everything.
     prefix: the first `prefix` neurons are active.
-    index: int32, more active neurons, each >= prefix, in any order, or None.
-    size: float32 [L], or None: all active neurons are computed. With it the active neurons are candidates, from which every
-        token chooses those with the largest |up_i·x| size_i, in a plain FFN |act(fc1_i·x + b_i)| size_i. The weights behind
+    index: int32, more active neurons, each >= prefix, in any order; or None.
+    size: float32 [L]; None: all active neurons are computed. With it, the active neurons are candidates. Every token
+        chooses those with the largest |up_i·x| size_i, or in a plain FFN |act(fc1_i·x + b_i)| size_i. The weights behind
         that product are read for all candidates, the others only for the chosen neurons.
     keep_count: how many neurons a token keeps; None: all above `threshold`. Neurons whose product is 0 are never kept.
-    threshold: of the product times size, used where keep_count is None.
+    threshold: a bound on the product times size, used where keep_count is None.
     added: [H] each, added to the output one after the other.
     by_gate: choose by |act(gate_i·x + b_i)| size_i in a gated FFN. PyTorch then computes everything.
     """
@@ -124,13 +124,16 @@ class ActiveNeurons:
 class AttentionLayer:
     """The attention of a decoder layer and the norms around it: what is the same for every token.
 
-    norm, next_norm: [H], the weights of the norms before the attention and before the FFN.
+    norm: [H], the weight of the norm before the attention.
+    next_norm: [H], the weight of the norm before the FFN.
     projections: q, k, v and o.
-    eps: of all norms.
-    scale: the attention scores are multiplied with it.
-    q_norm, k_norm: [D], the weights of the RMSNorms of each head's query and key, or None.
+    eps: the epsilon of all norms.
+    scale: what the attention scores are multiplied by.
+    q_norm: [D], the weight of the RMSNorm of each head's query, or None.
+    k_norm: [D], the weight of the RMSNorm of each head's key, or None.
     window: how many positions the sliding window spans; 0: all.
-    norm_bias, next_norm_bias: [H], or None. With these, norm and next_norm are LayerNorms instead of RMSNorms.
+    norm_bias: [H], or None. With a bias, `norm` is a LayerNorm instead of an RMSNorm.
+    next_norm_bias: [H], or None, in the same way for `next_norm`.
     """
 
     norm: Tensor

@@ -19,8 +19,9 @@ ENVIRONMENT = "PARTINFER_KERNELS"
 class Library:
     """The compiled library, loaded once.
 
-    ops: torch.ops.partinfer, or None where PyTorch must compute instead. why_not: the reason for that. loaded: whether
-    loading has been tried.
+    ops: torch.ops.partinfer, or None where PyTorch must compute instead.
+    why_not: why `ops` is None.
+    loaded: whether loading has been tried.
     """
 
     def __init__(self) -> None:

@@ -18,10 +18,10 @@ from transformers_patches.sparse.request import RequestLayer, RequestState
 class LoadReport:
     """What loading cost. Bytes are of weights."""
 
-    seconds: float
-    bytes_read: int  # those of a fit file included
+    seconds: float  # from the start of loading to its end
+    bytes_read: int  # read from disk, those of a fit file included
     bytes_dense: int  # of the whole checkpoint
-    bytes_resident: int
+    bytes_resident: int  # in memory
 
 
 @dataclass
@@ -32,8 +32,8 @@ class LoadedModel:
     """
 
     model: PreTrainedModel
-    run: ResolvedRun  # without its files
-    state: RequestState
+    run: ResolvedRun  # what was decided, without its files
+    state: RequestState  # the request that the model is working on
     report: LoadReport
     stop_strings: tuple[str, ...] = ()  # that the model's own generation config names
 

@@ -29,14 +29,14 @@ _REQUIRED = ("neurons", "bias_prefill", "bias_decode")
 class LayerFit:
     """The fit of one layer; names and shapes as in the file. Absent tensors are None."""
 
-    neurons: torch.Tensor
-    bias_prefill: torch.Tensor
-    bias_decode: torch.Tensor
-    gate_size: torch.Tensor | None = None
-    threshold: torch.Tensor | None = None
-    down: torch.Tensor | None = None
-    down_left: torch.Tensor | None = None
-    down_right: torch.Tensor | None = None
+    neurons: torch.Tensor  # int32 [L]: those that are loaded
+    bias_prefill: torch.Tensor  # float [H]: added to the output of prefilled tokens
+    bias_decode: torch.Tensor  # float [H]: added to the output of decoded tokens
+    gate_size: torch.Tensor | None = None  # float [L]: root of the mean act(gate)^2
+    threshold: torch.Tensor | None = None  # float [1]: of a token's scores
+    down: torch.Tensor | None = None  # [L, H]: the refitted rows
+    down_left: torch.Tensor | None = None  # [L, r]: with down_right, what to add to the checkpoint's rows
+    down_right: torch.Tensor | None = None  # [r, H]
 
     @property
     def nbytes(self) -> int:
@@ -66,9 +66,12 @@ class LayerFit:
 class FitFile:
     """Fits by layer, and what they were made from and for.
 
+    layers: the fits, by layer number.
+    intermediate_size: N, the FFN neurons of one layer.
     metadata: strings, among them `compensation` (refit), `loaded_neurons_percent`, `sparsity`, `model_name`,
-    `fingerprint`, `dataset`, `tokens`, and, if every layer has its own part of one budget, `layer_sparsity` (JSON, layer
-    -> phi of that layer).
+        `fingerprint`, `dataset`, `tokens`, and, if every layer has its own share of one budget, `layer_sparsity` (JSON,
+        layer -> phi of that layer).
+    source: where the file was read from, for messages.
     """
 
     layers: dict[int, LayerFit]

@@ -22,10 +22,10 @@ class NoNeuronFiles(PartInferError):
 
 @dataclass(frozen=True)
 class NeuronFilePaths:
-    """The neuron files of a run: the task's ("dataset") and the model's; either may be missing, not both."""
+    """The neuron files of a run. Either may be missing, but not both."""
 
-    dataset: Path | None
-    model: Path | None
+    dataset: Path | None  # the task's
+    model: Path | None  # the model's
 
 
 def own_neuron_file(model_name: str, stem: str) -> Path:

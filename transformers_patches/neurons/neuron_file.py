@@ -38,11 +38,14 @@ INPUT_SQUARES = ("attention", "attention_output", "ffn", "head")
 class NeuronFile:
     """A ranking of the FFN neurons of every layer, best first, with what it was made from.
 
-    ranking: int32 [layers, N], each row a permutation of 0…N-1; scores: float32 [layers, N] by neuron index, or
-    None; statistics: float32 [layers, N] by neuron index, for names in STATISTICS; metadata: strings, among them
-    `model_name`, `model_type`, `fingerprint`, `dataset`, `task_type`, `score`, `tokens`, `texts`; source: where it
-    was read from, for messages; input_squares: float32, for names in INPUT_SQUARES; loss: what decoding with fewer bytes
-    costs, None if that was not measured.
+    ranking: int32 [layers, N], each row a permutation of 0…N-1.
+    scores: float32 [layers, N] by neuron index, or None.
+    statistics: float32 [layers, N] by neuron index, for names in STATISTICS.
+    metadata: strings, among them `model_name`, `model_type`, `fingerprint`, `dataset`, `task_type`, `score`, `tokens`
+        and `texts`.
+    source: where the file was read from, for messages.
+    input_squares: float32, for names in INPUT_SQUARES.
+    loss: what decoding with fewer bytes costs; None if that was not measured.
     """
 
     ranking: torch.Tensor

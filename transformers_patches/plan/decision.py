@@ -9,5 +9,7 @@ GIVEN = "as given"
 
 @dataclass(frozen=True)
 class Decision:
+    """The value of a setting."""
+
     value: str  # as the setting's flag takes it
-    why: str
+    why: str  # the reason, in a few words

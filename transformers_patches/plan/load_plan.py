@@ -24,10 +24,11 @@ FORMAT = "partinfer-load-plan"
 class LayerPlan:
     """The neurons of one sparse layer.
 
-    neurons: int64 [L], the model's neuron indices in storage order, base neurons first; base_count: how many of
-    them are computed always; computed_count: K, how many a decode step computes in all; priority: int64 [L], place
-    of each stored neuron in the base ranking, lower is better; candidate_count: C, how many neurons a token chooses
-    its K from, None if tokens don't choose.
+    neurons: int64 [L], the model's neuron indices in storage order, base neurons first.
+    base_count: how many of them are always computed.
+    computed_count: K, how many neurons a decode step computes in all.
+    priority: int64 [L], the place of each stored neuron in the base ranking; lower is better.
+    candidate_count: C, how many neurons a token chooses its K from; None if tokens don't choose.
     """
 
     neurons: torch.Tensor
@@ -43,7 +44,13 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """The sparse layers of a model; every other layer is loaded and computed whole."""
+    """The sparse layers of a model; every other layer is loaded and computed whole.
+
+    method: PartInferConfig's `method`.
+    num_layers: layers of the model, sparse or not.
+    intermediate_size: N, the FFN neurons of one layer.
+    layers: the plans of the sparse layers, by layer number.
+    """
 
     method: str
     num_layers: int

@@ -18,8 +18,8 @@ METHODS_OWN = "part of the method"  # coreinfer and dense stay what they are unl
 class RunFiles:
     """The files of a run besides the model's."""
 
-    dataset_neurons: NeuronFile | None = None
-    model_neurons: NeuronFile | None = None
+    dataset_neurons: NeuronFile | None = None  # the task's
+    model_neurons: NeuronFile | None = None  # the model's
     fit: FitFile | None = None  # as found; whether it is used is decided later
 
     @classmethod

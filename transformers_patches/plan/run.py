@@ -35,10 +35,10 @@ class ResolvedRun:
     settings: PartInferConfig  # without `auto`
     decisions: dict[str, Decision]  # by the name of the setting, for all settings that take `auto`
     files: RunFiles  # as given and found
-    base: NeuronFile | None  # the one of them whose statistics count
-    fit: FitFile | None  # theirs, if it is used
-    plan: LoadPlan
-    device: torch.device
+    base: NeuronFile | None  # the one of `files` whose statistics are used
+    fit: FitFile | None  # the one of `files`, if it is used
+    plan: LoadPlan  # which neurons are loaded
+    device: torch.device  # where the model runs
     dtype: torch.dtype  # of arithmetic and of weights that are not quantised
     weight_format: WeightFormat | None  # of quantised weights; None: none are quantised
     head_format: WeightFormat | None  # the same of embeddings and output projection

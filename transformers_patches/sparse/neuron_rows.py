@@ -33,10 +33,10 @@ Rows = dict[str, Weight]  # weights of some neurons by name: gate, up, down [n, 
 
 @dataclass(frozen=True)
 class Activations:
-    """Of some neurons at some tokens: [..., n] each.
+    """The activations of some neurons at some tokens: [..., n] each.
 
-    first: what the first input projection gives, act(gate·x), of a plain FFN act(up·x).
-    up: up·x, None for a plain FFN.
+    first: the activated output of the first input projection: act(gate·x), or act(up·x) in a plain FFN.
+    up: up·x; None for a plain FFN.
     h: what enters the output projection.
     """
 

@@ -17,9 +17,12 @@ NORM_ROWS = 1024  # rows whose norms are taken at a time, so that float copies s
 
 
 class Prior:
-    """Statistics of the loaded neurons of one layer: float32 [L] each, None where no file has them.
+    """Statistics of the loaded neurons of one layer. What no file has is None.
 
-    mean_abs: mean |h|; mean: mean h; gate_size: root of the mean act(gate)^2. threshold: of a token's scores, or None.
+    mean_abs: float32 [L], the mean of |h|.
+    mean: float32 [L], the mean of h.
+    gate_size: float32 [L], the root of the mean of act(gate)^2.
+    threshold: the score above which a token computes a neuron.
     """
 
     def __init__(

@@ -24,14 +24,14 @@ PREFILL, DECODE = "prefill", "decode"
 
 @dataclass(slots=True)
 class Counters:
-    """What decoding did since they were reset: tokens, neurons that were computed, rows of weights that were read.
+    """What decoding has done since the last reset.
 
     An object of its own, because setting a number on a module takes microseconds.
     """
 
-    tokens: int = 0
-    neurons: int = 0
-    rows: int = 0
+    tokens: int = 0  # tokens that were decoded
+    neurons: int = 0  # neurons that were computed, summed over the tokens
+    rows: int = 0  # rows of weights that were read
 
     def add(self, tokens: int, neurons: int, rows: int) -> None:
         self.tokens += tokens
@@ -40,10 +40,10 @@ class Counters:
 
 
 class RequestLayer(Protocol):
-    """What others know of a layer that works on the request (a SparseFFN): the rows that it has and what it counted."""
+    """What others know of a layer that works on the request (a SparseFFN)."""
 
-    rows: NeuronRows
-    counters: Counters
+    rows: NeuronRows  # the layer's loaded neurons
+    counters: Counters  # what its decoding has done
 
     def reset(self) -> None:
         """Forget the request."""
@@ -55,9 +55,14 @@ class RequestLayer(Protocol):
 class RequestState:
     """The request that a model is working on; every SparseFFN of the model refers to the same one.
 
-    phase: PREFILL or DECODE of the current pass; batch, tokens: its [B, T]; cached: tokens before it; token_mask: bool [B, T], False where
-    padding, or None if nothing is padded. A pass over an empty cache begins a new request: what the
-    layers know of the one before is dropped, however it ended.
+    A pass over an empty cache begins a new request: what the layers know of the one before is dropped, however it ended.
+
+    phase: PREFILL or DECODE, of the current pass.
+    batch: sequences of the current pass.
+    tokens: tokens of each sequence in the current pass.
+    cached: tokens of each sequence in the cache before the current pass.
+    token_mask: bool [batch, tokens], False where there is padding; None if there is none.
+    layers: the layers that work on the request.
     """
 
     def __init__(self) -> None:

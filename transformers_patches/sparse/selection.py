@@ -41,11 +41,11 @@ class SequenceActivations:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decode pass: output like x, and, summed over its tokens, neurons computed and rows of weights read."""
+    """The result of a decode pass."""
 
-    y: torch.Tensor
-    computed: int
-    rows: int
+    y: torch.Tensor  # the output, in the shape of the input
+    computed: int  # neurons that were computed, summed over the tokens
+    rows: int  # rows of weights that were read, summed over the tokens
 
 
 class Selection(ABC):

@@ -25,14 +25,14 @@ VALUES_AT_ONCE = 2**21  # that are unpacked together; they are float32 for a mom
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in the file: its shape as PyTorch has it, and where its rows lie; one that is not there is 0."""
+    """A tensor of the model, and where it lies in the file."""
 
-    path: Path | None
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    offset: int
-    nbytes: int
-    heads: int  # of a weight whose rows were reordered, else 0
+    path: Path | None  # the file; None: it is not there, and its values are 0
+    shape: tuple[int, ...]  # as PyTorch has it
+    kind: GGMLQuantizationType  # how its values are packed
+    offset: int  # its first byte in the file
+    nbytes: int  # its packed size
+    heads: int  # heads of a weight whose rows were reordered, else 0
     add: float  # what undoes the converter's change of a norm
 
     @property

@@ -44,23 +44,23 @@ _SMALLEST_PAIR, _SMALLEST_TENSOR = 13, 33  # bytes of a key-value pair and of a 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. shape: as PyTorch has it; offset, nbytes: of its packed values in the file at path."""
+    """Where a tensor lies."""
 
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    offset: int
-    nbytes: int
+    path: Path  # the file
+    name: str  # as the file has it
+    shape: tuple[int, ...]  # as PyTorch has it
+    kind: GGMLQuantizationType  # how its values are packed
+    offset: int  # the first byte of its packed values in the file
+    nbytes: int  # bytes of its packed values
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """Metadata by key (bool, int, float, str, list of str, or NumPy array) and tensors by name, of all parts."""
+    """What the header of a GGUF file says, of all its parts."""
 
-    path: Path
-    metadata: dict[str, Any]
-    tensors: dict[str, StoredTensor]
+    path: Path  # the first part
+    metadata: dict[str, Any]  # by key: bool, int, float, str, list of str, or NumPy array
+    tensors: dict[str, StoredTensor]  # by name
 
 
 def is_gguf(path: str | Path) -> bool:

@@ -59,13 +59,12 @@ _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """patterns: see above; ignore_merges: a word that is a token stays whole; add_bos: unless the file says otherwise;
-    has_bos: whether there is a first token where the file names none."""
+    """How text is split into words, and what llama.cpp assumes where a file with this pre-tokenizer says nothing."""
 
-    patterns: tuple[str, ...]
-    ignore_merges: bool = False
-    add_bos: bool = False
-    has_bos: bool = True
+    patterns: tuple[str, ...]  # applied one after the other, as described above
+    ignore_merges: bool = False  # whether a word that is a token stays whole
+    add_bos: bool = False  # whether a text begins with the bos token, unless the file says otherwise
+    has_bos: bool = True  # whether there is a bos token if the file names none
 
 
 _GROUPS: dict[PreTokenizer, tuple[str, ...]] = {

@@ -40,22 +40,21 @@ _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """kind: BYTE_LEVEL or SENTENCEPIECE; types: of each token; ids that are None are not there; named: the ids of bos, eos, unk
-    and pad that the file itself gives; ends: eos first; pre: only of byte-level ones, as scores are of the others."""
+    """A vocabulary, with nothing left open."""
 
-    kind: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[tuple[str, str]] | None
-    scores: list[float] | None
-    pre: PreTokenizer
-    bos: int | None
-    eos: int | None
-    named: dict[str, int]
-    ends: list[int]
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
+    kind: str  # BYTE_LEVEL or SENTENCEPIECE
+    tokens: list[str]  # by token id
+    types: list[int]  # the type of each token
+    merges: list[tuple[str, str]] | None  # of a byte-level vocabulary, first to last
+    scores: list[float] | None  # of a sentencepiece vocabulary, one for each token
+    pre: PreTokenizer  # its patterns are used for byte-level vocabularies only
+    bos: int | None  # id of the token that begins a text
+    eos: int | None  # id of the token that ends a text
+    named: dict[str, int]  # ids of bos, eos, unk and pad, as far as the file itself gives them
+    ends: list[int]  # ids of the tokens that end an answer, eos first
+    add_bos: bool  # whether a text begins with bos
+    add_eos: bool  # whether a text ends with eos
+    add_space_prefix: bool  # whether a space is put before a text
 
 
 def has_vocabulary(metadata: Metadata) -> bool:

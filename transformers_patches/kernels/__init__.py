@@ -29,6 +29,7 @@ from transformers_patches.kernels.operations import (
     split_planes,
     sum_of_squares,
     typical_scale,
+    watch_mapping,
     weighted_rows,
 )
 from transformers_patches.kernels.quantization import QuantizedTensor, Weight
@@ -73,6 +74,7 @@ __all__ = [
     "use_variant",
     "variant",
     "variants",
+    "watch_mapping",
     "weighted_rows",
     "why_not",
 ]

@@ -34,6 +34,7 @@ FLOAT_SOURCES = ("sparse_ffn", "linear", "attend", "choose", "read")
 QUANT_SOURCES = ("quant_ffn", "quant_linear", "quant_convert", "planes")
 DRIVERS = (
     "bindings",
+    "bus_errors",
     "decoder",
     "threads",
     "layer",

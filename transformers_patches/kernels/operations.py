@@ -6,6 +6,8 @@ there, the reference in PyTorch everything else.
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from dataclasses import replace
 from types import ModuleType
 
@@ -185,6 +187,17 @@ def typical_scale(sums: Tensor, tokens: int, prior: Tensor | None, prior_tokens:
 def bandwidth_probe(nbytes: int = 256 << 20, repetitions: int = 8) -> float:
     """Bytes per second that torch's threads together read from memory, from huge pages: the best of some repetitions."""
     return probe.bandwidth_probe(LIBRARY.get(), nbytes, repetitions)
+
+
+def watch_mapping(memory: mmap.mmap, whole: Tensor) -> None:
+    """End the process with a line on standard error and exit code 1, not with SIGBUS, where a mapped file has been cut off.
+
+    whole: uint8 [size], all of the mapping. Does nothing without the native kernels.
+    """
+    ops = LIBRARY.get()
+    if ops is not None:
+        begin = ops.watch_mapping(whole)
+        weakref.finalize(memory, ops.forget_mapping, begin)
 
 
 def advise_huge_pages(tensor: Tensor) -> bool:

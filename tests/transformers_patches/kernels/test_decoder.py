@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -270,3 +272,81 @@ def test_what_does_not_fit_is_an_error():
     decoder.set_embedding_and_head(rows, rows)
     with pytest.raises(ValueError, match="token ids are 0 to 10, got 11"):
         decoder.logits(11, None, model.rope, (list(cache[0]), list(cache[1])), LENGTH)
+
+
+@native
+def test_every_layer_and_every_device_is_checked():
+    model, other = Model("float32"), Model("bfloat16")
+    decoder = Decoder()
+    decoder.add_layer(model.layers[0], HEAD_SIZE)
+    with pytest.raises(
+        ValueError, match="all layers must have the hidden size and the type of the first, 64 and Float"
+    ):
+        decoder.add_layer(other.layers[1], HEAD_SIZE)
+    for size in (0, -16, 15):
+        with pytest.raises(ValueError, match=f"a head must have an even size above 0, got {size}"):
+            decoder.add_layer(model.layers[1], size)
+    with pytest.raises(ValueError, match="window must be"):
+        decoder.add_layer(replace(model.layers[1], window=-1), HEAD_SIZE)
+    with pytest.raises(ValueError, match=r"norm must be \[hidden\]"):
+        decoder.add_layer(replace(model.layers[1], norm=model.layers[1].norm.view(8, 8)), HEAD_SIZE)
+    mixed = replace(model.layers[1].projections, weights=list(model.layers[1].projections.weights))
+    mixed.weights[1] = mixed.weights[1].bfloat16()
+    with pytest.raises(ValueError, match="q, k and v must all have the same type"):
+        decoder.add_layer(replace(model.layers[1], projections=mixed), HEAD_SIZE)
+    for elsewhere in (lambda t: t.to("meta"), torch._neg_view):
+        with pytest.raises(ValueError, match="expected a plain tensor on the CPU"):
+            decoder.add_layer(replace(model.layers[1], next_norm=elsewhere(model.layers[1].next_norm)), HEAD_SIZE)
+    freed = model.layers[1].norm.clone()
+    freed.untyped_storage().resize_(8)
+    with pytest.raises(ValueError, match="a storage of 8 bytes, it needs 256"):
+        decoder.add_layer(replace(model.layers[1], norm=freed), HEAD_SIZE)
+    with pytest.raises(ValueError, match="has no neurons"):
+        decoder.set_dense(
+            0, Projections.of([(torch.empty(0, HIDDEN), None)] * 2 + [(torch.empty(HIDDEN, 0), None)]), "silu"
+        )
+    planes = kernels.split_planes(kernels.quantize(torch.randn(11, 32), kernels.INT8))
+    decoder.set_norm(model.last_norm, None, 1e-6)
+    with pytest.raises(ValueError, match="embedding must have 64 columns, got 32"):
+        decoder.set_embedding_and_head(Projections.of([(planes, None)]), model.projections((11, HIDDEN)))
+    floats = Projections([torch.randn(2, 11, 32)], [], [None], None)
+    with pytest.raises(ValueError, match="embeddings in planes are quantised to 8 bits"):
+        decoder.set_embedding_and_head(floats, model.projections((11, HIDDEN)))
+
+
+@native
+def test_what_was_set_before_a_refusal_holds():
+    model = Model("float32")
+    expected = model.run(model.native(), range(3), model.x, None, model.caches.clone())[1]
+    decoder = model.native()
+    other = model.projections(*[(NEURONS, HIDDEN)] * 3)
+    with pytest.raises(ValueError, match="added must be"):
+        decoder.set_active(1, ActiveNeurons(other, "silu", 30, None, added=[torch.zeros(3)]))
+    with pytest.raises(ValueError, match="activation must be"):
+        decoder.set_dense(0, model.dense, "sine")
+    del other
+    assert torch.equal(model.run(decoder, range(3), model.x, None, model.caches.clone())[1], expected)
+
+
+@native
+def test_a_refused_token_leaves_the_caches_alone():
+    model = Model("float32")
+    decoder, caches = model.native(), model.caches.clone()
+    keys, values = list(caches[0]), list(caches[1])
+    unfinished = Decoder()
+    for layer in model.layers:
+        unfinished.add_layer(layer, HEAD_SIZE)
+    unfinished.set_dense(0, model.dense, "silu")
+    with pytest.raises(ValueError, match="for layer 1"):
+        unfinished.run(range(3), model.x, None, model.rope, (keys, values), LENGTH)
+    for wrong in (values[2][:, :, :-1], values[2].bfloat16(), values[2].to("meta"), values[2][0]):
+        with pytest.raises(ValueError, match="keys and values must be|on the CPU"):
+            decoder.run(range(3), model.x, None, model.rope, (keys, [*values[:2], wrong]), LENGTH)
+    for length in (-1, LENGTH + 2, 2**63 - 1):
+        with pytest.raises(ValueError, match="length must be in"):
+            decoder.run(range(3), model.x, None, model.rope, (keys, values), length)
+    with pytest.raises(ValueError, match="cosine and sine belong together"):
+        decoder.run(range(3), model.x, None, (model.rope[0], None), (keys, values), LENGTH)
+    with pytest.raises(ValueError, match="sine must be"):
+        decoder.run(range(3), model.x, None, (model.rope[0], model.rope[1][..., :8]), (keys, values), LENGTH)
+    assert torch.equal(caches, model.caches)

@@ -64,6 +64,13 @@ def test_linear(variant, dtype, size):
     assert error(kernels.linear(x, weight), expected - bias.double()) < TOLERANCE[dtype]
 
 
+def test_linear_without_columns_is_the_bias(variant):
+    x, weight, bias = torch.empty(2, 3, 0), torch.empty(40, 0), torch.randn(40)
+    torch.full((4096,), 7.0)  # so that memory that is not written holds something else than zeros
+    assert torch.equal(kernels.linear(x, weight), torch.zeros(2, 3, 40))
+    assert torch.equal(kernels.linear(x, weight, bias), bias.expand(2, 3, 40))
+
+
 @pytest.mark.parametrize(("prefix", "listed"), [(0, 1), (1, 0), (40, 0), (0, 40), (0, 0)])
 def test_one_all_and_no_neurons(variant, prefix, listed):
     x, (gate, up, down) = torch.randn(1, 64), weights(3, 40, 64)

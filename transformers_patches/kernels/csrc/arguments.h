@@ -1,6 +1,7 @@
 // From tensors to the drivers' calls: what the ops and the decoder have in common, and what their arguments must be.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/string_view.h>
@@ -36,7 +37,26 @@ inline Type float_type(const Tensor& tensor, const char* name) {
   }
 }
 
-inline const char* pointer(const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); }
+// The dispatcher gives the ops only tensors on the CPU; the decoder may be given any, and a storage may have been freed.
+inline void check_memory(const Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.defined(), "expected a tensor, got none");
+  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.is_neg(),
+                    "expected a plain tensor on the CPU, got one on ", tensor.device(), ", ", tensor.layout());
+  const size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.element_size(),
+                                                         size_t(tensor.storage_offset()));
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.storage().nbytes() >= needed, "a tensor ", tensor.sizes(),
+                    " has a storage of ", tensor.storage().nbytes(), " bytes, it needs ", needed);
+}
+
+inline const char* pointer(const Tensor& tensor) {
+  check_memory(tensor);
+  return static_cast<const char*>(tensor.const_data_ptr());
+}
+
+inline char* mutable_pointer(const Tensor& tensor) {
+  check_memory(tensor);
+  return static_cast<char*>(tensor.data_ptr());
+}
 
 inline void check_matrix(const Tensor& weight, const char* name, int64_t rows, int64_t columns) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows,
@@ -98,7 +118,8 @@ inline ScreenedCall screened_call(const Tensor& data, const Tensor& scales, cons
                         errors.numel() == hidden / GROUP,
                     "errors must be contiguous float32 [", hidden / GROUP, "], got ", errors.scalar_type(), " ",
                     errors.sizes());
-  call.errors = errors.const_data_ptr<float>();
+  TORCH_CHECK_VALUE(hidden > 0, "the screening weight has no columns");
+  call.errors = reinterpret_cast<const float*>(pointer(errors));
   return call;
 }
 
@@ -124,7 +145,7 @@ inline ActiveRows active_rows(int64_t prefix, const optional<Tensor>& index, int
   if (!index.has_value()) return active;
   TORCH_CHECK_VALUE(index->scalar_type() == at::kInt && index->dim() == 1 && index->is_contiguous(),
                     "index must be a contiguous list of int32, got ", index->scalar_type(), " ", index->sizes());
-  active.index = index->const_data_ptr<int32_t>();
+  active.index = reinterpret_cast<const int32_t*>(pointer(*index));
   active.count = index->numel();
   int32_t lowest = int32_t(prefix), highest = -1;
   for (int64_t i = 0; i < active.count; ++i) {
@@ -141,10 +162,16 @@ struct Input2d {
   int64_t tokens, hidden;
 };
 
+// Contiguous, in the same type.
+inline Tensor in_order(const Tensor& tensor) {
+  check_memory(tensor);
+  return tensor.contiguous();
+}
+
 inline Input2d input_of(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have at least one dimension, got a scalar");
   const int64_t hidden = x.size(-1);
-  return {x.contiguous(), hidden == 0 ? 0 : x.numel() / hidden, hidden};
+  return {in_order(x), hidden == 0 ? 0 : x.numel() / hidden, hidden};
 }
 
 // What all FFN ops share: x, out, the activation and the active rows.
@@ -200,7 +227,7 @@ inline const float* column_scales_of(const Packed& down, int64_t hidden) {
                         scales.is_contiguous(),
                     "column scales must be contiguous float32 [", hidden, "], got ", scales.scalar_type(), " ",
                     scales.sizes());
-  return scales.const_data_ptr<float>();
+  return reinterpret_cast<const float*>(pointer(scales));
 }
 
 inline FfnCall gated_call(const Input2d& input, const Packed& gate, const Packed& up, const Packed& down, int64_t bits,
@@ -287,7 +314,7 @@ struct LayerWeights {
 
 inline void check_one_token(const Tensor& x, const Tensor& like, const char* name) {
   const int64_t hidden = like.numel();
-  TORCH_CHECK_VALUE(x.is_contiguous() && x.numel() == hidden && x.size(-1) == hidden &&
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_contiguous() && x.numel() == hidden && x.size(-1) == hidden &&
                         x.scalar_type() == like.scalar_type(),
                     name, " must be one token of ", hidden, " ", like.scalar_type(), ", got ", x.sizes(), " ",
                     x.scalar_type());
@@ -296,6 +323,12 @@ inline void check_one_token(const Tensor& x, const Tensor& like, const char* nam
 inline Norm norm_of(const Tensor& weight, const optional<Tensor>& bias, double eps, const Tensor& like, int64_t size,
                     const char* name) {
   return {vector_like(weight, like, size, name), vector_like(bias, like, size, name), float(eps)};
+}
+
+// What is multiplied with one input together must have one type: the input is prepared for that.
+inline void check_same_type(std::initializer_list<LayerWeight> weights, const char* names) {
+  for (const LayerWeight& weight : weights)
+    TORCH_CHECK_VALUE(weight.type == weights.begin()->type, names, " must all have the same type");
 }
 
 // The norms of a layer: that before the attention, that after it, and those of q's and k's heads, if there are any.
@@ -330,6 +363,9 @@ inline AttentionCall attention_call(const Norms& norms, at::TensorList weights, 
   norms.check();
   const Tensor& norm = norms.weights[0];
   const int64_t hidden = norm.numel();
+  TORCH_CHECK_VALUE(norm.dim() == 1 && hidden > 0, "norm must be [hidden], got ", norm.sizes());
+  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 2 == 0, "a head must have an even size above 0, got ", head_dim);
+  TORCH_CHECK_VALUE(window >= 0, "window must be a number of positions, or 0 for none, got ", window);
   AttentionCall call;
   call.type = float_type(norm, "norm");
   call.hidden = hidden;
@@ -342,9 +378,10 @@ inline AttentionCall attention_call(const Norms& norms, at::TensorList weights, 
   call.kv_heads = call.k.rows / head_dim;
   TORCH_CHECK_VALUE(call.kv_heads > 0 && call.heads > 0 && call.heads % call.kv_heads == 0 &&
                         call.heads * head_dim == call.q.rows && call.k.rows == call.kv_heads * head_dim &&
-                        call.v.rows == call.k.rows && call.o.rows == hidden && head_dim % 2 == 0,
+                        call.v.rows == call.k.rows && call.o.rows == hidden,
                     "the projections don't fit heads of ", head_dim, ": q has ", call.q.rows, " rows, k ", call.k.rows,
                     ", v ", call.v.rows, ", o ", call.o.rows);
+  check_same_type({call.q, call.k, call.v}, "q, k and v");
   call.norm = norms.norm(0, norm, hidden, "norm");
   call.next_norm = norms.norm(1, norm, hidden, "next_norm");
   if (norms.weights.size() > 2) {
@@ -367,8 +404,8 @@ inline void place_in_cache(AttentionCall& call, const Tensor& keys, const Tensor
                     values.sizes());
   call.capacity = keys.size(2);
   TORCH_CHECK_VALUE(length >= 0 && length < call.capacity, "length must be in [0, ", call.capacity, "), got ", length);
-  call.keys = static_cast<char*>(keys.data_ptr());
-  call.values = static_cast<char*>(values.data_ptr());
+  call.keys = mutable_pointer(keys);
+  call.values = mutable_pointer(values);
   call.length = length;
 }
 
@@ -378,10 +415,13 @@ inline DenseFfnCall dense_call(Type type, int64_t hidden, at::TensorList weights
   const LayerWeights given{weights, scales, biases, bits};
   const bool gated = weights.size() != 2;
   given.check(gated ? 3 : 2);
+  TORCH_CHECK_VALUE(hidden > 0, "x must have columns");
   DenseFfnCall call;
   call.gate = given.weight(0, hidden, gated ? "gate" : "fc1");
   if (gated) call.up = given.weight(1, hidden, "up");
+  TORCH_CHECK_VALUE(call.gate.rows > 0, "the FFN has no neurons");
   call.down = given.weight(gated ? 2 : 1, call.gate.rows, gated ? "down" : "fc2");
+  if (gated) check_same_type({call.gate, call.up}, "gate and up");
   TORCH_CHECK_VALUE(call.down.rows == hidden && (!gated || call.up.rows == call.gate.rows), "the FFN's matrices don't fit: ",
                     weights[0].sizes(), ", ", weights[1].sizes(), gated ? c10::str(", ", weights[2].sizes()) : "");
   call.activation = activation_of(activation);
@@ -393,13 +433,14 @@ inline const float* sizes_of(const Tensor& scale, int64_t rows) {
   TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == rows &&
                         scale.is_contiguous(),
                     "scale must be contiguous float32 [", rows, "], got ", scale.scalar_type(), " ", scale.sizes());
-  return scale.const_data_ptr<float>();
+  return reinterpret_cast<const float*>(pointer(scale));
 }
 
 // call: without x and out.
 inline ByUpCall by_up_call(const FfnCall& call, const Tensor& scale, int64_t rows, int64_t keep, double threshold) {
   const int64_t candidates = call.rows.prefix + call.rows.count;
   TORCH_CHECK_VALUE(keep <= candidates, "keep_count must be at most the ", candidates, " candidates, got ", keep);
+  TORCH_CHECK_VALUE(keep >= -1, "keep_count must be a number of neurons, or -1 for a threshold, got ", keep);
   return {call, sizes_of(scale, rows), keep, float(threshold)};
 }
 

@@ -3,7 +3,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "arguments.h"
+#include "bus_errors.h"
 #include "core_counts.h"
 #include "layouts.h"
 #include "probe.h"
@@ -66,7 +70,7 @@ Tensor weighted_rows_of(const Tensor& h, Type type, const Matrix& weight, const 
   std::vector<int64_t> shape = h.sizes().vec();
   shape.back() = columns;
   Tensor out = at::empty(shape, h.options());
-  const Tensor values = h.contiguous();
+  const Tensor values = in_order(h);
   FfnCall call;
   call.type = type;
   call.down = weight;
@@ -118,6 +122,7 @@ Tensor linear_like(const Tensor& x, Type type, const Matrix& weight, int64_t row
   call.tokens = input.tokens;
   call.hidden = input.hidden;
   call.out = static_cast<char*>(out.data_ptr());
+  if (input.hidden == 0) return bias.has_value() ? out.zero_().add_(*bias) : out.zero_();
   run_linear(*current().load(), call, at::get_num_threads());
   return out;
 }
@@ -171,13 +176,13 @@ void join_planes(const Tensor& data, const Tensor& out) {
   check_joined(out, data);
   const char* high = pointer(data);
   run_join(*current().load(), {high, high + data.stride(0), nullptr, data.stride(1), 0}, data.size(1), out.size(1),
-           static_cast<int8_t*>(out.data_ptr()), stride_of(out), at::get_num_threads());
+           reinterpret_cast<int8_t*>(mutable_pointer(out)), stride_of(out), at::get_num_threads());
 }
 
 void split_planes(const Tensor& values, const Tensor& out) {
   check_joined(values, out);
-  char* high = static_cast<char*>(out.data_ptr());
-  split_rows(values.const_data_ptr<int8_t>(), stride_of(values), out.size(1), values.size(1), high,
+  char* high = mutable_pointer(out);
+  split_rows(reinterpret_cast<const int8_t*>(pointer(values)), stride_of(values), out.size(1), values.size(1), high,
              high + out.stride(0), out.stride(1));
 }
 
@@ -248,10 +253,10 @@ ConvertTask convert_task(const Tensor& floats, const Tensor& data, const Tensor&
   TORCH_CHECK_VALUE(floats.is_contiguous(), "the floats must be contiguous, got strides ", floats.strides());
   ConvertTask task;
   task.type = type;
-  task.floats = static_cast<char*>(floats.data_ptr());
+  task.floats = mutable_pointer(floats);
   task.float_type = float_type(floats, "the floats");
-  task.data = static_cast<char*>(data.data_ptr());
-  task.scales = reinterpret_cast<uint16_t*>(scales.data_ptr());
+  task.data = mutable_pointer(data);
+  task.scales = reinterpret_cast<uint16_t*>(mutable_pointer(scales));
   task.row_bytes = matrix.row_bytes;
   task.row_scales = matrix.row_scales;
   task.hidden = hidden;
@@ -265,7 +270,7 @@ void quantize(const Tensor& floats, int64_t bits, const optional<Tensor>& column
     TORCH_CHECK_VALUE(column_weights->scalar_type() == at::kFloat && column_weights->is_contiguous() &&
                           column_weights->is_cpu() && column_weights->numel() == task.hidden,
                       "column_weights must be float32 [", task.hidden, "], contiguous");
-    task.column_weights = column_weights->data_ptr<float>();
+    task.column_weights = reinterpret_cast<const float*>(pointer(*column_weights));
   }
   run_convert(current().load()->quantise_rows, task, floats.size(0), at::get_num_threads());
 }
@@ -281,6 +286,7 @@ std::tuple<Tensor, Tensor> attention_step(const Tensor& x, const optional<Tensor
                                           const optional<Tensor>& cosine, const optional<Tensor>& sine,
                                           const Tensor& keys, const Tensor& values, int64_t length, int64_t window,
                                           double scale) {
+  TORCH_CHECK_VALUE(keys.dim() == 4, "keys must be [1, heads, capacity, head size], got ", keys.sizes());
   AttentionCall call =
       attention_call({norms, norm_biases, eps}, weights, scales, biases, bits, window, scale, keys.size(-1));
   check_one_token(x, norms[0], "x");
@@ -298,7 +304,7 @@ std::tuple<Tensor, Tensor> attention_step(const Tensor& x, const optional<Tensor
 Tensor dense_ffn(const Tensor& x, at::TensorList weights, at::TensorList scales,
                  const c10::List<optional<Tensor>>& biases, int64_t bits, c10::string_view activation) {
   const int64_t hidden = x.numel();
-  TORCH_CHECK_VALUE(x.is_contiguous() && x.size(-1) == hidden, "x must be one token, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_contiguous() && x.size(-1) == hidden, "x must be one token, got ", x.sizes());
   DenseFfnCall call = dense_call(float_type(x, "x"), hidden, weights, scales, biases, bits, activation);
   Tensor out = at::empty(x.sizes(), x.options());
   call.x = pointer(x);
@@ -309,7 +315,7 @@ Tensor dense_ffn(const Tensor& x, at::TensorList weights, at::TensorList scales,
 
 Tensor add_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, const optional<Tensor>& bias, double eps) {
   const int64_t hidden = x.numel();
-  TORCH_CHECK_VALUE(x.is_contiguous() && x.size(-1) == hidden, "x must be one token, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_contiguous() && x.size(-1) == hidden, "x must be one token, got ", x.sizes());
   Tensor sum = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
   current().load()->norm({float_type(x, "x"), pointer(x), vector_like(delta, x, hidden, "delta"),
                           static_cast<char*>(sum.data_ptr()), norm_of(weight, bias, eps, x, hidden, "weight"), hidden,
@@ -319,7 +325,9 @@ Tensor add_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, cons
 
 Tensor core_counts(const Tensor& h, double token_sparsity) {
   TORCH_CHECK_VALUE(h.dim() == 2 && h.size(0) > 0, "h must be [tokens, neurons] with at least a token, got ", h.sizes());
-  const Tensor values = h.contiguous();
+  TORCH_CHECK_VALUE(token_sparsity >= 0.0 && token_sparsity <= 1.0, "token_sparsity must be in [0, 1], got ",
+                    token_sparsity);
+  const Tensor values = in_order(h);
   Tensor counts = at::empty({h.size(1)}, h.options().dtype(at::kLong));
   count_core_neurons(*current().load(), float_type(values, "h"), pointer(values), h.size(0), h.size(1),
                      token_sparsity, counts.mutable_data_ptr<int64_t>(), at::get_num_threads());
@@ -332,8 +340,20 @@ Tensor most_marked(const Tensor& counts, const Tensor& priority, int64_t first, 
     TORCH_CHECK_VALUE(part.scalar_type() == at::kLong && part.dim() == 1 && part.numel() == neurons && part.is_contiguous(),
                       "counts and priority must be contiguous int64 [", neurons, "], got ", part.scalar_type(), " ",
                       part.sizes());
-  TORCH_CHECK_VALUE(first >= 0 && wanted >= 0 && first + wanted <= neurons, "can't choose ", wanted, " of ", neurons,
-                    " neurons from position ", first, " on");
+  TORCH_CHECK_VALUE(first >= 0 && first <= neurons && wanted >= 0 && wanted <= neurons - first, "can't choose ", wanted,
+                    " of ", neurons, " neurons from position ", first, " on");
+  if (neurons > 0) {
+    const auto range_of = [neurons](const Tensor& part) {
+      const int64_t* values = reinterpret_cast<const int64_t*>(pointer(part));
+      return std::minmax_element(values, values + neurons);
+    };
+    const auto [first_place, last_place] = range_of(priority);
+    const auto [least, most] = range_of(counts);
+    const int64_t highest = std::numeric_limits<int64_t>::max() / 2;
+    TORCH_CHECK_VALUE(*first_place >= 0 && *last_place < highest && *least >= 0 && *most <= highest / (*last_place + 1),
+                      "counts and priorities must be numbers from 0 on whose product fits into 62 bits, got from ", *least,
+                      " to ", *most, " and from ", *first_place, " to ", *last_place);
+  }
   Tensor chosen = at::empty({wanted}, counts.options().dtype(at::kInt));
   choose_most_marked(counts.const_data_ptr<int64_t>(), priority.const_data_ptr<int64_t>(), neurons, first, wanted,
                      chosen.mutable_data_ptr<int32_t>());
@@ -342,7 +362,7 @@ Tensor most_marked(const Tensor& counts, const Tensor& priority, int64_t first, 
 
 Tensor sum_of_squares(const Tensor& values) {
   TORCH_CHECK_VALUE(values.dim() == 2, "values must be [tokens, neurons], got ", values.sizes());
-  const Tensor rows = values.contiguous();
+  const Tensor rows = in_order(values);
   Tensor sums = at::empty({values.size(1)}, values.options().dtype(at::kFloat));
   sum_squares(*current().load(), float_type(rows, "values"), pointer(rows), rows.size(0), rows.size(1),
               sums.mutable_data_ptr<float>(), at::get_num_threads());
@@ -357,7 +377,7 @@ Tensor typical_scale_of(const Tensor& sums, int64_t tokens, const optional<Tenso
     TORCH_CHECK_VALUE(fits && part.is_contiguous(),
                       "sums, prior and norms must be contiguous float32 [", neurons, "], got ", part.scalar_type(), " ",
                       part.sizes());
-    return part.const_data_ptr<float>();
+    return reinterpret_cast<const float*>(pointer(part));
   };
   TORCH_CHECK_VALUE(tokens >= 0 && prior_tokens > 0, "tokens can't be ", tokens, ", nor prior_tokens ", prior_tokens);
   Tensor scale = at::empty({neurons}, sums.options());
@@ -388,8 +408,20 @@ double timed_read_of(const Tensor& data) {
 }
 
 bool advise_huge_pages_for(const Tensor& data) {
-  return advise_huge_pages(static_cast<char*>(data.data_ptr()), data.numel() * int64_t(data.element_size()));
+  TORCH_CHECK_VALUE(data.is_contiguous(), "data must be contiguous");
+  return advise_huge_pages(mutable_pointer(data), data.numel() * int64_t(data.element_size()));
 }
+
+// data: all of a mapping, uint8. Returns where it begins, by which `forget_mapping` knows it.
+int64_t watch_mapping_of(const Tensor& data) {
+  TORCH_CHECK_VALUE(data.scalar_type() == at::kByte && data.dim() == 1 && data.is_contiguous() && data.numel() > 0,
+                    "expected the bytes of a mapping, got ", data.scalar_type(), " ", data.sizes());
+  const char* begin = pointer(data);
+  watch_mapping(begin, data.numel());
+  return reinterpret_cast<int64_t>(begin);
+}
+
+void forget_mapping_at(int64_t begin) { forget_mapping(reinterpret_cast<const void*>(begin)); }
 
 }  // namespace
 
@@ -445,6 +477,8 @@ TORCH_LIBRARY(partinfer, m) {
   m.def("typical_scale(Tensor sums, int tokens, Tensor? prior, int prior_tokens, Tensor norms) -> Tensor");
   m.def("timed_read(Tensor data) -> float");
   m.def("advise_huge_pages(Tensor data) -> bool");
+  m.def("watch_mapping(Tensor data) -> int");
+  m.def("forget_mapping(int begin) -> ()", forget_mapping_at);
   m.def("variants() -> str[]", variants);
   m.def("variant() -> str", variant);
   m.def("set_variant(str name) -> ()", set_variant);
@@ -477,4 +511,5 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("typical_scale", typical_scale_of);
   m.impl("timed_read", timed_read_of);
   m.impl("advise_huge_pages", advise_huge_pages_for);
+  m.impl("watch_mapping", watch_mapping_of);
 }

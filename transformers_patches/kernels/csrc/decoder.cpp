@@ -46,6 +46,12 @@ class Decoder : public torch::CustomClassHolder {
     Layer layer;
     layer.attention = attention_call({norms, norm_biases, eps}, weights, scales, biases, bits, window, scale, head_dim);
     layer.norm = norms[0];
+    if (!layers_.empty()) {
+      const Tensor& like = layers_[0].norm;
+      TORCH_CHECK_VALUE(layer.norm.numel() == like.numel() && layer.norm.scalar_type() == like.scalar_type(),
+                        "all layers must have the hidden size and the type of the first, ", like.numel(), " and ",
+                        like.scalar_type(), ", got ", layer.norm.numel(), " and ", layer.norm.scalar_type());
+    }
     keep(layer.attention_weights, weights, scales, biases);
     keep(layer.attention_weights, norms, norm_biases, Biases());
     layers_.push_back(std::move(layer));
@@ -72,10 +78,13 @@ class Decoder : public torch::CustomClassHolder {
     const auto rows_like = weights.size() == 2 ? plain_rows : gated_rows;
     const FfnCall call = rows_like(layer, {weights, scales, biases, bits}, column_scales, activation, prefix, index);
     const int64_t rows = weights[0].size(0);
-    layer.rows = size.has_value() ? by_up_call(call, *size, rows, keep_count, threshold) : ByUpCall{call};
-    layer.added.clear();
-    for (const Tensor& one : added)
-      layer.added.push_back(vector_like(one, layer.norm, layer.attention.hidden, "added"));
+    const ByUpCall checked = size.has_value() ? by_up_call(call, *size, rows, keep_count, threshold) : ByUpCall{call};
+    std::vector<const char*> vectors;
+    for (const Tensor& one : added) vectors.push_back(vector_like(one, layer.norm, layer.attention.hidden, "added"));
+    check_nothing_ignored(size.has_value() && weights.size() == 3, scales, column_scales, biases);
+    // nothing changes before all of it has been checked
+    layer.rows = checked;
+    layer.added = std::move(vectors);
     layer.kind = size.has_value() ? Ffn::BY_UP : Ffn::ACTIVE;
     layer.ffn_weights = std::move(added);
     keep(layer.ffn_weights, weights, scales, biases);
@@ -159,8 +168,15 @@ class Decoder : public torch::CustomClassHolder {
                           int64_t(keys.size()) == last - first && keys.size() == values.size(),
                       "expected keys and values of some of ", layers_.size(), " layers, got layers ", first, " to ",
                       last, ", ", keys.size(), " keys and ", values.size(), " values");
-    const Tensor& like = at(first).norm;
-    check_one_token(x, like, "x");
+    check_one_token(x, at(first).norm, "x");
+    for (int64_t number = first; number < last; ++number) {  // before the first layer writes into its cache
+      Layer& layer = at(number);
+      TORCH_CHECK_VALUE(layer.kind != Ffn::NONE, "a layer has no FFN yet: call set_dense or set_active for layer ", number);
+      place_in_cache(layer.attention, keys[size_t(number - first)], values[size_t(number - first)], length);
+      set_rope(layer.attention, x, cosine, sine);
+    }
+    const bool ends = last == int64_t(layers_.size());
+    TORCH_CHECK_VALUE(!ends || norm_.defined(), "the last layer needs a norm behind it: call set_norm");
     Tensor sum = at::empty(x.sizes(), x.options()), out = at::empty(x.sizes(), x.options());
     Tensor next = at::empty(x.sizes(), x.options());
     Tensor computed = at::empty({last - first}, x.options().dtype(at::kLong));
@@ -171,10 +187,8 @@ class Decoder : public torch::CustomClassHolder {
     for (int64_t number = first; number < last; ++number) {
       Layer& layer = at(number);
       AttentionCall& call = layer.attention;
-      place_in_cache(call, keys[size_t(number - first)], values[size_t(number - first)], length);
       call.x = from;
       call.delta = add;
-      set_rope(call, x, cosine, sine);
       call.sum = static_cast<char*>(sum.data_ptr());
       call.next = static_cast<char*>(next.data_ptr());
       run_attention(kernels, call, threads);
@@ -183,11 +197,9 @@ class Decoder : public torch::CustomClassHolder {
       from = call.sum;
       add = pointer(out);
     }
-    if (last == int64_t(layers_.size())) {
-      TORCH_CHECK_VALUE(norm_.defined(), "the last layer needs a norm behind it: call set_norm");
+    if (ends)
       kernels.norm({float_type(x, "x"), from, add, static_cast<char*>(sum.data_ptr()), last_norm_, x.numel(),
                     static_cast<char*>(out.data_ptr())});
-    }
     return {sum, out, computed};
   }
 
@@ -196,6 +208,16 @@ class Decoder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(number >= 0 && number < int64_t(layers_.size()), "there are ", layers_.size(),
                       " layers, got number ", number);
     return layers_[size_t(number)];
+  }
+
+  // What a layer's kind of FFN would leave out without a word.
+  static void check_nothing_ignored(bool chooses_by_up, const std::vector<Tensor>& scales,
+                                    const optional<Tensor>& column_scales, const Biases& biases) {
+    TORCH_CHECK_VALUE(!column_scales.has_value() || !scales.empty(), "column scales belong to quantised weights");
+    const size_t last = biases.size() - 1;
+    TORCH_CHECK_VALUE(!biases.get(last).has_value(), "a bias of the last projection belongs into `added`");
+    for (size_t i = 0; chooses_by_up && i < last; ++i)
+      TORCH_CHECK_VALUE(!biases.get(i).has_value(), "a gated FFN that chooses by up can't have biases");
   }
 
   // x and out are set for every token; `layer.norm` is like both
@@ -245,8 +267,10 @@ class Decoder : public torch::CustomClassHolder {
     TORCH_CHECK_VALUE(!given.scales.empty() || data.scalar_type() == norm_.scalar_type(),
                       "embeddings must be quantised or ", norm_.scalar_type(), ", got ", data.scalar_type());
     if (data.dim() == 3) {
+      TORCH_CHECK_VALUE(!given.scales.empty() && given.bits == 8, "embeddings in planes are quantised to 8 bits");
+      TORCH_CHECK_VALUE(2 * data.size(2) == norm_.numel(), "embedding must have ", norm_.numel(), " columns, got ",
+                        2 * data.size(2));
       embedding.planes = planes_of(data, given.scales[0], "embedding");
-      check_matrix(data.select(0, 0), "embedding", data.size(1), norm_.numel() / 2);
       embedding.rows = data.size(1);
     } else {
       embedding.whole = given.weight(0, norm_.numel(), "embedding");
@@ -322,7 +346,7 @@ class Decoder : public torch::CustomClassHolder {
         computed = run_by_up(kernels, layer.rows, threads);
         break;
       default:
-        TORCH_CHECK_VALUE(false, "a layer has no FFN yet: call set_dense or set_active");
+        break;  // `run` has refused it
     }
     for (const char* added : layer.added) add_vector(kernels, layer.attention.type, out, added, rows.hidden);
     return computed;

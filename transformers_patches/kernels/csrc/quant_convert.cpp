@@ -86,7 +86,7 @@ inline void pack_group(const float* values, char* out) {
     for (int i = 0; i < GROUP; ++i) out[i] = char(int8_t(values[i]));
   } else {
     for (int i = 0; i < GROUP / 2; ++i)
-      out[i] = char((int32_t(values[i]) + 8) | (int32_t(values[i + GROUP / 2]) + 8) << 4);
+      out[i] = char(uint32_t(int32_t(values[i]) + 8) | uint32_t(int32_t(values[i + GROUP / 2]) + 8) << 4);
   }
 }
 

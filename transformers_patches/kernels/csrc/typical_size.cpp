@@ -23,14 +23,14 @@ void sum_squares(const Kernels& kernels, Type type, const char* values, int64_t 
 
 void typical_scale(const float* sums, int64_t tokens, const float* prior, int64_t prior_tokens, const float* norms,
                    int64_t neurons, float* scale) {
-  const float part = 1.0f / float(tokens + prior_tokens), prior_part = float(prior_tokens) * part;
+  const float part = 1.0f / float(double(tokens) + double(prior_tokens)), prior_part = float(prior_tokens) * part;
   if (prior != nullptr) {
     for (int64_t i = 0; i < neurons; ++i)
       scale[i] = std::sqrt(sums[i] * part + prior[i] * prior[i] * prior_part) * norms[i];
     return;
   }
   const double all = std::accumulate(sums, sums + neurons, 0.0);
-  const float added = float(all / double(std::max<int64_t>(neurons * tokens, 1))) * prior_part;
+  const float added = float(all / std::max(double(neurons) * double(tokens), 1.0)) * prior_part;
   for (int64_t i = 0; i < neurons; ++i) scale[i] = std::sqrt(sums[i] * part + added) * norms[i];
 }
 

@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluation.speed.random_weights import RandomWeights, shape_config  # noqa: E402
 from transformers_patches.config import PartInferConfig  # noqa: E402
 from transformers_patches.families import family_of  # noqa: E402
+from transformers_patches.files import scratch_folder  # noqa: E402
 from transformers_patches.load.pack_writer import write_pack  # noqa: E402
 from transformers_patches.neurons.random_ranking import random_ranking  # noqa: E402
 from transformers_patches.weights.lookup import find_model  # noqa: E402
@@ -179,8 +179,8 @@ def main() -> int:
     parser.add_argument("--files", type=Path, help="folder where packs and random weights are kept for another run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="partinfer-loading-") as scratch:
-        files = options.files or Path(scratch)
+    with scratch_folder("loading") as scratch:
+        files = options.files or scratch
         files.mkdir(parents=True, exist_ok=True)
         paths = prepare(files, options)
         rows, disk = measure(paths, options.repetitions)

@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS  # noqa: E402
 from transformers_patches import cli  # noqa: E402
 from transformers_patches.errors import PartInferError  # noqa: E402
-from transformers_patches.files import write_text_atomic  # noqa: E402
+from transformers_patches.files import scratch_folder, write_text_atomic  # noqa: E402
 
 BEGIN, END = "<!-- readme_table: begin -->", "<!-- readme_table: end -->"
 METHODS = {"dense": "`--method dense`", "partinfer": "`partinfer`, the default", "original": "the original's method"}
@@ -64,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     compare = importlib.util.find_spec("llama_cpp") is not None
     if not compare:
         print("llama.cpp is left out: pip install llama-cpp-python adds it", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="partinfer-table-") as scratch:
-        speed = _json_of(speed_command(options, compare), Path(scratch) / "speed.json")
-        quality = _json_of(quality_command(options), Path(scratch) / "quality.json")
+    with scratch_folder("table") as scratch:
+        speed = _json_of(speed_command(options, compare), scratch / "speed.json")
+        quality = _json_of(quality_command(options), scratch / "quality.json")
     nll = None
     if compare:
         nll = llama_cpp_nll(_output_of(llama_cpp_command(options, str(speed["rows"][0]["dtype"]))))

@@ -30,10 +30,13 @@ def download_dataset(
     """
     target = dataset_folder(parent, name, config)
     token = checked_token(token)
+    place = Path(os.path.realpath(target))  # a link to a folder stays one
+    if not os.access(place.parent, os.W_OK) and (there := _already_there(target, name, revision)):
+        return there  # where nothing can be written, there is no lock, and no need for one
     with exclusive(target, wait=True):
+        if there := _already_there(target, name, revision):
+            return there
         manifest = read_manifest(target)
-        if manifest and manifest.name == name and manifest.revision == revision and not damage(target, manifest):
-            return Fetched(str(target), manifest.source, manifest.total_bytes, True)
         if target.exists() and not manifest:
             raise PartInferError(f"{target} exists and was not made by download.py: move it or give --datasave_path")
         if manifest and (manifest.name, manifest.revision) != (name, revision):
@@ -41,7 +44,6 @@ def download_dataset(
                 f"{target} holds {manifest.name} (revision {manifest.revision}), asked for was {name} (revision "
                 f"{revision}): give another --datasave_path, or delete it first"
             )
-        place = Path(os.path.realpath(target))  # a link to a folder stays one
         work = work_folder(place)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -52,6 +54,13 @@ def download_dataset(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return Fetched(str(target), "hub", manifest.total_bytes, False)
+
+
+def _already_there(target: Path, name: str, revision: str | None) -> Fetched | None:
+    manifest = read_manifest(target)
+    if manifest is None or (manifest.name, manifest.revision) != (name, revision) or damage(target, manifest):
+        return None
+    return Fetched(str(target), manifest.source, manifest.total_bytes, True)
 
 
 def _save(name: str, config: str | None, revision: str | None, token: str | None, work: Path) -> None:

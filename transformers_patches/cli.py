@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import write_text_atomic
 from transformers_patches.flags import STANDARD_OUTPUT
+from transformers_patches.hub_tokens import without_tokens
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 PRIMITIVES = "64"  # several times what one prompt needs
@@ -109,13 +110,13 @@ def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") ->
 def show_error(error: BaseException) -> None:
     """One line on standard error; with --debug on the command line, after the traceback."""
     if "--debug" in sys.argv:
-        traceback.print_exception(error)
+        print(without_tokens("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     print(f"error: {explained(error)}", file=sys.stderr)
 
 
 def explained(error: BaseException) -> str:
-    """An error in one line: PartInferError's own, for files which and why, for others what they are."""
-    said = " ".join(str(error).split())
+    """An error in one line: PartInferError's own, for files which and why, for others what they are. Never a hub token."""
+    said = " ".join(without_tokens(str(error)).split())
     if isinstance(error, PartInferError):
         return said
     if isinstance(error, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import huggingface_hub
@@ -18,6 +19,7 @@ from downloads.model import download_model
 from tests.conftest import fill, make_tiny_checkpoint
 from tests.downloads.conftest import add_tokenizer, contents
 from tests.killed import hidden, run_killed
+from transformers_patches import cli
 from transformers_patches.errors import PartInferError
 from transformers_patches.hub_tokens import checked_token, without_tokens
 
@@ -86,6 +88,17 @@ def test_a_link_to_a_folder_on_another_disk_stays_one(hub, tiny_model, tmp_path)
     assert sorted(os.listdir(tmp_path / "large")) == ["tiny"]
 
 
+def test_a_complete_model_on_a_disk_that_is_read_only(tiny_model, small_disk):
+    folder = small_disk / "tiny"
+    folder.mkdir()
+    for name, content in contents(tiny_model).items():
+        (folder / name).write_bytes(content)
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    if subprocess.run(remount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("the disk can't be made read-only")
+    assert download_model(MODEL, folder).already_there
+
+
 def test_published_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
@@ -128,6 +141,18 @@ def test_tokens_that_the_library_would_find(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_sec\x1bret")
     with pytest.raises(PartInferError, match="in the file of hf auth login has a control character"):
         checked_token(None)
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_no_script_shows_a_token(monkeypatch, capsys, debug):
+    def fail():
+        raise RuntimeError(f"Illegal header value b'Bearer {TOKEN}'")
+
+    monkeypatch.setattr("sys.argv", ["download.py", *debug])
+    assert cli.guarded(fail) == 1
+    said = capsys.readouterr().err
+    assert "Bearer <token>" in said
+    assert TOKEN not in said
 
 
 def test_tokens_are_taken_out_of_messages(monkeypatch):

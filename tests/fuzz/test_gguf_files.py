@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import random
-import signal
 import struct
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.fuzz.mutations import READ, REFUSED, changed_bytes, outcome
 from tests.tiny_gguf import MODEL_TYPES, tiny_metadata, tiny_model, tiny_tensors, write_tiny_gguf
 from transformers_patches.config import PartInferConfig
-from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
 from transformers_patches.weights.model_files import load_tokenizer
 
 SETTINGS = {"method": "dense", "dtype": "float32", "device": "cpu", "kernels": "torch"}
-LONGEST_S = 20  # for one file, on a busy machine
 VALUES = [
     *(None, True, False, 0, 1, 2, 3, 7, 255, 2**16, 10**9, 2**31 - 1, 2**32 - 1),
     *(
@@ -50,41 +47,12 @@ TOKENIZER_KEYS = [
     *("ggml.scores", "ggml.add_eos_token", "ggml.add_space_prefix", "ggml.eot_token_id", "ggml.eos_token_ids"),
     *("ggml.suppress_tokens", "chat_template.tool_use", "ggml.unheard_of"),
 ]
-NUMBERS = [0, 1, 2**16, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
 
 
-@contextmanager
-def within(seconds: int):
-    """TimeoutError if the block takes longer."""
-
-    def late(signum, frame):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(path: Path) -> str:
-    """`read`, `refused`, or the foreign exception's name."""
-    results = []
-    for use in (use_tokenizer, use_model):
-        try:
-            with within(LONGEST_S):
-                use(path)
-            results.append("read")
-        except PartInferError as error:
-            text = str(error)
-            results.append(
-                "refused" if "\n" not in text and len(text) < 3000 else f"a message of {len(text)} characters"
-            )
-        except Exception as error:
-            results.append(f"{use.__name__}: {type(error).__name__}: {error}"[:300])
-    return next((result for result in results if result not in ("read", "refused")), "+".join(results))
+def both(path: Path) -> str:
+    """What came of using the tokenizer and the model: `read+refused` and the like, or what is wrong with one of them."""
+    results = [outcome(use, path) for use in (use_tokenizer, use_model)]
+    return next((result for result in results if result not in (READ, REFUSED)), "+".join(results))
 
 
 def use_tokenizer(path: Path) -> None:
@@ -96,27 +64,6 @@ def use_tokenizer(path: Path) -> None:
 def use_model(path: Path) -> None:
     model = load_model(path, PartInferConfig(**SETTINGS)).model
     model(torch.tensor([[1, 3, 4]]) % model.config.vocab_size)
-
-
-def changed_bytes(data: bytes, header: int, source: random.Random) -> bytes:
-    """Flipped, cut, repeated, overwritten by large numbers: mostly in the header, where it hurts."""
-    place = source.randrange(header if source.random() < 0.9 else len(data))
-    changed = bytearray(data)
-    kind = source.choice(("flip", "flip", "cut", "number", "short number", "repeat", "remove"))
-    if kind == "flip":
-        for _ in range(source.choice((1, 1, 3, 20))):
-            changed[source.randrange(header)] = source.randrange(256)
-    elif kind == "cut":
-        del changed[place:]
-    elif kind == "number":
-        changed[place : place + 8] = struct.pack("<Q", source.choice(NUMBERS))
-    elif kind == "short number":
-        changed[place : place + 4] = struct.pack("<I", source.choice(NUMBERS) & 0xFFFFFFFF)
-    elif kind == "repeat":
-        changed[place:place] = changed[place : place + source.randrange(1, 64)]
-    else:
-        del changed[place : place + source.randrange(1, 64)]
-    return bytes(changed)
 
 
 def write_changed(path: Path, source: random.Random) -> None:
@@ -154,7 +101,7 @@ def campaign(folder: Path, seed: int, count: int) -> Counter:
                 write_changed(path, source)
             except (ValueError, TypeError, OverflowError, struct.error):
                 continue  # what the gguf package itself does not write
-        seen[outcome(path)] += 1
+        seen[both(path)] += 1
         path.unlink()
     return seen
 

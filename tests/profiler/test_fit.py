@@ -10,6 +10,7 @@ import torch
 from profiler.__main__ import main
 from profiler.fitting import Fitter
 from transformers_patches.neurons.fit_file import FitFile
+from transformers_patches.weights.model_files import read_config
 
 SMALL = ("--task_type", "QA", "--max_new_tokens", "5", "--batch_size", "4", "--start_num", "1", "--end_num", "2")
 
@@ -47,7 +48,7 @@ def test_file_lies_beside_the_neuron_file_and_says_what_it_is_for(model_folder, 
     assert file.metadata["model_name"] == "tiny-llama"
     assert float(file.metadata["error_after"]) < float(file.metadata["error_before"])
     assert sorted(p.name for p in neurons.parent.iterdir()) == ["qa.fit.safetensors", "qa.safetensors"]
-    file.check_fits(3, 48, file.metadata["fingerprint"], "tiny-llama")
+    file.check_fits(read_config(model_folder), file.metadata["fingerprint"], "tiny-llama")
 
 
 def test_the_ranking_decides_when_it_is_asked_to(model_folder, questions, neurons):

@@ -131,6 +131,7 @@ def generate(
     model's context, and for logits that are not finite.
     """
     _check_length(loaded, prompt_ids)
+    _check_ids(loaded, prompt_ids)
     conversation = conversation or Conversation()
     cache = conversation.prepare(prompt_ids, loaded.model)
     cached = len(conversation.token_ids)
@@ -166,6 +167,17 @@ def generate(
         decode_tokens_per_second=recorder.decode_speed(),
         finish_reason=_finish_reason(interrupted or (stopped is not None and stopped()), recorder, config),
     )
+
+
+def _check_ids(loaded: LoadedModel, prompt_ids: list[int]) -> None:
+    """Raise PartInferError for tokens that were added to the tokenizer, but not to the model."""
+    known = loaded.model.config.vocab_size
+    wrong = next((i for i in prompt_ids if not 0 <= i < known), None)
+    if wrong is not None:
+        raise PartInferError(
+            f"the prompt has token {wrong}, but the model has embeddings for tokens 0 to {known - 1}: its tokenizer is another "
+            "model's, or has tokens that the model was not trained with"
+        )
 
 
 def generate_ids(

@@ -11,11 +11,12 @@ from transformers import PretrainedConfig
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import family_of
 from transformers_patches.fast_pass.one_token import speed_up_one_token
+from transformers_patches.load.as_stored import as_stored, names_in_model
 from transformers_patches.load.ffn_swap import attach_compensation
 from transformers_patches.load.generation_config import own_generation_config
 from transformers_patches.load.loaded_model import LoadedModel, LoadReport
 from transformers_patches.load.meta_model import build_model
-from transformers_patches.load.streaming import names_in_model, stream_weights
+from transformers_patches.load.streaming import stream_weights
 from transformers_patches.load.threads import check_threads
 from transformers_patches.modules.fast_linear import replace_linears
 from transformers_patches.modules.quantized import weight_bytes
@@ -62,6 +63,7 @@ def load_from(
 ) -> LoadedModel:
     """`load_model` for any source of weights. name: the model's, for messages."""
     started = time.perf_counter()
+    config = as_stored(config, weights)
     _check_files(files, config, weights, name)
     return load_run(resolve_run(settings, config, files), weights, started)
 
@@ -94,7 +96,7 @@ def _check_files(files: RunFiles, config: PretrainedConfig, weights: WeightSourc
     """Raise PartInferError unless the files that are given belong to the model. name: the model's."""
     if not files.neurons and files.fit is None:
         return
-    names = names_in_model(weights)
+    names = names_in_model(weights, config)
 
     def read(parameter: str) -> torch.Tensor:
         stored = names[parameter]
@@ -106,4 +108,4 @@ def _check_files(files: RunFiles, config: PretrainedConfig, weights: WeightSourc
     for file in files.neurons:
         file.check_fits(config, ours, name)
     if files.fit is not None:
-        files.fit.check_fits(config.num_hidden_layers, family_of(config).intermediate_size(config), ours, name)
+        files.fit.check_fits(config, ours, name)

@@ -74,6 +74,9 @@ class _Recorder(WeightSource):
     def total_bytes(self) -> int:
         return self.weights.total_bytes()
 
+    def same(self, one: str, other: str) -> bool:
+        return self.weights.same(one, other)
+
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         self.weights.read_into(name, out, rows)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.load.as_stored import names_in_model
 from transformers_patches.load.column_weights import column_weights
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedWeight, weight_places
 from transformers_patches.plan.run import ResolvedRun
@@ -28,15 +29,6 @@ class _Wanted:
     place: nn.Parameter | QuantizedWeight  # what holds it, still without memory
     source: Source  # in the checkpoint, by its name there
     in_plan: bool  # of neurons that the plan loads, not of a module that stays whole
-
-
-def names_in_model(weights: WeightSource) -> dict[str, str]:
-    """Parameter name in the model -> name in the file. Files of a bare decoder lack the leading `model.`."""
-    return {_with_prefix(name): name for name in weights.names()}
-
-
-def _with_prefix(name: str) -> str:
-    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 def stream_weights(
@@ -74,7 +66,7 @@ def _wanted(
     model: PreTrainedModel, weights: WeightSource, sources: dict[str, Source], run: ResolvedRun
 ) -> list[_Wanted]:
     """All weights of the model, tied ones once. PartInferError unless the checkpoint has these, and nothing else."""
-    names = names_in_model(weights)
+    names = names_in_model(weights, model.config)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     head = "lm_head.weight" if not tied else model.all_tied_weights_keys["lm_head.weight"]
     important = column_weights(run.family, None if run.weight_format is None else run.base, head)
@@ -86,13 +78,13 @@ def _wanted(
             if name in tied:
                 continue
             raise PartInferError(f"{weights.source} lacks {source.name}: the checkpoint is incomplete, fetch it again")
-        used.add(source.name)
+        used.add(stored)
         if name not in tied:  # else the same tensor as its partner, which is read
             _check_shape(weights, stored, place.shape, source.how, run.plan.intermediate_size)
             of_columns = important.get(source.name) if _has_weighted_errors(place, source) else None
             in_plan = name in sources and source.how != "whole"
             wanted.append(_Wanted(name, place, replace(source, name=stored, column_weights=of_columns), in_plan))
-    _check_all_used(model, weights, set(names) - used)
+    _check_all_used(model, weights, {name for name, stored in names.items() if stored not in used})
     return wanted
 
 

@@ -14,10 +14,19 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.families import family_of
 from transformers_patches.files import save_tensors_atomic
+from transformers_patches.neurons.checks import (
+    WHOLE_NUMBERS,
+    check_floats,
+    fraction,
+    read_tensors,
+    shown,
+    whole_number,
+)
 
 FORMAT = "partinfer-fit"
 VERSION = "1"
@@ -100,16 +109,18 @@ class FitFile:
         made = all(layer.threshold is not None for layer in self.layers.values())
         return same and made and self.metadata.get("selection") == selection
 
-    def check_fits(self, num_layers: int, intermediate_size: int, fingerprint: str | None, model_name: str) -> None:
+    def check_fits(self, config: PretrainedConfig, fingerprint: str | None, model_name: str) -> None:
         """Raise PartInferError, naming both sides, unless this file was made from the model."""
         theirs = self.metadata.get("fingerprint")
         if (
-            self.intermediate_size != intermediate_size
-            or max(self.layers) >= num_layers
+            self.intermediate_size != family_of(config).intermediate_size(config)
+            or max(self.layers) >= config.num_hidden_layers
+            or any(len(layer.bias_prefill) != config.hidden_size for layer in self.layers.values())
             or (theirs and fingerprint and theirs != fingerprint)
         ):
             raise PartInferError(
-                f"{self.source} was made from {self.metadata.get('model_name', 'another model')} (fingerprint {theirs}), "
+                f"{self.source} was made from {self.metadata.get('model_name', 'another model')[:100]} (fingerprint "
+                f"{(theirs or 'unknown')[:16]}), "
                 f"not from {model_name} (fingerprint {fingerprint}): make one with python -m profiler fit"
             )
 
@@ -133,26 +144,22 @@ class FitFile:
         path = Path(path)
         if not path.is_file():
             raise PartInferError(f"no fit file at {path}: make one with python -m profiler fit")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                # clone: a view would keep the whole file mapped
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise PartInferError(f"{path} is not a readable fit file (truncated?): {error}; make it again") from None
+        tensors, metadata = read_tensors(path, "fit file")
         if metadata.pop("format", None) != FORMAT:
             raise PartInferError(f"{path} is not a fit file: make one with python -m profiler fit")
         version = metadata.pop("version", "")
         if version != VERSION:
             raise PartInferError(
-                f"{path} has format version {version!r}, this program reads {VERSION!r}: make it again"
+                f"{path} has format version {shown(version)}, this program reads {VERSION!r}: make it again"
             )
         if "lowrank" in metadata.get("compensation", ""):
             raise PartInferError(
-                f"{path} was made for compensation {metadata['compensation']}, of which low-rank maps are no longer "
+                f"{path} was made for compensation {shown(metadata['compensation'])}, of which low-rank maps are no longer "
                 "computed: make it again with python -m profiler fit, or give --compensation mean"
             )
-        size = int(metadata.pop("intermediate_size", 0))
+        size = whole_number(metadata, "intermediate_size", str(path))
+        del metadata["intermediate_size"]
+        _check_metadata(metadata, str(path))
         return cls(_layers(tensors, size, path), size, metadata, str(path))
 
 
@@ -162,13 +169,35 @@ def fit_path(neuron_file: str | Path) -> Path:
     return path.with_name(path.stem + SUFFIX)
 
 
+def _check_metadata(metadata: dict[str, str], source: str) -> None:
+    """What the properties of a FitFile read."""
+    for key in ("loaded_neurons_percent", "sparsity"):
+        fraction(metadata.get(key), key, source)
+    try:
+        shares = json.loads(metadata.get("layer_sparsity", "{}"))
+    except (ValueError, RecursionError):
+        shares = None
+    if not isinstance(shares, dict):
+        raise PartInferError(f"{source}: layer_sparsity is no JSON object of shares by layer: make the file again")
+    for layer, share in shares.items():
+        if not _is_number(layer):
+            raise PartInferError(f"{source}: layer_sparsity has {shown(layer)}, expected numbers of layers")
+        fraction(share, f"layer_sparsity of layer {layer}", source)
+
+
+def _is_number(text: str) -> bool:
+    """Whether text is the number of a layer."""
+    return text.isascii() and text.isdecimal() and len(text) <= 6
+
+
 def _layers(tensors: dict[str, torch.Tensor], size: int, path: Path) -> dict[int, LayerFit]:
     known = {item.name for item in fields(LayerFit)}
     found: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
-        kind, number, name = ([*key.split("."), "", ""])[:3]
-        if kind != "layers" or not number.isdigit() or name not in known:
-            raise PartInferError(f"{path}: unknown entry {key!r}: the file is damaged, make it again")
+        kind, _, place = key.partition(".")
+        number, _, name = place.partition(".")
+        if kind != "layers" or not _is_number(number) or name not in known:
+            raise PartInferError(f"{path}: unknown entry {shown(key)}: the file is damaged, make it again")
         found.setdefault(int(number), {})[name] = value
     if not found:
         raise PartInferError(f"{path} has no layers: make it again")
@@ -181,6 +210,13 @@ def _check_layer(number: int, values: dict[str, torch.Tensor], size: int, path: 
     for name in _REQUIRED:
         if name not in values:
             raise PartInferError(f"{path}: layer {number} lacks {name}: the file is damaged, make it again")
+    for name, tensor in values.items():
+        if tensor.ndim != (2 if name.startswith("down") else 1):
+            raise PartInferError(f"{path}: layer {number}: {name} has {tensor.ndim} dimensions: make the file again")
+        if name != "neurons":
+            check_floats(tensor, f"layer {number}: {name}", str(path))
+    if values["neurons"].dtype not in WHOLE_NUMBERS:
+        raise PartInferError(f"{path}: layer {number}: neurons are {values['neurons'].dtype}, expected int32")
     neurons, hidden = values["neurons"].long(), len(values["bias_prefill"])
     loaded = len(neurons)
     if not loaded or int(neurons.min()) < 0 or int(neurons.max()) >= size or len(neurons.unique()) != loaded:

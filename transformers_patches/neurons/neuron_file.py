@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 from transformers_patches.files import save_tensors_atomic, write_text_atomic
+from transformers_patches.neurons.checks import WHOLE_NUMBERS, check_floats, read_tensors, shown, whole_number
 from transformers_patches.neurons.loss_curve import LossCurve
 
 FORMAT = "partinfer-neurons"
@@ -64,13 +64,19 @@ class NeuronFile:
                     f"{self.source}: {name} has shape {list(values.shape)}, the ranking {list(self.ranking.shape)}: "
                     "the file is damaged, make it again"
                 )
+            if values is not None:
+                check_floats(values, name, self.source)
         for name, values in self.input_squares.items():
+            check_floats(values, f"input_squares.{name}", self.source)
             rows = 1 if name == "head" else self.num_layers
-            if values.ndim != 2 or len(values) != rows or not bool((values >= 0).all()):  # NaN is not either
+            if values.ndim != 2 or len(values) != rows or not bool((values >= 0).all()):
                 raise PartInferError(
                     f"{self.source}: input_squares.{name} has shape {list(values.shape)}, expected {rows} rows of "
                     "numbers of at least 0: the file is damaged, make it again"
                 )
+        for key in ("tokens", "texts"):
+            whole_number(self.metadata, key, self.source, 0)
+        whole_number(self.metadata, "datasets", self.source, 1)
         if self.loss is not None:
             self._check_loss(self.loss)
 
@@ -115,11 +121,19 @@ class NeuronFile:
                 f"{self.source} ranks {self.num_layers} layers of {self.intermediate_size} neurons, but {model_name} "
                 f"has {config.num_hidden_layers} layers of {size}: use a neuron file made from this model"
             )
+        heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for name, values in self.input_squares.items():
+            width = heads * config.num_attention_heads if name == "attention_output" else config.hidden_size
+            if values.shape[1] != width:
+                raise PartInferError(
+                    f"{self.source} has input_squares.{name} of {values.shape[1]} columns, but {model_name} has {width}: "
+                    "use a neuron file made from this model"
+                )
         ours = self.metadata.get("fingerprint")
         if ours and fingerprint and ours != fingerprint:
-            made_from = self.metadata.get("model_name", "another model")
+            made_from = self.metadata.get("model_name", "another model")[:100]
             raise PartInferError(
-                f"{self.source} was made from {made_from} (fingerprint {ours}), not from {model_name} "
+                f"{self.source} was made from {made_from} (fingerprint {ours[:16]}), not from {model_name} "
                 f"(fingerprint {fingerprint}): profile this model, see python -m profiler run --help"
             )
 
@@ -165,7 +179,7 @@ def ranking_from_scores(scores: torch.Tensor) -> torch.Tensor:
 
 def validate_ranking(ranking: torch.Tensor, source: str) -> None:
     """Raise PartInferError unless ranking is [layers, N] and each row is a permutation of 0…N-1."""
-    if ranking.ndim != 2 or 0 in ranking.shape or ranking.is_floating_point() or ranking.dtype == torch.bool:
+    if ranking.ndim != 2 or 0 in ranking.shape or ranking.dtype not in WHOLE_NUMBERS:
         raise PartInferError(
             f"{source}: expected whole numbers of shape [layers, neurons], got {ranking.dtype} {list(ranking.shape)}"
         )
@@ -187,8 +201,10 @@ def validate_ranking(ranking: torch.Tensor, source: str) -> None:
 def _load_legacy(path: Path) -> NeuronFile:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PartInferError(f"{path} is not valid JSON (truncated?): {error}; fetch or make it again") from None
+    except (OSError, ValueError, RecursionError) as error:  # damaged, nested deep, numbers of thousands of digits
+        raise PartInferError(
+            f"{path} is not valid JSON (truncated?): {str(error)[:200]}; fetch or make it again"
+        ) from None
     rows = content.get("neurons") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
         raise PartInferError(f'{path}: expected {{"neurons": [[indices, best first], one list per layer]}}')
@@ -198,30 +214,26 @@ def _load_legacy(path: Path) -> NeuronFile:
             raise PartInferError(f"{path}: layer {layer} has {len(row)} neurons, other layers have {size}")
         wrong = [value for value in row if type(value) is not int]  # null, true and 1.0 too
         if wrong:
-            raise PartInferError(f"{path}: layer {layer} has {wrong[0]!r}, expected whole numbers 0 to {size - 1}")
+            raise PartInferError(f"{path}: layer {layer} has {shown(wrong[0])}, expected whole numbers 0 to {size - 1}")
         outside = next((value for value in row if not 0 <= value < size), None)
         if outside is not None:
-            raise PartInferError(f"{path}: layer {layer} has neuron {outside}, expected 0 to {size - 1}")
+            raise PartInferError(f"{path}: layer {layer} has neuron {shown(outside)}, expected 0 to {size - 1}")
     if size == 0:
         raise PartInferError(f"{path}: the layers are empty, expected a ranking of every neuron")
     return NeuronFile(torch.tensor(rows, dtype=torch.int32), source=str(path))
 
 
 def _load_safetensors(path: Path) -> NeuronFile:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            # clone: a view would keep the whole file mapped
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise PartInferError(f"{path} is not a readable neuron file (truncated?): {error}; make it again") from None
+    tensors, metadata = read_tensors(path, "neuron file")
     if metadata.pop("format", None) != FORMAT or "ranking" not in tensors:
         raise PartInferError(
             f"{path} is a safetensors file but not a neuron file: make one with python -m profiler run"
         )
     version = metadata.pop("version", "")
     if version != VERSION:
-        raise PartInferError(f"{path} has format version {version!r}, this program reads {VERSION!r}: make it again")
+        raise PartInferError(
+            f"{path} has format version {shown(version)}, this program reads {VERSION!r}: make it again"
+        )
     statistics, squares, losses = (
         {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
         for prefix in ("statistics.", "input_squares.", "loss.")

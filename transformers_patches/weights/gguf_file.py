@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.weights.file_kinds import what_it_is
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -139,7 +140,8 @@ def _read_part(path: Path) -> GGUFFile:
     try:
         with path.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
-                raise PartInferError(f"{path} can't be read as GGUF: it starts with other bytes than {MAGIC.decode()}")
+                kind = what_it_is(path) or f"it starts with other bytes than {MAGIC.decode()}"
+                raise PartInferError(f"{path} can't be read as GGUF: {kind}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Header(path, data).read()
     except OSError as error:

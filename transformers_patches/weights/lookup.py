@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers_patches.catalog import fetch_command, folder_name
 from transformers_patches.errors import PartInferError
+from transformers_patches.weights.file_kinds import what_it_is
 from transformers_patches.weights.gguf_file import is_gguf
 
 # Where download.py puts models, seen from here and from anywhere.
@@ -44,7 +45,10 @@ def _is_model(path: Path) -> bool:
 
 
 def _missing_at(path: Path) -> str:
-    what = "neither a folder nor a GGUF file" if path.is_file() else "config.json is missing"
+    what = "config.json is missing"
+    if path.is_file():
+        kind = what_it_is(path)
+        what = "neither a folder nor a GGUF file" if kind is None else f"it is {kind}"
     return f"no model at {path} ({what}): fetch one with {fetch_command('NAME')}"
 
 

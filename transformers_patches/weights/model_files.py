@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.families import family_of
+from transformers_patches.weights.config_file import check_config, one_line, read_config_file
 from transformers_patches.weights.gguf import GGUFCheckpoint
 from transformers_patches.weights.gguf_config import gguf_config
 from transformers_patches.weights.gguf_file import is_gguf
@@ -24,28 +27,54 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         return gguf_config(folder)
     if not (folder / "config.json").is_file():
         raise PartInferError(f"no model at {folder} (config.json is missing): fetch one with python download.py")
+    path = folder / "config.json"
+    read_config_file(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # damaged, or an architecture that transformers does not know either
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # values of wrong types, or an architecture that transformers does not know either
         _refuse_own_code(folder, "config.json", error)
-        reason = str(error).split(". ")[0].splitlines()[0]
-        raise PartInferError(f"{folder / 'config.json'} can't be used: {reason}; fetch the model again") from None
+        raise PartInferError(f"{path} can't be used: {one_line(error)}; fetch the model again") from None
+    if config.dtype is None and not is_pack(folder):
+        config.dtype = _stored_type(folder)
+    family_of(config)  # an unknown architecture is the first thing to say
+    return check_config(config, path)
+
+
+def _stored_type(folder: Path) -> torch.dtype | None:
+    """The type of the weights, for a config that names none; None if there are none yet."""
+    try:
+        return Checkpoint(folder).first_float_type()
+    except PartInferError:
+        return None  # what loads the weights says why
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, without network; PartInferError if it has none that can be used."""
+    """The model's tokenizer, without network; PartInferError if it has none that can be used, or another model's."""
+    path = Path(path)
+    if is_gguf(path):
+        return gguf_tokenizer(path)
     try:
-        if is_gguf(path):
-            return gguf_tokenizer(Path(path))
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except PartInferError:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a").input_ids)  # some settings of wrong types are only found out so
+    except (KeyboardInterrupt, SystemExit):
         raise
-    except (OSError, ValueError) as error:
+    except BaseException as error:  # tokenizers panics at some damaged files, which is no Exception
         _refuse_own_code(path, "tokenizer_config.json", error)
-        raise PartInferError(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+        raise PartInferError(f"{path} has no usable tokenizer: {one_line(error)}") from None
+    if (path / "config.json").is_file():
+        most = read_config_file(path).get("vocab_size")
+        size = tokenizer.vocab_size
+        if not isinstance(size, int):
+            raise PartInferError(f"{path} has no usable tokenizer: its vocab_size is no number")
+        if most is not None and size > most:
+            raise PartInferError(
+                f"{path} has a tokenizer of {size} tokens, but its config.json says vocab_size {most}: the "
+                "tokenizer is another model's"
+            )
+    return tokenizer
 
 
-def _refuse_own_code(folder: str | Path, file: str, error: Exception) -> None:
+def _refuse_own_code(folder: str | Path, file: str, error: BaseException) -> None:
     """Say it where transformers has no class of its own for a model and would run the folder's code if it were trusted."""
     if "trust_remote_code" in str(error):
         raise PartInferError(

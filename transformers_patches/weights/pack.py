@@ -90,6 +90,10 @@ class Pack(Checkpoint):
         """Size of the whole checkpoint."""
         return self._description["bytes_dense"]
 
+    def same(self, one: str, other: str) -> bool:
+        """A tied head is not stored a second time."""
+        return one in self._elsewhere or other in self._elsewhere
+
     def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
         name, entry = source.name, self._packed.get(source.name)
         if entry is None:

@@ -35,6 +35,7 @@ class Read:
     size: how many bytes.
     into: memory that they are read into.
     mapped: whether `into` is the mapping of the file itself, so that only its pages have to be read.
+    floats: what the bytes are, a name and a type of floats: they are then checked to be finite while they are at hand.
     take: called with the bytes, uint8 [size], in the caller's thread and in the order of the reads. The buffer is reused
         afterwards.
     """
@@ -44,6 +45,7 @@ class Read:
     size: int
     into: torch.Tensor | None = None
     mapped: bool = False
+    floats: tuple[str, torch.dtype] | None = None
     take: Callable[[torch.Tensor], None] | None = None
 
 
@@ -59,7 +61,10 @@ def after_all(act: Callable[[], None]) -> Read:
 
 
 def run(reads: Iterable[Read]) -> None:
-    """Do the reads, asking the iterable for only a few at a time. Raises PartInferError for files that are too short."""
+    """Do the reads, asking the iterable for only a few at a time.
+
+    Raises PartInferError for files that are too short, and for floats that are not finite.
+    """
     running: deque[tuple[Read, torch.Tensor, Future]] = deque()
     free: list[torch.Tensor] = []
     pool = ThreadPoolExecutor(THREADS)
@@ -107,3 +112,17 @@ def _read(read: Read, memory: torch.Tensor) -> None:
                 done += count
     except OSError as error:
         raise PartInferError(f"{read.path} can't be read (truncated?): {error}; fetch the model again") from None
+    if read.floats is not None and read.size:
+        _check_finite(read, memory[: read.size])
+
+
+def _check_finite(read: Read, memory: torch.Tensor) -> None:
+    """Raise PartInferError unless all of the floats are finite. In the reading thread, while the bytes are in the CPU's cache."""
+    name, dtype = read.floats
+    values = memory.view(dtype)
+    # NaN is both the smallest and the largest; this is several times as fast as isfinite()
+    ends = (values if dtype.itemsize > 1 else values.float()).aminmax()
+    if not all(math.isfinite(end) for end in ends):
+        raise PartInferError(
+            f"{read.path}: {name} has values that are not finite: the file is damaged, or the training was"
+        )

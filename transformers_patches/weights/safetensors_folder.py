@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.weights import parallel_reads
+from transformers_patches.weights.config_file import one_line
+from transformers_patches.weights.file_kinds import is_safetensors, what_it_is
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, MAPPED_BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weights.source import (
     Source,
@@ -56,6 +58,10 @@ class Place:
     def row_bytes(self) -> int:
         return self.nbytes // max(1, self.rows)
 
+    def floats(self, name: str) -> tuple[str, torch.dtype] | None:
+        """The tensor's name and type for a Read, if it has floats."""
+        return (name, self.dtype) if self.dtype.is_floating_point else None
+
 
 class Checkpoint(WeightSource):
     """The tensors of a folder with model.safetensors, or shards and their index.
@@ -74,19 +80,23 @@ class Checkpoint(WeightSource):
     def _find_files(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
+        if single.is_file():  # transformers, too, does not look at shards beside it
+            with self._open(single) as file:
+                return dict.fromkeys(file.keys(), single)
         if index.is_file():
             try:
                 shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                if not all(0 < len(shard) < 256 and shard.isprintable() for shard in shards.values()):
+                    raise ValueError("weight_map has values that are no names of files")
                 files = {name: self.folder / shard for name, shard in shards.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise PartInferError(f"{index} can't be read (truncated?): {error}; fetch the model again") from None
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise PartInferError(
+                    f"{index} can't be read (truncated?): {one_line(error)}; fetch the model again"
+                ) from None
             missing = sorted({str(path) for path in files.values() if not path.is_file()})
             if missing:
                 raise PartInferError(f"{index} names {missing[0]}, which is not there: fetch the model again")
             return files
-        if single.is_file():
-            with self._open(single) as file:
-                return dict.fromkeys(file.keys(), single)
         if list(self.folder.glob("pytorch_model*.bin")):
             raise PartInferError(
                 f"{self.folder} has only pytorch_model*.bin: python download.py converts such models to safetensors"
@@ -99,7 +109,12 @@ class Checkpoint(WeightSource):
             with safe_open(path, framework="pt") as file:
                 yield file
         except (SafetensorError, OSError) as error:
-            raise PartInferError(f"{path} can't be read (truncated?): {error}; fetch the model again") from None
+            what = what_it_is(path)
+            if what is not None and not is_safetensors(path):
+                raise PartInferError(f"{path} is {what}") from None
+            raise PartInferError(
+                f"{path} can't be read (truncated?): {one_line(error)}; fetch the model again"
+            ) from None
 
     def names(self) -> set[str]:
         return set(self._files)
@@ -109,6 +124,12 @@ class Checkpoint(WeightSource):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._place(name).dtype
+
+    def first_float_type(self) -> torch.dtype | None:
+        """The type of the first file's first float tensor by name, which transformers takes where a config names none."""
+        first = min(self._files.values(), default=None)
+        names = sorted(name for name, path in self._files.items() if path == first)
+        return next((dtype for name in names if (dtype := self.dtype(name)).is_floating_point), None)
 
     def nbytes(self, name: str) -> int:
         """Size of a tensor in the file."""
@@ -177,10 +198,17 @@ class Checkpoint(WeightSource):
         self.bytes_read += place.row_bytes * (count if order is None else len(order))
         if order is None and _holds_bytes_of(out, place):
             memory, mapped = out.view(-1).view(torch.uint8), self._is_mapped(out)
-            step = MAPPED_BLOCK_BYTES if mapped else BLOCK_BYTES
+            step = MAPPED_BLOCK_BYTES if mapped else max(1, BLOCK_BYTES // out.itemsize) * out.itemsize
             for start in range(0, len(memory), step):
                 part = memory[start : start + step]
-                yield Read(place.path, place.start + first * place.row_bytes + start, len(part), part, mapped)
+                yield Read(
+                    place.path,
+                    place.start + first * place.row_bytes + start,
+                    len(part),
+                    part,
+                    mapped,
+                    place.floats(name),
+                )
             return
         step = max(1, BLOCK_BYTES // place.row_bytes)
         for start in range(first, first + count, step):
@@ -193,7 +221,8 @@ class Checkpoint(WeightSource):
                     continue
                 start, stop = int(rows[low]), int(rows[high - 1]) + 1
                 take = partial(_take_rows, place, out, column_weights, order[low:high], rows[low:high] - start)
-            yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
+            size = (stop - start) * place.row_bytes
+            yield Read(place.path, place.start + start * place.row_bytes, size, floats=place.floats(name), take=take)
 
     def _is_mapped(self, out: torch.Tensor) -> bool:
         """Whether memory is the mapping of the file itself, so that nothing has to be copied."""
@@ -209,7 +238,8 @@ class Checkpoint(WeightSource):
         for start in range(0, place.rows, step):
             stop = min(start + step, place.rows)
             take = partial(_take_columns, place, held, slice(start, stop), source)
-            yield Read(place.path, place.start + start * place.row_bytes, (stop - start) * place.row_bytes, take=take)
+            size, floats = (stop - start) * place.row_bytes, place.floats(source.name)
+            yield Read(place.path, place.start + start * place.row_bytes, size, floats=floats, take=take)
         self.bytes_read += place.nbytes
         if held is not out or source.fit is not None:
             yield after_all(lambda: put_fitted(source.fit, out, held, source.largest))

@@ -92,6 +92,21 @@ class WeightSource(ABC):
         Fills the source's `left_out` and `largest` as well.
         """
 
+    def same(self, one: str, other: str) -> bool:
+        """Whether two stored matrices hold the same values. Reads them, up to the first difference."""
+        shape = self.shape(one)
+        if shape != self.shape(other) or len(shape) != 2:
+            return False
+        step = max(1, QUANTIZED_AT_ONCE // max(1, shape[1]))
+        for start in range(0, shape[0], step):
+            rows = torch.arange(start, min(start + step, shape[0]))
+            values = [torch.empty(len(rows), shape[1]) for _ in range(2)]
+            for name, out in zip((one, other), values, strict=True):
+                self.read_into(name, out, rows)
+            if not torch.equal(*values):
+                return False
+        return True
+
     def mapped(
         self, source: Source, like: torch.Tensor | QuantizedTensor, *, paired: bool
     ) -> torch.Tensor | QuantizedTensor | None:

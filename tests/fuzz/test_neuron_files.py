@@ -1,0 +1,150 @@
+"""Damaged and hostile neuron files and fit files: each is read, or refused in one line that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from transformers import LlamaConfig
+
+from tests.conftest import FAMILY_CONFIGS, INTERMEDIATE, LAYERS, random_neuron_file
+from tests.fuzz.mutations import READ, REFUSED, VALUES, changed_bytes, changed_json, outcome
+from tests.transformers_patches.made_up_files import made_up_fit, with_input_squares, with_statistics
+from transformers_patches.neurons.fit_file import FitFile
+from transformers_patches.neurons.neuron_file import NeuronFile
+
+CONFIG = LlamaConfig(**FAMILY_CONFIGS["llama"][1])
+TYPES = [torch.float16, torch.float64, torch.int64, torch.uint16, torch.bool, torch.float8_e4m3fn, torch.complex64]
+
+
+def use_neurons(path: Path) -> None:
+    file = NeuronFile.load(path)
+    file.check_fits(CONFIG, "0" * 16, "tiny-llama")
+    assert file.tokens >= 0
+    assert not file.has_spread or file.spread().isfinite().all()
+    for values in (*file.statistics.values(), *file.input_squares.values()):
+        assert values.isfinite().all()
+
+
+def use_fit(path: Path) -> None:
+    file = FitFile.load(path)
+    file.check_fits(CONFIG, "0" * 16, "tiny-llama")
+    assert 0 <= file.sparsity <= 1
+    assert 0 <= file.loaded_neurons_percent <= 1
+    assert all(0 <= share <= 1 for share in file.layer_sparsity.values())
+    file.has_thresholds("up", 0.4)
+    for layer in file.layers.values():
+        assert layer.refitted(torch.zeros(len(layer.neurons), CONFIG.hidden_size)).isfinite().all()
+
+
+def neurons_content() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    file = with_statistics(1)
+    file.input_squares = with_input_squares(2).input_squares
+    tensors = {"ranking": file.ranking, "scores": file.statistics["mean_abs"].clone()}
+    tensors |= {f"statistics.{name}": values for name, values in file.statistics.items()}
+    tensors |= {f"input_squares.{name}": values for name, values in file.input_squares.items()}
+    named = {"tokens": "100", "texts": "7", "datasets": "1", "model_name": "tiny-llama"}
+    return tensors, {**named, "format": "partinfer-neurons", "version": "1"}
+
+
+def fit_content() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    file = made_up_fit(layer_sparsity=json.dumps(dict.fromkeys(range(1, 5), 0.4)), selection="up")
+    named = {"intermediate_size": str(INTERMEDIATE), "format": "partinfer-fit", "version": "1"}
+    return file.tensors(), file.metadata | named
+
+
+def changed_content(tensors: dict, metadata: dict, source: random.Random) -> bytes:
+    """A well-formed safetensors file that says or holds something else."""
+    tensors, metadata = {name: values.clone() for name, values in tensors.items()}, dict(metadata)
+    for _ in range(source.choice((1, 1, 2))):
+        if source.random() < 0.4:
+            key = source.choice(list(metadata))
+            metadata[key] = source.choice(
+                [*map(str, VALUES), "9" * 9000, "[" * 100_000, "²", "1e999", "-0", '{"1": "x"}']
+            )
+            metadata[key] = metadata[key].replace("\ud800", "?")
+            if source.random() < 0.2:
+                del metadata[key]
+            continue
+        name = source.choice(list(tensors))
+        values = tensors.pop(name)
+        kind = source.choice(("remove", "rename", "type", "shape", "value", "value"))
+        if kind == "rename":
+            other = (
+                "layers.²",
+                "layers.1.neurons.x",
+                "layers",
+                "layers.99999999999.down",
+                "statistics.",
+                name.replace("1", "9"),
+            )
+            tensors[source.choice((*other, name + ".x"))] = values
+        elif kind == "type":
+            tensors[name] = values.to(source.choice(TYPES))
+        elif kind == "shape":
+            tensors[name] = source.choice(
+                (values[:1], values[:0], values[None], values.reshape(-1), values[..., :3])
+            ).clone()
+        elif kind == "value":
+            number = source.choice((-1, 0, 2**31 - 1, float("nan"), float("inf"), -1e38))
+            if values.is_floating_point() or number == number and abs(number) < 2**31:
+                values.view(-1)[source.randrange(values.numel())] = number
+            tensors[name] = values
+    return save(tensors, metadata=metadata)
+
+
+def write_neurons(folder: Path, number: int, source: random.Random) -> Path:
+    if source.random() < 0.3:
+        path = folder / f"{number}.json"
+        legacy = {"neurons": random_neuron_file(1, LAYERS, INTERMEDIATE).ranking.tolist()}
+        if source.random() < 0.5:
+            data = json.dumps(legacy).encode()
+            path.write_bytes(changed_bytes(data, len(data), source))
+        else:
+            path.write_text(changed_json(legacy, source))
+        return path
+    return _write(folder / f"{number}.safetensors", neurons_content(), source)
+
+
+def write_fit(folder: Path, number: int, source: random.Random) -> Path:
+    return _write(folder / f"{number}.fit.safetensors", fit_content(), source)
+
+
+def _write(path: Path, content: tuple[dict, dict], source: random.Random) -> Path:
+    if source.random() < 0.5:
+        data = save(content[0], metadata=content[1])
+        path.write_bytes(changed_bytes(data, 8 + int.from_bytes(data[:8], "little"), source))
+    else:
+        path.write_bytes(changed_content(*content, source))
+    return path
+
+
+def campaign(folder: Path, kind: str, seed: int, count: int) -> Counter:
+    source = random.Random(f"{kind} {seed}")
+    write, use = {"neurons": (write_neurons, use_neurons), "fit": (write_fit, use_fit)}[kind]
+    seen = Counter()
+    for number in range(count):
+        path = write(folder, number, source)
+        seen[outcome(use, path)] += 1
+        path.unlink()
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["neurons", "fit"])
+def test_files_are_read_or_refused(kind, tmp_path):
+    seen = campaign(tmp_path, kind, 0, 300)
+    assert set(seen) == {READ, REFUSED}, seen
+    assert min(seen.values()) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 20))
+@pytest.mark.parametrize("kind", ["neurons", "fit"])
+def test_many_files_are_read_or_refused(kind, seed, tmp_path):
+    seen = campaign(tmp_path, kind, seed, 1000)
+    assert set(seen) == {READ, REFUSED}, seen

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
@@ -74,9 +75,6 @@ class NeuronFile:
                     f"{self.source}: input_squares.{name} has shape {list(values.shape)}, expected {rows} rows of "
                     "numbers of at least 0: the file is damaged, make it again"
                 )
-        for key in ("tokens", "texts"):
-            whole_number(self.metadata, key, self.source, 0)
-        whole_number(self.metadata, "datasets", self.source, 1)
         if self.loss is not None:
             self._check_loss(self.loss)
 
@@ -121,9 +119,10 @@ class NeuronFile:
                 f"{self.source} ranks {self.num_layers} layers of {self.intermediate_size} neurons, but {model_name} "
                 f"has {config.num_hidden_layers} layers of {size}: use a neuron file made from this model"
             )
-        heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         for name, values in self.input_squares.items():
-            width = heads * config.num_attention_heads if name == "attention_output" else config.hidden_size
+            width = config.hidden_size
+            if name == "attention_output":
+                width = (getattr(config, "head_dim", None) or 0) * config.num_attention_heads or width
             if values.shape[1] != width:
                 raise PartInferError(
                     f"{self.source} has input_squares.{name} of {values.shape[1]} columns, but {model_name} has {width}: "
@@ -234,6 +233,8 @@ def _load_safetensors(path: Path) -> NeuronFile:
         raise PartInferError(
             f"{path} has format version {shown(version)}, this program reads {VERSION!r}: make it again"
         )
+    for key in ("tokens", "texts", "datasets"):
+        whole_number(metadata, key, str(path), 0)
     statistics, squares, losses = (
         {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
         for prefix in ("statistics.", "input_squares.", "loss.")

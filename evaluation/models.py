@@ -21,13 +21,15 @@ from transformers_patches.weights.model_files import read_config
 
 
 def model_label(path: Path) -> str:
-    """What results call a model: a GGUF file with its type, which is another model than the same without."""
+    """What results call a model. The type of a GGUF file belongs to the name, because it makes another model."""
     return path.name if is_gguf(path) else model_name(path)
 
 
 def find_rankings(settings: PartInferConfig, folder: Path, task_type: str | None) -> dict[str, NeuronFile]:
-    """The neuron files of a run, as load_model takes them: those the settings name, or else, for partial loading,
-    those of the model and task in neuron_files/. Raises PartInferError if one is needed and there is none.
+    """The neuron files of a run, as load_model takes them.
+
+    They are those that the settings name or else, for partial loading, those of the model and task in neuron_files/.
+    Raises PartInferError if one is needed and there is none.
     """
     found = with_neuron_files(settings, folder, task_type)
     paths = {"dataset_neurons": found.dataset_neurons_filepath, "model_neurons": found.model_neurons_filepath}

@@ -48,11 +48,14 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 class PartInferLM(HFLM):
     """An lm-eval model whose log-likelihoods and generations use the neurons that decoding would use.
 
-    pretrained: a checkpoint folder, or the name of one in models/. task_type: whose neuron file is looked up.
-    rankings: neuron files in memory instead. prefill_tokens, scored_tokens: windows of rolling log-likelihoods;
-    not given, 256 and 128 for sparse methods and lm-eval's own windows for dense ones. Other arguments are those of
-    PartInferConfig and of HFLM. Raises PartInferError for bad settings, and for HFLM options that would replace the
-    model (peft, quantization, parallelize).
+    pretrained: a checkpoint folder, or the name of one in models/.
+    task_type: whose neuron file is looked up.
+    rankings: neuron files in memory instead.
+    prefill_tokens, scored_tokens: windows of rolling log-likelihoods; if not given, 256 and 128 for sparse methods and
+        lm-eval's own windows for dense ones.
+
+    Other arguments are those of PartInferConfig and of HFLM. Raises PartInferError for bad settings, and for HFLM
+    options that would replace the model (peft, quantization, parallelize).
     """
 
     def __init__(

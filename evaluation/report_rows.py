@@ -34,8 +34,8 @@ def task_rows(folder: str | Path, metrics: Sequence[str] = ()) -> list[dict]:
     """A row per model, task and configuration with the columns TASK_COLUMNS, methods in the order of METHODS.
 
     `relative` is the score divided by the dense score, or the inverse where lower is better. loaded_bytes_fraction and
-    token_bytes_fraction are the weight bytes in memory, and those read for one token, divided by the dense model's. They
-    are None if there is no dense result of the same sample, or if its score is 0.
+    token_bytes_fraction are the weight bytes in memory, and those read for one token, divided by the dense model's.
+    They are None if there is no dense result of the same sample, or if its score is 0.
 
     metrics: preferred to the usual ones where a task has them
     """

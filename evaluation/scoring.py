@@ -58,8 +58,8 @@ def continuation_logits(model: PreTrainedModel, batch: list[Request]) -> Iterato
 def decoded_logits(model: PreTrainedModel, context: Tokens, continuation: Tokens) -> torch.Tensor:
     """Logits [len(continuation), V] of one sequence, each from a pass over one token, in the model's type.
 
-    The passes are those that generation makes for the prompt context[:-1], on the same kind of cache. So where generation
-    uses the native one-token pass, this does, too.
+    The passes are those that generation makes for the prompt context[:-1], on the same kind of cache. So where
+    generation uses the native one-token pass, this does, too.
     """
     prompt, fed = context[:-1] or context, _pass_tokens(context, [continuation])
     ids = torch.tensor([prompt + fed], device=model.device)

@@ -2,8 +2,8 @@
 
 The loss of a layer at (gamma, phi) is estimated as s E(gamma, phi). E is the energy missing from the layer's output,
 neuron by neuron: the variance of h_i times |d_i|^2 for neurons that are not candidates, and the mean of h_i^2 |d_i|^2
-for candidates that the selection skips. s is measured: the KL divergence of the model's predictions when only this layer
-is sparse, divided by E. A greedy search then takes bytes where they cost least, as knapsack heuristics do.
+for candidates that the selection skips. s is measured: the KL divergence of the model's predictions when only this
+layer is sparse, divided by E. A greedy search then takes bytes where they cost least, as knapsack heuristics do.
 """
 
 from __future__ import annotations

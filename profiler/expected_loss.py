@@ -19,7 +19,9 @@ from transformers_patches.neurons.neuron_file import NeuronFile
 
 
 def add_loss_tokens(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    text = f"tokens that losses are means over: more take longer, and tell small losses apart; 0: none is measured ({SCORED_TOKENS})"
+    text = (
+        f"tokens over which losses are averaged: more take longer but measure more precisely; 0: none ({SCORED_TOKENS})"
+    )
     parser.add_argument("--loss_tokens", type=count, default=SCORED_TOKENS, metavar="N", help=text)
 
 

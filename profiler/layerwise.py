@@ -86,7 +86,7 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def log_probabilities(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [decoded tokens, V]: the model's predictions after each decoded token, from the last layer's output."""
+        """float32 [decoded tokens, V]: the predictions after each decoded token, from the last layer's output."""
         with _forward_is(self.layers, lambda *_, **__: hidden.to(self.model.device)):
             logits = self.model(input_ids=batch.ids.to(self.model.device), use_cache=False).logits
         return torch.log_softmax(logits[batch.decoded.to(logits.device)].float(), dim=-1)

@@ -58,7 +58,7 @@ def scored_texts(sequences: Iterable[tuple[list[int], int]], wanted: int = SCORE
 
 
 class Thresholds:
-    """What choosing per token goes by, over all texts: thresholds of every layer, and typical sizes of its neurons."""
+    """What a selection per token needs, over all texts: thresholds of every layer, and typical sizes of its neurons."""
 
     def __init__(self, layers: list[SparseFFN]) -> None:
         """layers: whose selections are InTurn over selections per token."""
@@ -98,7 +98,9 @@ class LossMeasurement:
     """Measures a model's loss curve, loading the model once for each set of neurons."""
 
     def __init__(self, folder: Path, settings: dict, neurons: NeuronFile, texts: list[ScoredText]) -> None:
-        """settings: of PartInferConfig: dtype, device and the like. neurons: the model's neuron file."""
+        """settings: fields of PartInferConfig, such as dtype and device.
+        neurons: the model's neuron file.
+        """
         self.folder, self.settings, self.neurons, self.texts = folder, settings, neurons, texts
         self._dense: list[torch.Tensor] = []  # per text [T, V], in the model's type
 
@@ -160,7 +162,7 @@ class LossMeasurement:
         return [LossPoint("core", DEFAULT, settings.loaded_neurons_percent, settings.sparsity, *loss)]
 
     def _thresholds(self, loaded: LoadedModel, size: int) -> Thresholds:
-        """What choosing per token goes by, from the texts as a whole."""
+        """What a selection per token needs, from the texts as a whole."""
         for ffn in loaded.state.layers:
             ffn.selection = InTurn(ffn.rows, [selection_at(ffn, size, share, average=True) for share in WHOLE])
         thresholds = Thresholds(loaded.state.layers)

@@ -43,8 +43,9 @@ class Estimate:
 def estimate_memory(config: PretrainedConfig, dtype: torch.dtype, batch_size: int, tokens: int) -> Estimate:
     """The memory that a run needs with batches of `batch_size` sequences of `tokens` tokens.
 
-    The weights are exact, from the model's shape. A batch is an estimate: hidden states and FFN activations of one layer
-    with their float32 copies, keys and values of all layers, the logits of one step, and twice six float64 sums per neuron.
+    The weights are exact, from the model's shape. A batch is an estimate: hidden states and FFN activations of one
+    layer with their float32 copies, keys and values of all layers, the logits of one step, and twice six float64 sums
+    per neuron.
     """
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)

@@ -43,7 +43,7 @@ def plot_concentration(curves: torch.Tensor, title: str, path: Path) -> None:
     axes = figure.subplots()
     colours = mpl.colormaps["viridis"]
     share = 100 * torch.arange(size + 1).numpy() / size
-    percent = torch.nn.functional.pad(100 * curves, (1, 0)).numpy()  # no neurons hold nothing
+    percent = torch.nn.functional.pad(100 * curves, (1, 0)).numpy()  # 0 neurons hold 0 %
     for layer in range(layers):
         axes.plot(share, percent[layer], color=colours(layer / max(1, layers - 1)), linewidth=1)
     place = size // 5  # where the curves are far apart

@@ -46,8 +46,8 @@ class ProfilingRun:
     def run(self, *, resume: bool) -> None:
         """Process all remaining texts. The main process's statistics then hold the totals.
 
-        Raises PartInferError for NaN or Inf (naming layer and text), if the source has changed since the checkpoint, and
-        if it has no texts. On Ctrl-C a single process saves a checkpoint; several keep the last window's.
+        Raises PartInferError for NaN or Inf (naming layer and text), if the source has changed since the checkpoint,
+        and if it has no texts. On Ctrl-C a single process saves a checkpoint; several keep the last window's.
         """
         if resume:
             self._restore()

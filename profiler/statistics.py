@@ -9,8 +9,8 @@ import torch
 from transformers_patches.neurons.neuron_file import ACTIVATION_STATISTICS
 
 ACTIVATIONS = "activations"  # the name of the sums of h, beside those of inputs
-# How much of h is reduced at a time. On a CPU a block (2 MB of float32) stays in the cache between its passes, and is still
-# large enough that starting the threads for each pass costs little.
+# How much of h is reduced at a time. On a CPU a block (2 MB of float32) stays in the cache between its passes, and is
+# still large enough that starting the threads for each pass costs little.
 CPU_ELEMENTS, CPU_ROWS, GPU_ROWS = 2**19, 1024, 8192
 
 
@@ -25,9 +25,9 @@ class NonFiniteActivation(ArithmeticError):
 class ActivationStatistics:
     """Sums over tokens of |h|, h and h^2, and of the same for h / ||h||_2, for every neuron; of inputs, sums of x^2.
 
-    Observations are pending until `commit`, so that an interrupted batch leaves no trace. Each block of rows is summed in
-    float32, and the blocks in float64. A layer's sums, `[6, N]` with rows in the order of ACTIVATION_STATISTICS, are on the
-    device of its activations. Memory does not grow with the number of texts.
+    Observations are pending until `commit`, so that an interrupted batch leaves no trace. Each block of rows is summed
+    in float32, and the blocks in float64. A layer's sums, `[6, N]` with rows in the order of ACTIVATION_STATISTICS, are
+    on the device of its activations. Memory does not grow with the number of texts.
 
     input_widths: the widths of the inputs to observe as well, by their names in INPUT_SQUARES
     """

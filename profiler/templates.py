@@ -91,5 +91,5 @@ def usual_fields(task_type: str) -> tuple[str, ...]:
 
 
 def substitute(template: str, record: Record) -> str:
-    """Replace {name} and {name.inner} by the record's texts. Other braces are left alone. Raises as Record.text does."""
+    """Replace {name} and {name.inner} by the record's texts; other braces are left alone. Raises as Record.text."""
     return _PLACEHOLDER.sub(lambda match: record.text(match.group(1)), template)

@@ -13,7 +13,8 @@ from transformers_patches.hub_tokens import checked_token, without_tokens
 def read_saved(folder: Path, split: str | None) -> Iterator[Record]:
     """A data set saved by download.py with `save_to_disk` of the datasets library.
 
-    split: None for `train`, or the first if there is no such. PartInferError if the folder or the split is not there.
+    split: None for `train`, or for the first split if there is no `train`. PartInferError if the folder or the split is
+    not there.
     """
     from datasets import DatasetDict, load_from_disk
 

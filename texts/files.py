@@ -1,6 +1,6 @@
-"""Files of texts as records: JSON lines, JSON lists, CSV, TSV, Parquet, plain text, and each of them compressed with gzip.
+"""Files of texts as records: JSON lines and lists, CSV, TSV, Parquet and plain text, each also compressed with gzip.
 
-What is compressed or Parquet is told by its first bytes, the rest by the ending of the name. Texts are UTF-8.
+Compression and Parquet are recognised by a file's first bytes, the rest by the ending of its name. Texts are UTF-8.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def read_documents(path: Path) -> Iterator[Record]:
 
 
 def _ending(path: Path) -> str:
-    """The ending that tells the kind, in lower case: `.csv` of `rows.csv.gz`."""
+    """The ending that says what kind of file it is, in lower case: `.csv` of `rows.csv.gz`."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 

@@ -35,9 +35,9 @@ class Record:
     def text(self, path: str) -> str:
         """The text at a path: names and list positions with dots between them, such as `answers.text.0`.
 
-        Numbers are written out. An object with a text `value` and a list of `aliases`, as TriviaQA keeps its answers, stands
-        for its value. Raises PartInferError for anything else: a field that is not there, null, true or false, a list, an
-        object, bytes, and half of a surrogate pair.
+        Numbers are written out. An object with a text `value` and a list of `aliases`, as TriviaQA keeps its answers,
+        stands for its value. Raises PartInferError for anything else: a field that is not there, null, true or false, a
+        list, an object, bytes, and half of a surrogate pair.
         """
         found = _lookup(self.fields, path)
         if isinstance(found, Mapping) and isinstance(found.get("value"), str) and _is_list(found.get("aliases")):

@@ -22,32 +22,32 @@ PRIMITIVES = "64"  # several times what one prompt needs
 
 
 def wait_briefly() -> None:
-    """Let OpenMP's threads (GNU) sleep soon where they wait for each other; only before torch is imported.
+    """Make GNU OpenMP's threads sleep soon when they wait for each other. Call it before torch is imported.
 
-    By default they spin for milliseconds, so that beside another busy program decoding falls to a hundredth of its speed
-    (docs/speed.md). Does nothing where the environment says how to wait.
+    By default they spin for milliseconds, and decoding next to another busy program falls to a hundredth of its speed
+    (docs/speed.md). Does nothing if the environment already says how to wait.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def limit_primitives() -> None:
-    """Bound what oneDNN, PyTorch's matrix library, keeps in memory; before the first matrix product.
+    """Bound the memory that oneDNN, PyTorch's matrix library, keeps. Call it before the first matrix product.
 
-    It keeps code for every shape it has met, here every length of a prompt, up to 1024 of them, and some take a megabyte.
-    https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
+    It keeps code for up to 1024 shapes that it has met, here one for every length of a prompt, and some take a
+    megabyte. https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
 
 
 def prepare_torch() -> None:
-    """What the environment has to say before torch is imported."""
+    """Set what the environment must say before torch is imported."""
     wait_briefly()
     limit_primitives()
 
 
 def begin(arguments: argparse.Namespace) -> None:
-    """What --threads and --quiet mean everywhere; before anything else imports torch or tqdm."""
+    """Apply --threads and --quiet. Call it before anything else imports torch or tqdm."""
     prepare_torch()
     hide_bars(arguments)
     if getattr(arguments, "threads", None):
@@ -57,7 +57,7 @@ def begin(arguments: argparse.Namespace) -> None:
 
 
 def hide_bars(arguments: argparse.Namespace) -> None:
-    """No progress bars with --quiet, libraries' included; before tqdm is imported, which is when it reads this."""
+    """Switch off all progress bars with --quiet. Call it before tqdm is imported: that is when tqdm reads this."""
     if getattr(arguments, "quiet", False):
         os.environ["TQDM_DISABLE"] = "1"
 
@@ -73,7 +73,7 @@ def write_json(target: str | Path, content: dict, indent: int | None = None) -> 
 
 
 def report(target: str | None, content: dict, text: str, indent: int | None = None) -> None:
-    """Give a result as --json says: as text, as an object instead, or as text and an object in a file."""
+    """Report a result as --json says: as text, as an object instead, or as text with an object in a file."""
     if target != STANDARD_OUTPUT:
         print(text, flush=True)
     if target is not None:
@@ -83,8 +83,10 @@ def report(target: str | None, content: dict, text: str, indent: int | None = No
 def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Call a script's main and return its exit code: 0 done, 1 failed with one line on standard error, 130 interrupted.
 
-    interrupted: what is said then. (Wrong usage is 2: argparse exits by itself.) Any error that a library raises is one
-    line, too; with --debug on the command line, after its traceback.
+    Wrong usage is 2: argparse exits by itself. An error that a library raises is one line as well; with --debug on the
+    command line, its traceback comes first.
+
+    interrupted: the message after Ctrl-C.
     """
     if sys.stdout is None:
         print("error: standard output is closed", file=sys.stderr)
@@ -99,7 +101,7 @@ def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") ->
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED
-    except BaseException as error:  # tokenizers' own failures are no Exceptions
+    except BaseException as error:  # failures of the tokenizers library are not Exceptions
         if not isinstance(error, BrokenPipeError):  # `| head` has seen enough
             show_error(error)
         _give_up_output()
@@ -115,7 +117,10 @@ def show_error(error: BaseException) -> None:
 
 
 def explained(error: BaseException) -> str:
-    """An error in one line: PartInferError's own, for files which and why, for others what they are. Never a hub token."""
+    """An error in one line: a PartInferError's own, an OSError's file and reason, else its type and message.
+
+    Never a hub token.
+    """
     said = " ".join(without_tokens(str(error)).split())
     if isinstance(error, PartInferError):
         return said
@@ -130,7 +135,7 @@ def explained(error: BaseException) -> str:
 
 
 def _give_up_output() -> None:
-    """What is left to be flushed would fail again when Python ends, and be reported once more."""
+    """Drop what is left to be flushed: it would fail again when Python ends, and be reported twice."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -12,7 +12,7 @@ BASE_NEURONS_TYPES = ("dataset", "model")
 FLOAT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "int4")  # the names of kernels.FORMATS, which is not imported because that takes seconds
 DTYPES = (*FLOAT_DTYPES, *QUANTIZED_DTYPES)
-HEAD_DTYPE = "int8"  # of a quantised output projection unless told: every token passes it, and 4 bits cost most there
+HEAD_DTYPE = "int8"  # default of a quantised output projection: 4 bits cost the most there
 KERNELS = ("auto", "native", "torch")
 SCREENING = ("auto", "on", "off")
 PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass")  # once per prompt; formulas in prompt_evidence.py
@@ -23,7 +23,7 @@ BUDGETS = ("auto", "uniform", "per_layer")
 TOKEN_COUNTS = ("auto", "exact", "average")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
-# what chooses a setting by itself: who gives one of these gets no bound on the loss by default
+# settings that decide what is computed: where one of these is given, there is no default bound on the loss
 OWN_CHOICE = (
     *("method", "use_partial_loading", "loaded_neurons_percent", "sparsity", "base_neurons_percent", "token_sparsity"),
     *("selection", "token_count", "compensation", "fit_filepath", "budget", "start_num", "end_num"),
@@ -35,7 +35,7 @@ FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_
 
 
 def neuron_count(fraction: float, intermediate_size: int) -> int:
-    """Neurons in a fraction of a layer: round half to even of fraction * N, at least 1, the one rule for all fractions."""
+    """Neurons in a fraction of a layer: fraction * N, rounded half to even, at least 1. The only rule for this."""
     return max(1, round(fraction * intermediate_size))
 
 
@@ -230,7 +230,7 @@ class PartInferConfig:
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
-        """Add one flag per field; a flag that is not given stays out of the namespace's way (default None)."""
+        """Add one flag per field. The value of a flag that is not given is None."""
         group = parser.add_argument_group("what is loaded and computed")
         for item in fields(cls):
             if item.name in skip:
@@ -260,7 +260,10 @@ def default_layers(num_layers: int) -> range:
 
 
 def check_given(given: dict) -> None:
-    """PartInferError if a bound on the loss is given together with what it decides. given: fields of PartInferConfig."""
+    """Raise PartInferError if a bound on the loss is given together with what it decides.
+
+    given: fields of PartInferConfig.
+    """
     both = [name for name in DECIDED if name in given]
     if given.get("max_loss") is not None and both:
         raise PartInferError(f"--max_loss decides about --{both[0]}: give one of them")

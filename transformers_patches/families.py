@@ -1,8 +1,8 @@
 """What each architecture looks like: the one place where a new family of models is added.
 
-A family is an entry of FAMILIES: what its models call the parts that PartInfer reads, replaces or computes natively, and
-what sets it apart from Llama, whose layout the defaults are. The neuron axis is dimension 0 of the FFN's input projections
-(`gate`, `up`) and dimension 1 of its output projection (`down`).
+A family is an entry of FAMILIES: what its models call the parts that PartInfer reads, replaces or computes natively,
+and what sets it apart from Llama, whose layout the defaults are. The neuron axis is dimension 0 of the FFN's input
+projections (`gate`, `up`) and dimension 1 of its output projection (`down`).
 
 Nothing heavy is imported here: transformers and torch are only needed once there is a model to look at.
 """
@@ -138,8 +138,11 @@ class Family:
         return originals
 
     def fits_native_decoder(self, model: PreTrainedModel) -> bool:
-        """Whether the native decoder knows a model's layers. Some models are not built as their family usually is:
-        OPT-350m has its norms elsewhere and projects its embeddings, others have norms without weights."""
+        """Whether the native decoder knows a model's layers.
+
+        Some models are not built as their family usually is: OPT-350m has its norms elsewhere and projects its
+        embeddings, others have norms without weights.
+        """
         if not self.native_decoder:
             return False
         decoder = model.get_submodule(self.decoder)

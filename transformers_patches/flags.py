@@ -1,7 +1,8 @@
-"""The flags that every script has in the same words: which model, where it runs, what is printed, and a file of settings.
+"""The flags that all scripts share: which model, where it runs, what is printed, and a file of settings.
 
-`--json` prints one JSON object on standard output in place of text; `--json FILE` writes it to a file besides. Where a
-command takes files by their places, only `--json=FILE` does, so that `--json a.safetensors` means what it looks like.
+`--json` prints one JSON object on standard output instead of text. `--json FILE` prints the text and writes the object
+to a file. Commands with positional arguments take `--json=FILE` only, so that `--json a.safetensors` means what it
+looks like.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _settle(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether no byte of an argument was one that its encoding does not have; Python keeps such as lone surrogates."""
+    """Whether every byte of an argument is valid in its encoding; Python keeps invalid ones as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -1,4 +1,4 @@
-"""Hub tokens: looked at before they are used, and never shown."""
+"""Hub tokens: checked before they are used, and never shown."""
 
 from __future__ import annotations
 

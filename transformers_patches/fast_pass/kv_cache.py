@@ -1,4 +1,4 @@
-"""A key-value cache whose layers have room to grow: a new token is written in place instead of copying all before it."""
+"""A key-value cache with room to grow: a new token is written in place, without copying those before it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class GrowingCache(DynamicCache):
 
 
 class _Room:
-    """Buffers of several layers, kept because looking them up takes a hundredth of a small model's time per token."""
+    """Buffers of several layers. They are kept because looking them up takes 1 % of a small model's time per token."""
 
     def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
         self.keys, self.values = keys, values

@@ -1,7 +1,7 @@
-"""A decoder's pass over one token through one native call for many layers, in place of transformers' many small operations.
+"""A decoder's pass over one token: one native call for many layers instead of transformers' many small operations.
 
-For one sequence, on a CPU, with the native kernels and a cache that has room (kv_cache.py). Anything else, and any model
-with hooks, goes through transformers' own forward.
+For one sequence, on a CPU, with the native kernels and a cache that has room (kv_cache.py). Anything else, and any
+model with hooks, goes through transformers' own forward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers_patches.sparse.request import DECODE
 
 
 def speed_up_one_token(model: PreTrainedModel) -> bool:
-    """Make a causal language model's decoder take passes over one token natively. False if its family isn't supported."""
+    """Make a causal language model's decoder run one-token passes natively. False if its family isn't supported."""
     family = family_of(model.config)
     if not family.fits_native_decoder(model):
         return False
@@ -44,10 +44,10 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 class OneTokenPass:
-    """The forward of a decoder (LlamaModel and the like), and together with its lm_head of the whole model.
+    """The forward of a decoder (LlamaModel and the like) and, together with the lm_head, of the whole model.
 
-    Consecutive layers that the native decoder can compute are one call. For each of the others there is one operation for
-    the attention, followed by the layer's own FFN module.
+    Consecutive layers that the native decoder can compute are one call. For each of the others there is one operation
+    for the attention, followed by the layer's own FFN module.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:

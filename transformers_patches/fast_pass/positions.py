@@ -1,4 +1,4 @@
-"""How a decoder knows the positions of tokens: rotary embeddings of queries and keys, or learned ones added to the input."""
+"""How a decoder knows the positions of tokens: rotary embeddings, or learned ones that are added to the input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LearnedPositions:
 
 
 class RotaryTable:
-    """The rotary embedding's cosines and sines, computed in blocks of positions where they don't depend on the length."""
+    """The rotary embedding's cosines and sines, in blocks of positions where they don't depend on the length."""
 
     STATIC = ("default", "linear", "llama3", "yarn")
     BLOCK = 256

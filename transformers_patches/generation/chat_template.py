@@ -1,4 +1,4 @@
-"""A model's chat template, which is a program of somebody else's: run in transformers' sandbox, with bounds."""
+"""A model's chat template, a program by somebody else: run in transformers' sandbox, with bounded time and memory."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _TooLong(BaseException):
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     """The text of a conversation, ending where the assistant's answer begins.
 
-    Raises PartInferError for a template that is damaged, refuses the messages, or goes beyond its bounds. The one on time
-    holds in a program's main thread only, where Python handles signals.
+    Raises PartInferError for a template that is damaged, refuses the messages, or goes beyond its bounds. The bound on
+    time holds only in a program's main thread, where Python handles signals.
     """
     try:
         with _limited_memory(BYTES), _limited_time(SECONDS):

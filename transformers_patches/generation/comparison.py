@@ -1,4 +1,4 @@
-"""The same prompts answered dense and by the settings, one below the other, with what each took."""
+"""The same prompts answered by the dense model and with the settings, one below the other, with the cost of each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ class Comparison:
     def answer(
         self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], show: Callable[[str], None] | None
     ) -> bool:
-        """Answer one prompt with both; whether Ctrl-C ended one. show: gets the text as it comes, or None."""
+        """Answer one prompt with both models. Returns whether Ctrl-C ended an answer.
+
+        show: called with the text as it comes; None: nothing is shown.
+        """
         for side in self.sides:
             side.loaded.reset_counters()
             if show is not None:

@@ -1,8 +1,8 @@
-"""transformers' sampling loop for one sequence without what only other models and batches need.
+"""transformers' sampling loop for one sequence, without what only batches and other models need.
 
-A token of a small model takes 3 ms; preparing inputs and masks that are not used, and looking whether to stop, took 0.7 more.
-generate() still prepares everything (settings, logits processors, stopping criteria, the streamer) and runs this loop as
-its `custom_generate`; anything it is not made for keeps transformers' own.
+A token of a small model takes 3 ms. Preparing inputs and masks that are not used, and checking whether to stop, took
+another 0.7 ms. generate() still prepares everything (settings, logits processors, stopping criteria, the streamer) and
+runs this loop as its `custom_generate`; for anything else, transformers' own loop runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers_patches.fast_pass.one_token import OneTokenPass, one_token_pas
 from transformers_patches.kernels import SOFTMAX, Needed
 from transformers_patches.sparse.request import RequestState
 
-# Of top-p sampling, in nats: what stays rough are the least likely tokens, which it leaves out
+# For top-p sampling, in nats: only the least likely tokens stay rough, and top-p leaves those out
 NUCLEUS_TOLERANCE = 5e-3
 NOT_FINITE = (
     "the model's logits are not finite: weights or statistics hold NaN or infinity, or the numbers are too large for the "
@@ -47,7 +47,8 @@ def one_sequence_loop(
 ) -> Callable[..., torch.Tensor] | None:
     """What generate() takes as `custom_generate`, or None where transformers' own loop is to run.
 
-    config, streamer, batch, options: of the call to come; options: its other arguments.
+    config, streamer, batch: those of the call to come.
+    options: its other arguments.
     """
     step = one_token_pass(model)
     fits = (
@@ -72,14 +73,14 @@ def _only_samples(config: GenerationConfig) -> bool:
 
 
 def _with_defaults(config: GenerationConfig, defaults: GenerationConfig) -> GenerationConfig:
-    """As generate() does: what a config leaves open is as the model's own says."""
+    """What a config leaves open is taken from the model's own, as generate() does it."""
     merged = copy.deepcopy(defaults)
     merged.update(**{name: value for name, value in config.to_dict().items() if value is not None})
     return merged
 
 
 class FiniteLogits(LogitsProcessor):
-    """For transformers' own loop: PartInferError for scores whose largest is not finite, which no token can be chosen from."""
+    """Refuses scores whose largest is not finite: no token can be chosen from them. For transformers' own loop."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not bool(scores.amax(dim=-1).isfinite().all()):
@@ -90,8 +91,8 @@ class FiniteLogits(LogitsProcessor):
 class _Loop:
     """Called by generate() with what it has prepared; returns the sequence, int64 [1, T + new].
 
-    generate() gives the prompt to the streamer, but no streamer to a `custom_generate`, and gives what its parameters
-    are called twice if it has it already.
+    generate() gives the prompt to the streamer but passes no streamer to a `custom_generate`, so it has to be known
+    here.
     """
 
     def __init__(self, step: OneTokenPass, state: RequestState, streamer: BaseStreamer | None) -> None:
@@ -114,7 +115,7 @@ class _Loop:
         logits, needed = _model_logits(model, new, cache), _needed(generation_config, logits_processor)
         while True:
             scores = logits_processor(ids[:, :length], logits[:, -1].float())
-            values = scores[0].numpy()  # whose search takes a tenth of PyTorch's time, and finds NaN (50,000: 4 µs, 43)
+            values = scores[0].numpy()  # finds the largest of 50,000 in 4 µs (PyTorch: 43), and NaN
             token = _drawn(scores) if generation_config.do_sample else int(values.argmax())
             if not math.isfinite(values[token]):
                 raise PartInferError(NOT_FINITE)
@@ -140,7 +141,7 @@ class _Loop:
 
 
 def _needed(config: GenerationConfig, processors: LogitsProcessorList) -> Needed:
-    """Which logits a token is chosen from: the largest one, the k largest, those with most of the mass, or all of them."""
+    """Which logits a token is chosen from: the largest, the k largest, those with most of the mass, or all of them."""
     if not config.do_sample:
         return Needed(largest=1) if not processors else SOFTMAX
     temperature = math.prod(p.temperature for p in processors if isinstance(p, TemperatureLogitsWarper))
@@ -165,7 +166,7 @@ def _drawn(scores: torch.Tensor) -> int:
 
 
 class _Ended:
-    """Stopping criteria; the two that almost every call has are looked at without tensors (3 µs instead of 55)."""
+    """Stopping criteria. The two that almost every call has are checked without tensors (3 µs instead of 55)."""
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         limits = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]

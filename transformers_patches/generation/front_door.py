@@ -43,7 +43,7 @@ class TextModel:
     _answering: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, put as the task is put to this model, or of messages (`role`, `content`) as they are.
+        """Token ids of a text in the task's template for this model, or of messages (`role`, `content`) as they are.
 
         Raises PartInferError for messages to a model without a chat template.
         """
@@ -54,7 +54,7 @@ class TextModel:
         return chat_ids(self.tokenizer, prompt)
 
     def options(self, given: dict) -> GenerationOptions:
-        """GenerationOptions; a base model ends, unless told otherwise, where it would begin an example of its own."""
+        """GenerationOptions. Unless told otherwise, a base model stops where it would begin an example of its own."""
         options = GenerationOptions(**given)
         if options.stop or uses_chat_template(self.tokenizer, no_chat_template=False):
             return options
@@ -89,7 +89,9 @@ def load_model(model: str | Path, settings: PartInferConfig | None = None, task_
 def generate(model: TextModel, prompt: Prompt, **options) -> GenerationResult:
     """Answer a prompt.
 
-    prompt: a text, or a chat's messages; options: fields of GenerationOptions (max_new_tokens, sampling, …).
+    prompt: a text, or a chat's messages.
+    options: fields of GenerationOptions (max_new_tokens, sampling, …).
+
     Ctrl-C ends the generation and keeps the text. Raises PartInferError for options out of range and prompts that are
     empty or too long.
     """
@@ -111,7 +113,7 @@ def stream(model: TextModel, prompt: Prompt, **options) -> Generator[str, None, 
 
 
 def _pieces(model: TextModel, ids: list[int], options: GenerationOptions) -> Generator[str, None, GenerationResult]:
-    """The generation runs in a thread of its own, which `closed` tells to end."""
+    """The generation runs in a thread of its own, which ends when `closed` is set."""
     pieces: queue.SimpleQueue[str | _Ended] = queue.SimpleQueue()
     closed = threading.Event()
 

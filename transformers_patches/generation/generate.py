@@ -124,11 +124,13 @@ def generate(
 ) -> GenerationResult:
     """Generate an answer to one prompt.
 
-    prompt_ids: token ids of the whole prompt (with a conversation: of the whole history and the new turn); sink: is
-    called with each piece of text as soon as it is certain; stopped: asked after each token whether to end. Ctrl-C ends
-    the generation and keeps the text; the next prompt starts from a clean state, as it does after an error. An answer
-    ends (`length`) where the model's context does. Raises PartInferError for an empty prompt, for one that fills the
-    model's context, and for logits that are not finite.
+    prompt_ids: token ids of the whole prompt; in a conversation, of the whole history and the new turn.
+    sink: called with each piece of text as soon as it is certain.
+    stopped: called after each token; True ends the answer.
+
+    Ctrl-C ends the generation and keeps the text; the next prompt starts from a clean state, as it does after an error.
+    An answer ends (`length`) where the model's context does. Raises PartInferError for an empty prompt, for one that
+    fills the model's context, and for logits that are not finite.
     """
     _check_length(loaded, prompt_ids)
     _check_ids(loaded, prompt_ids)
@@ -188,9 +190,10 @@ def generate_ids(
     cache: Cache | None = None,
     **options,
 ) -> torch.Tensor:
-    """transformers' generation as every answer takes it: prompts [B, T] without padding, to ids [B, T + new].
+    """transformers' generation, as every answer runs it: from prompts [B, T] without padding to ids [B, T + new].
 
-    cache: holds a prefix of the prompts; options: others of transformers' generate().
+    cache: holds a prefix of the prompts.
+    options: further arguments of transformers' generate().
     """
     loop = one_sequence_loop(loaded.model, loaded.state, config, streamer, len(ids), options)
     if loop is None:
@@ -246,7 +249,7 @@ class _Stopped(StoppingCriteria):
 
 
 class _Recorder(StoppingCriteria):
-    """Is asked after each token whether to stop: takes ids, times, and text up to a stop string."""
+    """A stopping criterion that records the ids, their times, and the text up to a stop string."""
 
     def __init__(self, answer: AnswerText) -> None:
         self.answer = answer

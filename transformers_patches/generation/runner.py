@@ -1,4 +1,4 @@
-"""Runner: what partinfer.py does once its settings are known. Text goes to standard output, all else to standard error."""
+"""Runner: what partinfer.py does with its settings. Text goes to standard output, all else to standard error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
 
 
 class Runner:
-    """Loads a model once and answers with it; `report` tells, as counted, what that took.
+    """Loads a model once and answers with it. `report` says what that took, as counted.
 
     normal, chat and predefined_prompts return the exit code: 130 if Ctrl-C ended the last answer.
     """
@@ -65,7 +65,7 @@ class Runner:
         self.results: list[tuple[str, GenerationResult]] = []
 
     def _warn(self) -> None:
-        """Say so if the settings spoil the answers, with the flag that helps."""
+        """Warn if the settings spoil the answers, and name the flag that helps."""
         loss = self.loaded.run.predicted_loss
         if loss is not None and loss > SPOILS and not self.arguments.quiet:
             print(
@@ -75,7 +75,7 @@ class Runner:
             )
 
     def _with_task_stop(self, options: GenerationOptions) -> GenerationOptions:
-        """A base model would go on with an example of its own: end it there unless the user says otherwise."""
+        """A base model would go on with an example of its own: stop it there unless the user says otherwise."""
         if options.stop or self._uses_chat_template():
             return options
         return dataclasses.replace(options, stop=(TEMPLATES[self.arguments.task_type].stop,))
@@ -266,7 +266,7 @@ def _standard_input() -> IO:
 
 
 def _decoded(content: str | bytes) -> str:
-    """What was read from standard input as text; PartInferError for bytes that are none."""
+    """What was read from standard input as text; PartInferError for bytes that are not text."""
     if isinstance(content, str):
         return content
     encoding = sys.stdin.encoding if sys.stdin.encoding.lower() not in ("ascii", "ansi_x3.4-1968") else "utf-8"

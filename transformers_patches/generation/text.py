@@ -1,4 +1,4 @@
-"""Text from tokens that come one by one: a decoder whose pieces make up tokenizer.decode of them all, and stop strings."""
+"""Text from tokens that come one by one, in pieces that add up to tokenizer.decode of them all; and stop strings."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ TIDYING += ((" 've", "'ve"), (" 're", "'re"))
 class TextDecoder:
     """The text of token ids that are pushed one by one, special tokens left out.
 
-    All that `push` and `finish` return, put together, equals tokenizer.decode(ids, skip_special_tokens=True). Held back is
-    what a later token can still change: characters that lack bytes, and runs of byte tokens, of which one wrong byte
-    spoils the whole run. A tokenizer that is none of the tokenizers library's, or has a decoder that is not known here,
-    gives all of its text in the end.
+    All that `push` and `finish` return, put together, equals tokenizer.decode(ids, skip_special_tokens=True). Held back
+    is what a later token can still change: characters that lack bytes, and runs of byte tokens, of which one wrong byte
+    spoils the whole run. With a tokenizer from outside the tokenizers library, or a decoder that is not known here, all
+    of the text comes at the end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -63,9 +63,9 @@ class TextDecoder:
         return token if token in self._special else None
 
     def push(self, token_id: int) -> str:
-        """Take a token; the text that is certain now and was not before."""
+        """Take a token. Returns the text that has become certain with it."""
         token = self._token(token_id)
-        if self._streams and token is None:  # models have more ids than tokenizers tokens: they read as nothing
+        if self._streams and token is None:  # a model may have more ids than its tokenizer has tokens: no text
             return ""
         self._ids.append(token_id)
         if not self._streams or _is_byte(token):
@@ -85,7 +85,7 @@ class TextDecoder:
         return _tidy(copy.deepcopy(self._tidying), self._decode(self._ids)[len(self._known) :], end=True)
 
     def finish(self) -> str:
-        """The text that has been held back; nothing may be pushed any more."""
+        """The text that has been held back. Nothing may be pushed afterwards."""
         rest = self.rest()
         self._streams = False
         return rest
@@ -121,7 +121,7 @@ def _is_local(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _tidies(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether transformers' decode removes spaces before punctuation after all; TextDecoder does it itself if it streams."""
+    """Whether transformers' decode also removes spaces before punctuation. TextDecoder does it itself if it streams."""
     if not (_is_local(tokenizer) and tokenizer.clean_up_tokenization_spaces):
         return False
     despite = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
@@ -171,7 +171,7 @@ class AnswerText:
         self._special: list[tuple[int, str]] = []  # special tokens, and where in the text from `_pending` on they came
 
     def push(self, token_id: int) -> bool:
-        """Take a token; whether a stop string has ended the answer."""
+        """Take a token. Returns whether a stop string has ended the answer."""
         if self.stopped:
             return True
         special = self.decoder.special(token_id)
@@ -185,14 +185,17 @@ class AnswerText:
         return self.stopped
 
     def finish(self) -> None:
-        """Pass on what has been held back; no token may come any more."""
+        """Pass on what has been held back. No token may follow."""
         if not self.stopped:
             self._pending += self.decoder.finish()
             self._advance("")
         self._pass_on(self._pending)
 
     def _advance(self, rest: str) -> None:
-        """Pass on what is before a stop string, or can't be a part of one. rest: text that follows, and may yet change."""
+        """Pass on what comes before a stop string, or can't be a part of one.
+
+        rest: text that follows, and may yet change.
+        """
         text = self._pending + rest
         found = [places[view.find(s)] for view, places in self._views(text) for s in self.stop if s in view]
         if found:

@@ -1,8 +1,8 @@
 """Matrix-vector products for decoding on CPUs: the sparse FFN, linear layers, float and quantised weights.
 
-Native kernels where they can be compiled, plain PyTorch elsewhere: operations.py has all operations and decides. They are
-made for 1 to 8 tokens; more give the same results, but PyTorch's matrix products are then faster. docs/kernels.md explains how
-they work.
+Native kernels where they can be compiled, plain PyTorch elsewhere: operations.py has all operations and decides. They
+are made for 1 to 8 tokens; more give the same results, but PyTorch's matrix products are then faster. docs/kernels.md
+explains how they work.
 """
 
 from transformers_patches.kernels.blockwise import multiplies_fast

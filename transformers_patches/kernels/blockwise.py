@@ -1,7 +1,8 @@
 """Matrix products with weights in any format, for many tokens and on any device.
 
-Quantised weights are converted to floats block by block, so that only one block at a time takes extra memory. So are 16-bit
-weights where the processor has no fast products for them (x86 without AVX-512: bfloat16 at a seventh of float32's speed).
+Quantised weights are converted to floats block by block, so that only one block at a time takes extra memory. So are
+16-bit weights where the processor has no fast products for them (x86 without AVX-512: bfloat16 at a seventh of
+float32's speed).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from transformers_patches.kernels.quantization import QuantizedTensor
 
-BLOCK_VALUES = 2**21  # weights of a block: a few megabytes as floats, which caches hold
+BLOCK_VALUES = 2**21  # weights of a block: as floats a few megabytes, which fit into caches
 
 # converts quantised rows to floats: (weight, dtype, out)
 Dequantize = Callable[[QuantizedTensor, torch.dtype, Tensor], Tensor]
@@ -41,8 +42,11 @@ _kept = threading.local()
 
 
 def _room(values: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a block. On the CPU every thread reuses its own: newly allocated pages cost page faults, and the C library
-    does not return all of them to the system."""
+    """Memory for a block.
+
+    On the CPU every thread reuses its own: newly allocated pages cost page faults, and the C library does not return
+    all of them to the system.
+    """
     if device.type != "cpu":
         return torch.empty(values, dtype=dtype, device=device)
     nbytes = values * dtype.itemsize

@@ -1,10 +1,10 @@
 """Compile the native kernels once and keep them in a cache folder.
 
-`python -m transformers_patches.kernels.build` does it ahead of time (for packagers); otherwise the first use does.
-The kernel sources are compiled once per instruction set, each with its own flags, and the torch-facing rest once, by the
-system's C++ compiler. It is called with lists of arguments, never through a shell, so folders may have any name.
-A finished library's size and hash lie beside it: what was truncated or overwritten is built again. A build that failed is
-remembered, so that only the first start, and the command above, take the time to try.
+`python -m transformers_patches.kernels.build` does it ahead of time (for packagers); otherwise the first use does. The
+kernel sources are compiled once per instruction set, each with its own flags, and the torch-facing rest once, by the
+system's C++ compiler. It is called with lists of arguments, never through a shell, so folders may have any name. A
+finished library's size and hash are stored beside it: one that was truncated or overwritten is built again. A build
+that failed is remembered, so that only the first start, and the command above, take the time to try.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ ISAS: dict[str, dict[str, Isa]] = {
 
 
 def isas_of(machine: str) -> dict[str, Isa]:
-    """The variants for a processor family (`platform.machine()`); only the scalar one for families without their own."""
+    """The variants for a processor family (`platform.machine()`). Families without variants have the scalar one."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
     return ISAS.get(machine, {"scalar": Isa(("-O2",), _BOTH)})
 
@@ -126,9 +126,9 @@ def find_compiler() -> tuple[str, str] | None:
 
 
 def find_library(folder: Path | None = None) -> Path | None:
-    """The path of a finished library for these sources, this torch and this machine's compiler, if it has one; or None.
+    """The finished library for these sources, this torch and this machine's compiler (if it has one); else None.
 
-    One that is not as it was built, by size and hash, is none.
+    A library whose size or hash has changed since it was built does not count.
     """
     folder = folder or cache_folder()
     compiler = find_compiler()
@@ -151,7 +151,7 @@ def _hash_of(path: Path) -> str:
 
 
 def _read_facts(path: Path) -> dict:
-    """What a JSON file of a build says; nothing where there is none, or a damaged one."""
+    """What a JSON file of a build says; an empty dict if the file is missing or damaged."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -175,8 +175,10 @@ def _failure_path(folder: Path, compiler: tuple[str, str]) -> Path:
 def build(isa_names: list[str] | None = None, force: bool = False, again: bool = True) -> Path:
     """Compile the library, and return its path. If there is one already, only return its path.
 
-    again: also where an earlier build failed. Raises BuildError if there is no compiler or it fails. Interrupted, it ends
-    at once, and the next build starts afresh. A second process waits for the first, and takes what that has built.
+    again: try even if an earlier build has failed.
+
+    Raises BuildError if there is no compiler or it fails. Interrupted, it ends at once, and the next build starts
+    afresh. A second process waits for the first, and takes what that has built.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -230,7 +232,7 @@ def _compile(folder: Path, compiler: tuple[str, str], isa_names: list[str] | Non
 
 
 def _driver_flags(isa_names: list[str]) -> list[str]:
-    """For the sources that see torch: its headers, its C++ standard, and which variants there are."""
+    """Flags of the sources that use torch: its headers, its C++ standard, and which variants there are."""
     include = Path(torch.__file__).parent / "include"
     headers = [
         part for path in (include, include / "torch" / "csrc" / "api" / "include") for part in ("-isystem", str(path))

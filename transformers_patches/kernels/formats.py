@@ -1,7 +1,7 @@
 """Weight formats: the ways to hold a weight in few bits. `--dtype` takes their names.
 
-Another format is one more object in FORMATS, its name in config.py, and a native kernel if it is to be fast: without one
-PyTorch turns its weights into floats.
+Another format is one more object in FORMATS, its name in config.py, and a native kernel if it is to be fast: without
+one PyTorch turns its weights into floats.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class WeightFormat(ABC):
 class SymmetricFormat(WeightFormat):
     """Integers from `lowest` to `highest` times one float16 scale per group: weight = scale * value.
 
-    factors: times the scale that makes a group's largest value exact; a search for the scale with the least square error
-    tries them all.
-    favours_large: whether every scale is searched for, and errors are weighted with |weight|: with few bits large values,
-    of which there are few, count most, in the error and in what a layer computes. Without, a scale is searched for only
-    if there are column weights.
+    factors: times the scale that makes a group's largest value exact; a search for the scale with the least square
+        error tries them all.
+    favours_large: whether every scale is searched for, and errors are weighted with |weight|: with few bits large
+        values, of which there are few, count most, in the error and in what a layer computes. Without, a scale is
+        searched for only if there are column weights.
     """
 
     lowest: int = 0
@@ -127,7 +127,10 @@ class SymmetricFormat(WeightFormat):
 
 
 class _Int8(SymmetricFormat):
-    """data: int8 [rows, columns]. In planes: uint8 [2, rows, columns / 2], as Int4 has it, of value + 128 = 16 high + low."""
+    """data: int8 [rows, columns].
+
+    In planes it is uint8 [2, rows, columns / 2], in the layout of Int4: value + 128 = 16 high + low.
+    """
 
     def empty(self, rows: int, columns: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         return torch.empty(rows, columns, dtype=torch.int8, device=device), _empty_scales(rows, columns, device)

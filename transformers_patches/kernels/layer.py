@@ -76,8 +76,8 @@ class ActiveNeurons:
     prefix: the first `prefix` neurons are active.
     index: int32, more active neurons, each >= prefix, in any order; or None.
     size: float32 [L]; None: all active neurons are computed. With it, the active neurons are candidates. Every token
-        chooses those with the largest |up_i·x| size_i, or in a plain FFN |act(fc1_i·x + b_i)| size_i. The weights behind
-        that product are read for all candidates, the others only for the chosen neurons.
+        chooses those with the largest |up_i·x| size_i, or in a plain FFN |act(fc1_i·x + b_i)| size_i. The weights
+        behind that product are read for all candidates, the others only for the chosen neurons.
     keep_count: how many neurons a token keeps; None: all above `threshold`. Neurons whose product is 0 are never kept.
     threshold: a bound on the product times size, used where keep_count is None.
     added: [H] each, added to the output one after the other.
@@ -94,8 +94,8 @@ class ActiveNeurons:
     added: Sequence[Tensor] = ()
     by_gate: bool = False
 
-    # Whether the native kernels can compute this. Left to PyTorch are by_gate, biases of a gated FFN that chooses per token,
-    # activations other than the four by name, and weight formats without a native kernel.
+    # Whether the native kernels can compute this. PyTorch computes by_gate, biases of a gated FFN that chooses per
+    # token, activations other than the four by name, and weight formats without a native kernel.
     native: bool = field(init=False, repr=False)
     # What native.py has prepared for all calls.
     native_call: tuple | None = field(default=None, init=False, repr=False)
@@ -149,7 +149,10 @@ class AttentionLayer:
 
     @property
     def norm_arguments(self) -> tuple[list[Tensor], list[Tensor], float]:
-        """Norms, their biases and eps, as the native operations take them. Raises ValueError if only some have a bias."""
+        """Norms, their biases and eps, as the native operations take them.
+
+        Raises ValueError if only some have a bias.
+        """
         norms = [norm for norm in (self.norm, self.next_norm, self.q_norm, self.k_norm) if norm is not None]
         biases = [bias for bias in (self.norm_bias, self.next_norm_bias) if bias is not None]
         if len(biases) not in (0, len(norms)):

@@ -1,4 +1,4 @@
-"""Every operation by the compiled library, for tensors on the CPU; library.py has loaded it before any of these is called.
+"""Every operation by the compiled library, for tensors on the CPU. library.py loads it before any of these is called.
 
 Functions have the arguments and results of those in operations.py, where they are documented.
 """
@@ -17,7 +17,7 @@ from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Pr
 from transformers_patches.kernels.quantization import QuantizedTensor, Weight, check_column_weights
 from transformers_patches.kernels.screening import Needed, Screen
 
-_OPS = torch.ops.partinfer  # called by their `default` overload, which spares looking for one
+_OPS = torch.ops.partinfer  # called by their `default` overload, which saves looking for one
 
 
 def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
@@ -33,10 +33,10 @@ def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
 
 
 def _prepare_ffn(active: ActiveNeurons) -> tuple[Callable, tuple, Tensor | None, int]:
-    """The operation that computes this, its arguments after x, the count of one token unless tokens choose, and H. Kept.
+    """What computes an FFN: the operation, its arguments after x, the count per token unless tokens choose, and H.
 
-    There is an operation for each kind of weights and of choice, with flat arguments: lists of tensors, or arguments that
-    most calls leave empty, would cost every call microseconds.
+    The result is kept. There is an operation for each kind of weights and of choice, with flat arguments: lists of
+    tensors, or arguments that most calls leave empty, would cost every call microseconds.
     """
     p, hidden = active.projections, active.projections.weight(0).shape[1]
     weights = [part for pair in zip(p.weights, p.scales, strict=True) for part in pair] if p.format else list(p.weights)

@@ -43,12 +43,13 @@ def _known(weight: Weight) -> bool:
 def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
     """The FFN over some of a layer's neurons, in one pass over their weights.
 
-    Of a gated FFN sum over i of act(gate_i·x + b_i) (up_i·x + c_i) down_i, of a plain one of act(fc1_i·x + b_i) fc2_i; i goes
-    over the active neurons, or with `active.size` over those that each token chooses among them. Vectors in `active.added`
-    are added at the end.
+    A gated FFN is the sum over i of act(gate_i·x + b_i) (up_i·x + c_i) down_i, a plain one that of act(fc1_i·x + b_i)
+    fc2_i. i goes over the active neurons, or with `active.size` over those that each token chooses among them. Vectors
+    in `active.added` are added at the end.
+
     x: [..., H] float32, bfloat16 or float16. Made for up to 8 tokens; with more PyTorch's matrix products are faster.
-    Returns y, like x, and how many neurons were computed for each token, int64 [T] on the CPU, T being the number of tokens.
-    The native kernels sum in float32. They raise ValueError for arguments that don't fit.
+    Returns y, like x, and how many neurons were computed for each token, int64 [T] on the CPU, T being the number of
+    tokens. The native kernels sum in float32. They raise ValueError for arguments that don't fit.
     """
     return _operations_for(x, active.native).ffn(x, active)
 
@@ -79,9 +80,11 @@ def combine(h: Tensor, weight: Weight) -> Tensor:
 def screened_linear(x: Tensor, weight: Weight, screen: Screen, needed: Needed = SOFTMAX) -> tuple[Tensor, Tensor]:
     """x [..., in] times weight [out, in], exact only for the outputs that matter.
 
-    weight: 8 bits in planes, or floats. screen: `Screen.of` its planes, or of the high plane of its 8-bit values. needed:
-    which outputs matter; the others have the errors of a 4-bit weight. Returns the outputs [..., out], and how many of
-    them are exact for each token, int64 [T].
+    weight: 8 bits in planes, or floats.
+    screen: `Screen.of` its planes, or of the high plane of its 8-bit values.
+    needed: which outputs matter; the others have the errors of a 4-bit weight.
+
+    Returns the outputs [..., out], and how many of them are exact for each token, int64 [T].
     """
     return _operations_for(x).screened_linear(x, weight, screen, needed)
 
@@ -94,11 +97,11 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantise a float weight [rows, columns] to one of the FORMATS.
 
-    int8: a group's largest value is exact. With column_weights (float32 [columns]) scales from 0.992 to 1.056 times that
-    one are tried, and the one with the least weighted square error is taken. int4: scales from 0.8 to 1.04 times the exact
-    one (which maps the largest value to -8, so a scale may be negative), errors weighted with |value| too.
-    column_scales (float32 [columns]): the weight is divided by them first. Raises PartInferError if columns is not a multiple
-    of the format's group size, or if column_weights has another type or shape.
+    int8: a group's largest value is exact. With column_weights (float32 [columns]) scales from 0.992 to 1.056 times
+    that one are tried, and the one with the least weighted square error is taken. int4: scales from 0.8 to 1.04 times
+    the exact one (which maps the largest value to -8, so a scale may be negative), errors weighted with |value| too.
+    column_scales (float32 [columns]): the weight is divided by them first. Raises PartInferError if columns is not a
+    multiple of the format's group size, or if column_weights has another type or shape.
     """
     if column_scales is not None:
         return replace(quantize(weight / column_scales, weight_format, column_weights), column_scales=column_scales)
@@ -131,15 +134,22 @@ def attention_step(
 ) -> tuple[Tensor, Tensor]:
     """A decoder layer up to its FFN, for one token: y = x + delta + attention(norm(x + delta)), and the norm of y.
 
-    x, delta: [1, 1, H]; delta may be None. rope: cosines and sines of the position, [1, 1, D] each, or (None, None). cache:
-    keys and values, [1, heads, capacity, D] each, contiguous, filled up to `length`; the token's are written there. All
-    tensors have x's type, except for quantised projections. The native kernels raise ValueError for arguments that don't fit.
+    x, delta: [1, 1, H]; delta may be None.
+    rope: cosines and sines of the position, [1, 1, D] each, or (None, None).
+    cache: keys and values, [1, heads, capacity, D] each, contiguous, filled up to `length`; the token's are written
+        there.
+
+    All tensors have x's type, except for quantised projections. The native kernels raise ValueError for arguments that
+    don't fit.
     """
     return _operations_for(x, layer.projections.are_native).attention_step(x, delta, layer, rope, cache, length)
 
 
 def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:
-    """A dense FFN for one token x [1, 1, H]. projections: gate, up and down, or fc1 and fc2, [out, in] as in nn.Linear."""
+    """A dense FFN for one token x [1, 1, H].
+
+    projections: gate, up and down, or fc1 and fc2, [out, in] as in nn.Linear.
+    """
     return _operations_for(x, projections.are_native).dense_ffn(x, projections, activation)
 
 
@@ -151,9 +161,9 @@ def add_norm(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor | None, eps:
 def core_counts(h: Tensor, token_sparsity: float) -> Tensor:
     """How many tokens mark each neuron as a core neuron: int64 [L] (CoreInfer, arXiv 2410.18311).
 
-    h: [T, L], the activations of one sequence's prompt tokens, no padding. With P_t the number of positive activations of
-    token t and k = floor(token_sparsity * mean_t P_t), every token marks its k largest positive activations.
-    Native only if the library is already loaded. Which of several equal values are marked may differ from PyTorch.
+    h: [T, L], the activations of one sequence's prompt tokens, no padding. With P_t the number of positive activations
+    of token t and k = floor(token_sparsity * mean_t P_t), every token marks its k largest positive activations. Native
+    only if the library is already loaded. Which of several equal values are marked may differ from PyTorch.
     """
     return (_operations_if_loaded(h) if len(h) else reference).core_counts(h, token_sparsity)
 
@@ -161,8 +171,8 @@ def core_counts(h: Tensor, token_sparsity: float) -> Tensor:
 def most_marked(counts: Tensor, priority: Tensor, first: int, wanted: int) -> Tensor:
     """The `wanted` neurons from `first` on with the largest counts, in ascending order: int32 [wanted].
 
-    counts, priority: int64 [L]. Of equal counts the lowest priority wins; no two neurons have the same, and none is below 0.
-    Native only if the library is already loaded, with the same result.
+    counts, priority: int64 [L]. Of equal counts the lowest priority wins; no two neurons have the same, and none is
+    below 0. Native only if the library is already loaded, with the same result.
     """
     return _operations_if_loaded(counts).most_marked(counts, priority, first, wanted)
 
@@ -178,14 +188,14 @@ def sum_of_squares(values: Tensor) -> Tensor:
 def typical_scale(sums: Tensor, tokens: int, prior: Tensor | None, prior_tokens: int, norms: Tensor) -> Tensor:
     """sqrt((sums_i + c prior_i²) / (tokens + c)) norms_i with c = prior_tokens > 0: float32 [L].
 
-    sums, prior, norms: float32 [L]; sums are sums of squares over `tokens` tokens. Without a prior, their mean over tokens
-    and neurons takes the place of its squares. Native only if the library is already loaded.
+    sums, prior, norms: float32 [L]; sums are sums of squares over `tokens` tokens. Without a prior, their mean over
+    tokens and neurons takes the place of its squares. Native only if the library is already loaded.
     """
     return _operations_if_loaded(sums).typical_scale(sums, tokens, prior, prior_tokens, norms)
 
 
 def bandwidth_probe(nbytes: int = 256 << 20, repetitions: int = 8) -> float:
-    """Bytes per second that torch's threads together read from memory, from huge pages: the best of some repetitions."""
+    """Bytes per second that torch's threads together read from memory in huge pages: the best of some repetitions."""
     return probe.bandwidth_probe(LIBRARY.get(), nbytes, repetitions)
 
 
@@ -201,6 +211,6 @@ def watch_mapping(memory: mmap.mmap, whole: Tensor) -> None:
 
 
 def advise_huge_pages(tensor: Tensor) -> bool:
-    """Ask for huge pages behind a new tensor, before it is written. Reading is then up to a fifth faster. False if refused."""
+    """Ask for huge pages for a new tensor, before it is written: reading is up to 20 % faster. False if refused."""
     ops = LIBRARY.get()
     return ops is not None and ops.advise_huge_pages(tensor)

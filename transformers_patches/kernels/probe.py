@@ -8,7 +8,10 @@ import torch
 
 
 def bandwidth_probe(ops, nbytes: int, repetitions: int) -> float:
-    """Bytes per second read from a buffer of nbytes, the best of the repetitions. ops: None measures a sum in PyTorch."""
+    """Bytes per second read from a buffer of nbytes: the best of the repetitions.
+
+    ops: None measures a sum in PyTorch.
+    """
     buffer = torch.empty(nbytes // 8, dtype=torch.int64)
     if ops is not None:
         ops.advise_huge_pages(buffer)

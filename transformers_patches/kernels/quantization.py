@@ -78,7 +78,7 @@ class QuantizedTensor:
         return self if moved.data is self.data else moved
 
     def like(self, empty: Callable[[Tensor], Tensor]) -> QuantizedTensor:
-        """An uninitialised weight of the same shape and format; `empty` allocates a tensor like the one that it is given."""
+        """An uninitialised weight of the same shape and format; `empty` allocates a tensor like the one it is given."""
         return self.over(empty(self.data), empty(self.scales))
 
     def over(self, data: Tensor, scales: Tensor) -> QuantizedTensor:
@@ -114,7 +114,10 @@ class QuantizedTensor:
         in_planes: bool = False,
         column_scales: bool = False,
     ) -> QuantizedTensor:
-        """An uninitialised [rows, columns] weight. Raises PartInferError if columns is not a multiple of the group size."""
+        """An uninitialised [rows, columns] weight.
+
+        Raises PartInferError if columns is not a multiple of the group size.
+        """
         if columns % weight_format.group:
             raise PartInferError(
                 f"a weight to quantise must be [rows, columns] with columns a multiple of {weight_format.group}, "

@@ -67,7 +67,7 @@ def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
 
 
 class _FfnWeights:
-    """The weights of an FFN where x is, and in whose type products are computed: the weights' own, or of quantised ones x's."""
+    """The weights of an FFN on x's device, and the type to compute in: their own, or x's if they are quantised."""
 
     def __init__(self, active: ActiveNeurons, x: Tensor) -> None:
         self.active, self.device = active, x.device
@@ -90,7 +90,7 @@ class _FfnWeights:
         return blockwise.combine(h, self.rows(-1, rows), dequantize)
 
     def all_active(self) -> Tensor:
-        """The prefix is a slice, so that it is not copied; listed rows are."""
+        """The prefix is a slice, which is not copied; listed rows are."""
         y = torch.zeros_like(self.x)
         for rows in self.parts():
             h = self.act(self.product(self.x, 0, rows))
@@ -106,7 +106,7 @@ class _FfnWeights:
         return parts if index is None or len(index) == 0 else [*parts, index.long()]
 
     def chosen_per_token(self) -> tuple[Tensor, Tensor]:
-        """One token after the other: the product that neurons are chosen by for all candidates, the rest for the chosen."""
+        """One token after the other: the product to choose by for all candidates, the rest for the chosen neurons."""
         active, candidates = self.active, self.candidates()
         size = _on(active.size, candidates, self.device)
         by_up = active.gated and not active.by_gate
@@ -196,7 +196,7 @@ def _projected(x: Tensor, projections: Projections, number: int) -> Tensor:
 
 
 def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embedding, the two halves of a head being the pairs: heads [n, D], cosine and sine [..., D] of one position."""
+    """Rotary embedding of heads [n, D], whose halves make up the pairs; cosine and sine [..., D] of one position."""
     half = heads.shape[-1] // 2
     swapped = torch.cat([-heads[:, half:], heads[:, :half]], dim=-1)
     return heads * cosine.view(-1) + swapped * sine.view(-1)

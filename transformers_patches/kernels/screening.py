@@ -1,8 +1,8 @@
-"""Products with a large weight of which only some outputs are computed exactly; for the others 4 of the 8 bits are read.
+"""Products with a large weight of which only some outputs are exact; for the others, 4 of the 8 bits are read.
 
-The lm_head computes a logit for every token of the vocabulary, and few of them matter. The high plane of an 8-bit weight is
-itself a weight of 4 bits: it shows which logits may be large, and only those are computed with the whole weight. The idea is
-that of SVD-softmax (Shim et al., NeurIPS 2017), with bits in place of singular values.
+The lm_head computes a logit for every token of the vocabulary, and few of them matter. The high plane of an 8-bit
+weight is itself a weight of 4 bits: it shows which logits may be large, and only those are computed with the whole
+weight. The idea is that of SVD-softmax (Shim et al., NeurIPS 2017), with bits in place of singular values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an error in each column of a quantised weight counts: as much as the layer's inputs are large there.
+"""How much an error in each column of a quantised weight counts: the more, the larger the layer's inputs are there.
 
 The idea is that of AWQ (arXiv 2306.00978) and of llama.cpp's importance matrix: what a layer computes suffers from the
 error of a weight in proportion to the input that the weight is multiplied with. docs/quantization.md has the formula.
@@ -11,11 +11,11 @@ import torch
 from transformers_patches.families import Family
 from transformers_patches.neurons.neuron_file import NeuronFile
 
-LEAST = 0.001  # what a column counts at least, relative to the average one
+LEAST = 0.001  # the least that a column counts, relative to the average one
 
 
 def column_weights(family: Family, neurons: NeuronFile | None, head: str) -> dict[str, torch.Tensor]:
-    """float32 [columns], 1 on average, by the name of the weight, for weights whose inputs the neuron file knows.
+    """How much each column counts, float32 [columns], by the names of the weights whose inputs the neuron file knows.
 
     head: name of the output projection's weight. Down projections are those of layers that stay whole.
     """
@@ -38,6 +38,6 @@ def column_weights(family: Family, neurons: NeuronFile | None, head: str) -> dic
 
 
 def _relative(squares: torch.Tensor) -> torch.Tensor:
-    """Relative to their mean, but not all but nothing: other texts than those that were profiled use other columns."""
+    """Relative to their mean, and at least LEAST: other texts may use columns that the profiled ones did not."""
     mean = squares.float().mean()
     return (squares.float() / mean).clamp(min=LEAST) if mean > 0 else torch.ones_like(squares, dtype=torch.float32)

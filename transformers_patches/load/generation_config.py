@@ -1,4 +1,4 @@
-"""The generation config that a model brings along: what the decoding loop honours is checked and taken, the rest named."""
+"""The generation config that comes with a model: what the decoding loop honours is checked and used, the rest named."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ TAKEN: dict[str, Check] = {
     "remove_invalid_values": SWITCH,
     "stop_strings": TEXTS,
 }
-# Not for the model to say here: flags do, or it is about what generate() returns, or about models with an encoder
+# Not the model's to decide here: flags do, or it concerns what generate() returns, or models with an encoder
 ELSEWHERE = {"do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "transformers_version"}
 ELSEWHERE |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"}
 ELSEWHERE |= {"decoder_start_token_id", "_from_model_config"}
@@ -106,9 +106,12 @@ def own_generation_config(
 ) -> tuple[GenerationConfig, tuple[str, ...]]:
     """A model's generation config without what is not honoured, and its stop strings.
 
-    folder: may hold a generation_config.json; made: what transformers made of config.json, used without that file;
-    vocabulary: number of tokens. What is left out, and could make a difference, is named in one warning.
-    Raises PartInferError for a damaged file and for values of a wrong type or out of range.
+    folder: may hold a generation_config.json.
+    made: what transformers made of config.json, used if that file is missing.
+    vocabulary: number of tokens.
+
+    What is left out, and could make a difference, is named in one warning. Raises PartInferError for a damaged file and
+    for values of a wrong type or out of range.
     """
     path = folder / FILE
     content = _read(path) if path.is_file() else made.to_dict()
@@ -141,7 +144,7 @@ def _read(path: Path) -> dict:
 
 
 def _check_ids(taken: dict, vocabulary: int, source: str) -> None:
-    """Drop ids that end, begin and fill, but are no token's (-1 is usual); PartInferError for others out of range."""
+    """Drop end, begin and padding ids that belong to no token (-1 is usual); PartInferError for others out of range."""
     for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
         ids = taken.get(name, [])
         right = [i for i in (ids if isinstance(ids, list) else [ids]) if 0 <= i < vocabulary]

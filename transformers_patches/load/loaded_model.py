@@ -70,10 +70,12 @@ class LoadedModel:
         return read / (tokens * matrices * self.plan.intermediate_size)
 
     def token_bytes(self) -> int:
-        """Bytes of weights that a decoded token read on average since the last reset; if none was decoded, what it would.
+        """Bytes of weights that a decoded token has read on average since the last reset.
 
-        An input embedding that is not also the lm_head is left out, since a token reads one row of it. A screened lm_head
-        counts with what decoded tokens read of it on average.
+        If none was decoded, what one would read.
+
+        An input embedding that is not also the lm_head is left out, since a token reads one row of it. A screened
+        lm_head counts with what decoded tokens read of it on average.
         """
         total = self.report.bytes_resident
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()

@@ -39,7 +39,7 @@ def load_model(
     dataset_neurons: NeuronFile | None = None,
     model_neurons: NeuronFile | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint folder, pack or GGUF file as the settings say: of sparse layers planned neurons, all else whole.
+    """Load a checkpoint folder, pack or GGUF file: the planned neurons of sparse layers, and everything else whole.
 
     Neuron files that are not given are read from the paths in the settings, if there are any. Raises PartInferError
     for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.
@@ -69,9 +69,9 @@ def load_from(
 
 
 def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedModel:
-    """Load what was decided. started: since when loading is timed, a time of `time.perf_counter`."""
+    """Load what was decided. started: when loading began, by `time.perf_counter`."""
     check_threads(run.device, run.dtype)
-    fit_bytes = run.fit_bytes  # now: rows are let go of as they are read
+    fit_bytes = run.fit_bytes  # counted now, because rows are freed as they are read
     state, memory = RequestState(), WeightMemory(huge_pages=run.native)
     model, sources = build_model(run, state)
     stream_weights(model, weights, sources, run, memory)

@@ -35,8 +35,8 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
 def build_model(run: ResolvedRun, state: RequestState) -> tuple[PreTrainedModel, dict[str, Source]]:
     """The model of a run, still without memory: SparseFFNs in its planned layers, quantised modules if it has any.
 
-    state: where the SparseFFNs find the request. Also returns, by parameter, where weights come from that are not simply
-    the checkpoint's under the same name.
+    state: where the SparseFFNs find the request. Also returns, by parameter, where weights come from that are not
+    simply the checkpoint's under the same name.
     """
     model = build_on_meta(run.config, run.dtype)
     sources = swap_ffns(model, run, state)

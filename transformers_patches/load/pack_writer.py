@@ -105,7 +105,7 @@ class _Recorder(WeightSource):
                 self._keep_packed(source, out)
 
     def _keep_packed(self, source: Source, out: torch.Tensor | QuantizedTensor) -> None:
-        """Write what was loaded for a source; if its rows take turns with another weight's, both together."""
+        """Write what was loaded for a source; if its rows are interleaved with another weight's, both together."""
         first = self._halves.pop(_parts(out)[0][1].data_ptr(), None)
         if first is not None and source.fit is not None and not isinstance(out, QuantizedTensor):
             # loading will change these rows, so they can't stay in the file, and half a pair should not
@@ -187,11 +187,13 @@ def write_pack(
     dataset_neurons: NeuronFile | None = None,
     model_neurons: NeuronFile | None = None,
 ) -> dict:
-    """Make a pack of a checkpoint folder or GGUF file by loading it once. Returns the pack's description, and its `bytes`.
+    """Make a pack of a checkpoint folder or GGUF file by loading it once. Returns its description, and its `bytes`.
 
-    settings: what is planned, and the type of the weights; neuron files: as load_model takes them. The folder is written
-    and synced under another name first, so it is whole or not there. Raises PartInferError for what load_model refuses, settings
-    without partial loading, and an output folder that exists or that another process writes.
+    settings: what is planned, and the type of the weights. Neuron files are given as to load_model.
+
+    The folder is written and synced under another name first, so it is whole or not there. Raises PartInferError for
+    what load_model refuses, settings without partial loading, and an output folder that exists or that another process
+    writes.
     """
     source, output = Path(model), Path(output)
     _check_absent(output)

@@ -101,7 +101,7 @@ def _has_weighted_errors(place: nn.Parameter | QuantizedWeight, source: Source) 
 
 
 def _is_paired(model: PreTrainedModel, name: str) -> bool:
-    """Whether rows of a weight take turns in memory with another's."""
+    """Whether the rows of a weight are interleaved with another's in memory."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     return isinstance(module, NeuronRows) and leaf in module.paired_names
@@ -110,7 +110,7 @@ def _is_paired(model: PreTrainedModel, name: str) -> bool:
 def _memory_for(
     model: PreTrainedModel, weight: _Wanted, weights: WeightSource, run: ResolvedRun, memory: WeightMemory
 ) -> torch.Tensor | QuantizedTensor:
-    """Memory for a weight: where the checkpoint's file is mapped, if that will do, else new memory, still to be filled."""
+    """Memory for a weight: where the checkpoint's file is mapped, if that will do; else new memory, not yet filled."""
     on_cpu = run.device.type == "cpu" or (run.settings.memory_limit and weight.in_plan)
     target = torch.device("cpu") if on_cpu else run.device
     pinned = target.type == "cpu" and run.device.type == "cuda"
@@ -133,7 +133,7 @@ def _memory_for(
 def _hold(
     model: PreTrainedModel, name: str, place: nn.Parameter | QuantizedWeight, values: torch.Tensor | QuantizedTensor
 ) -> None:
-    """Make a weight this one from now on."""
+    """Make a weight of the model refer to this memory."""
     if isinstance(place, QuantizedWeight):
         place.fill(values)
         return

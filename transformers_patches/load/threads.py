@@ -1,4 +1,4 @@
-"""Whether OpenMP gives the threads that PyTorch counts on; if not, its 16-bit products leave a part of their result unset."""
+"""Whether OpenMP gives PyTorch the threads it counts on: if not, 16-bit products leave part of their result unset."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS, INPUTS, OUTPUTS = 32, 256, 512  # of a product that PyTorch shares among
 
 
 def check_threads(device: torch.device, dtype: torch.dtype) -> None:
-    """Compute with as many threads as there really are, and say so, where 16-bit products on the CPU need it.
+    """Where 16-bit products on the CPU need it, compute with as many threads as there really are, and say so.
 
     Lowers PyTorch's number of threads for the whole process. Raises PartInferError if products are wrong even with one.
     """
@@ -39,7 +39,7 @@ def check_threads(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _given_threads(wanted: int) -> int:
-    """How many of so many threads OpenMP is sure to give. Where its library is not found, the product has to tell."""
+    """How many of the wanted threads OpenMP is sure to give; all of them if its library is not found."""
     found = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
     for path in found:
         try:

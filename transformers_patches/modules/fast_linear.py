@@ -1,4 +1,4 @@
-"""Products of few tokens take the native kernels instead of PyTorch's slow path on CPUs; FastLinear is an nn.Linear that does.
+"""Products of few tokens by the native kernels instead of PyTorch's slow path on CPUs, and FastLinear, which uses them.
 
 PyTorch's bfloat16 matrix-vector product goes through oneDNN at about a third of memory bandwidth; its matrix products,
 for prefill, are fast and stay in use.
@@ -12,9 +12,9 @@ from torch import nn
 from transformers_patches import kernels
 from transformers_patches.kernels import QuantizedTensor, Weight
 
-FEW_TOKENS = 8  # that the kernels read a weight once for
-# Up to how many tokens the kernels beat PyTorch's matrix products with float weights, and weighted sums of rows of any type
-# (docs/speed.md); and the same where these have no fast path for 16 bits. kernels/formats.py has it for quantised weights.
+FEW_TOKENS = 8  # for which the kernels read a weight only once
+# Up to how many tokens the kernels beat PyTorch with float weights, and in weighted sums of rows of any type
+# (docs/speed.md), and where PyTorch has no fast path for 16 bits. For quantised weights, see kernels/formats.py.
 _WIN, _WIN_OVER_FLOAT32 = FEW_TOKENS, 48
 
 

@@ -41,7 +41,7 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("column_scales", packed.column_scales)
 
     def _apply(self, fn, recurse: bool = True) -> QuantizedWeight:
-        # .to(dtype), .float() and the like are about the floats around: only the device counts here
+        # .to(dtype), .float() and the like are meant for float tensors: only the device matters here
         device = fn(torch.empty(0, device=self.packed.device)).device
         if device != self.packed.device and self.packed.device.type != "meta":
             self.fill(self.packed.to(device))
@@ -70,7 +70,10 @@ def weight_of(held: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedT
 
 
 class QuantizedLinear(nn.Module):
-    """x [..., in] -> [..., out], like the nn.Linear that it stands for. native: few tokens go through the CPU kernels."""
+    """x [..., in] -> [..., out], like the nn.Linear that it replaces.
+
+    native: few tokens go through the CPU kernels.
+    """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, *, native: bool) -> None:
         super().__init__()
@@ -83,7 +86,10 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """Token ids [...] -> [..., H], like the nn.Embedding that it stands for; scale is what Gemma multiplies with."""
+    """Token ids [...] -> [..., H], like the nn.Embedding that it replaces.
+
+    scale: what Gemma multiplies embeddings by; None: nothing.
+    """
 
     def __init__(self, weight: QuantizedWeight, dtype: torch.dtype, scale: float | None) -> None:
         super().__init__()
@@ -109,9 +115,11 @@ def quantize_modules(
 ) -> None:
     """Put quantised modules, still without memory, in place of a meta model's nn.Linears, embeddings and head.
 
-    weight_format: of the linears; head_format: of embeddings and head, which stay tied if they are; head_in_planes: as
-    screening wants a head. Weights whose columns don't make up whole groups stay floats; PartInferError if that is so for
-    the hidden size.
+    weight_format: of the linear layers.
+    head_format: of embeddings and head, which stay tied if they are.
+    head_in_planes: whether the head is in planes, as screening needs it.
+
+    Weights whose columns don't make up whole groups stay floats; PartInferError if that is so for the hidden size.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for needed in (weight_format, head_format):

@@ -1,7 +1,7 @@
 """Output projections whose logits are computed exactly only where they matter, one token of each sequence at a time.
 
-A head of 8 bits is held in two planes of 4 bits, which takes no more memory. A float head has the high plane beside it, which
-takes 0.5625 bytes for a weight (`--screen_head on`).
+A head of 8 bits is held in two planes of 4 bits, which takes no more memory. A float head has the high plane beside it,
+which takes 0.5625 bytes for a weight (`--screen_head on`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_SEQUENCES = 32  # whose tokens are screened together
 
 
 class ScreenedHead(nn.Module):
-    """x [..., H] -> logits [..., V], like the linear layer that it stands for, whose parameters it shares.
+    """x [..., H] -> logits [..., V], like the linear layer that it replaces, whose parameters it shares.
 
     Passes over one token of each sequence are screened; where more positions are scored, all logits are exact.
     tokens, exact: what screened passes counted since the last reset.
@@ -77,7 +77,7 @@ class ScreenedHead(nn.Module):
 
 
 def can_be_screened(head: nn.Linear) -> bool:
-    """Whether a model's head is one that screening is made for; with 8 bits it is then to be in planes."""
+    """Whether screening is made for a model's head. With 8 bits, it must then be in planes."""
     return head.bias is None and head.in_features % INT8.group == 0
 
 

@@ -66,7 +66,7 @@ def decide_head_dtype(settings: PartInferConfig, dtype: str) -> Decision:
 
 
 def decide_kernels(settings: PartInferConfig, device: torch.device, dtype: str) -> Decision:
-    """What decodes: the native kernels on CPUs for types in which PyTorch is slow; float32 stays PyTorch's, bit for bit.
+    """What decodes: on CPUs the native kernels, for types in which PyTorch is slow. float32 stays PyTorch's own.
 
     dtype: that of the weights, decided.
     """

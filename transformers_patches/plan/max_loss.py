@@ -1,4 +1,4 @@
-"""A setting by what it may cost: from a bound on the loss, and the neuron file's curve, to what is loaded and computed."""
+"""A setting by what it may cost: a bound on the loss and the neuron file's curve decide what is loaded and computed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.loss_curve import ALL, DEFAULT, LossCurve
 from transformers_patches.neurons.neuron_file import NeuronFile
 
-DEFAULT_MAX_LOSS = 0.05  # nats per token: answers stay what they are, in nearly all cases
-SPOILS = 0.1  # nats per token, from which on answers are visibly worse
+DEFAULT_MAX_LOSS = 0.05  # nats per token: nearly all answers stay the same
+SPOILS = 0.1  # nats per token, above which answers are visibly worse
 UNMEASURED = 0.7  # share of the FFN bytes that is read where no curve says what that costs
 
 
 def everything_loaded(settings: PartInferConfig, num_layers: int, sparsity: float) -> PartInferConfig:
-    """The same, but with all neurons of all layers loaded, and of those as many read per token as `sparsity` says."""
+    """The same settings with all neurons of all layers loaded, of which a token reads as many as `sparsity` says."""
     return replace(
         settings,
         loaded_neurons_percent=1.0,

@@ -60,7 +60,8 @@ def _pack_defaults(path: str | Path, given: dict) -> dict:
 def with_neuron_files(settings: PartInferConfig, path: str | Path, task_type: str | None) -> PartInferConfig:
     """Fill in the paths of neuron files where partial loading needs them and none is named; a pack has its own.
 
-    Where everything is loaded they are used if there are some. Raises NoNeuronFiles if they are needed and there are none.
+    Where everything is loaded they are used if there are some. Raises NoNeuronFiles if they are needed and there are
+    none.
     """
     named = settings.dataset_neurons_filepath or settings.model_neurons_filepath
     if named or not settings.use_partial_loading or is_pack(path):

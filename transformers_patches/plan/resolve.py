@@ -114,8 +114,8 @@ def decide_compensation(
 ) -> Decision:
     """`refit` with a fit file, else `mean` with a neuron file's statistics.
 
-    fit: a fit file that belongs to the settings; unfit: why there is none. Raises PartInferError if a fit file was named
-    that can't be used.
+    fit: a fit file that belongs to the settings; unfit: why there is none. Raises PartInferError if a fit file was
+    named that can't be used.
     """
     if settings.compensation != "auto":
         return Decision(settings.compensation, GIVEN)

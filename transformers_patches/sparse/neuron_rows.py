@@ -49,8 +49,8 @@ class NeuronRows(nn.Module):
     """The loaded neurons of one layer's FFN, gated (gate, up, down) or plain (up, down).
 
     This class stands between choosing neurons and having their weights. Everything above it (selections, SparseFFN, the
-    loader) knows a neuron by its storage position, 0 to count - 1, and asks here for rows and products. Nothing above it
-    knows where rows lie. Here all of them lie in memory, as parameters or QuantizedWeights named as in `row_names`.
+    loader) knows a neuron by its storage position, 0 to count - 1, and asks here for rows and products. Nothing above
+    it knows where rows lie. Here all of them lie in memory, as parameters or QuantizedWeights named as in `row_names`.
     Another kind of rows takes this one's place by having the same methods. Rows that stay on disk until they are chosen
     would be read in `gathered`. A mixture-of-experts layer would have the rows of all its experts, so that a position
     says which expert a neuron belongs to.
@@ -75,7 +75,7 @@ class NeuronRows(nn.Module):
         gated, input_bias: whether there is a gate, and whether the input projections have biases.
         weight_format: of quantised weights; None for floats.
         native: whether few tokens go through the native kernels.
-        paired: whether rows of gate and down take turns in memory.
+        paired: whether the rows of gate and down are interleaved in memory.
         """
         super().__init__()
         self.count, self.hidden_size = count, hidden_size
@@ -85,7 +85,7 @@ class NeuronRows(nn.Module):
         inputs = ("gate", "up") if gated else ("up",)
         self.weight_names = [*inputs, "down"]
         self.row_names = self.weight_names + ([f"{name}_bias" for name in inputs] if input_bias else [])
-        # Weights whose rows take turns in memory, because tokens of native kernels read both of neurons here and there.
+        # Weights whose rows are interleaved in memory, because the native kernels read both for scattered neurons.
         self.paired_names = ("gate", "down") if paired and gated and self.kernel_activation is not None else ()
         for name in self.row_names:
             shape = (count,) if name.endswith("_bias") else (count, hidden_size)

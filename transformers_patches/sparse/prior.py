@@ -51,7 +51,7 @@ class Prior:
 
     @classmethod
     def of_curve(cls, plan: LayerPlan, layer: int, neurons: NeuronFile, sparsity: float) -> Prior:
-        """What a neuron file's loss curve knows of decoding that reads `sparsity` of the FFN bytes, and its statistics."""
+        """The statistics of a neuron file, and what its loss curve knows of reading `sparsity` of the FFN bytes."""
         curve, thresholds = neurons.loss, neurons.loss.thresholds_for(sparsity)
         threshold = None if thresholds is None else float(thresholds[layer])
         size = None if curve.gate_size is None else curve.gate_size[layer][plan.neurons].float()

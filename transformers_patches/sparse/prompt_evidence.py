@@ -43,7 +43,7 @@ class Evidence(ABC):
 
 
 class CoreNeurons(Evidence):
-    """`core`: the neurons that most tokens mark as core neurons (CoreInfer, arXiv 2410.18311), the original's choice."""
+    """`core`: the neurons that most tokens mark as core neurons, as in the original (CoreInfer, arXiv 2410.18311)."""
 
     def begin(self, device: torch.device) -> None:
         self.counts = torch.zeros(self.plan.loaded_count, dtype=torch.int64, device=device)

@@ -26,8 +26,9 @@ class PromptSelection(Selection):
         token_sparsity: float,
         compensate: bool = False,
     ) -> None:
-        """evidence: a name of config.PROMPT_SELECTIONS. compensate: whether loaded neurons that are not computed get their
-        mean output, if the prior has means."""
+        """evidence: a name of config.PROMPT_SELECTIONS.
+        compensate: whether loaded neurons that are not computed contribute their mean output, if the prior has means.
+        """
         self.rows, self.plan, self.prior, self.kind = rows, plan, prior, EVIDENCE[evidence]
         self.token_sparsity = token_sparsity
         self.selects = plan.computed_count > plan.base_count  # whether a prompt chooses some of the neurons
@@ -105,7 +106,10 @@ class PromptSelection(Selection):
         return [(m.left_out(down, c, x.dtype),) for m, c in zip(self.means, computed, strict=True)]
 
     def _gathered_outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, H]. For many tokens, and on GPUs: rows are gathered (and, with memory_limit, moved) once per prompt."""
+        """The output, [B, T, H], for many tokens and on GPUs.
+
+        Rows are gathered (and, with memory_limit, moved) once per prompt.
+        """
         rows = self.rows
         base = self._base_rows(x.device)
         y = torch.zeros_like(x)

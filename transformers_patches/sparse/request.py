@@ -55,7 +55,7 @@ class RequestLayer(Protocol):
 class RequestState:
     """The request that a model is working on; every SparseFFN of the model refers to the same one.
 
-    A pass over an empty cache begins a new request: what the layers know of the one before is dropped, however it ended.
+    A pass over an empty cache begins a new request: what the layers know of the last one is dropped, however it ended.
 
     phase: PREFILL or DECODE, of the current pass.
     batch: sequences of the current pass.
@@ -78,7 +78,7 @@ class RequestState:
         self._watching = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def is_only_watcher(self, model: nn.Module) -> bool:
-        """Whether nobody else's hook waits for the model's passes, so that `begin_pass` may be called in their place."""
+        """Whether nobody else has hooked the model's passes, so that `begin_pass` may be called in their place."""
         return set(model._forward_pre_hooks) <= {self._watching.id} if self._watching else False
 
     def reset(self) -> None:

@@ -16,7 +16,7 @@ from transformers_patches.sparse.neuron_rows import Activations
 
 
 class SequenceActivations:
-    """Of all loaded neurons at one sequence's tokens, no padding: [T, L] each, as in Activations; cut out when asked for."""
+    """The Activations of all loaded neurons at one sequence's tokens, no padding: [T, L] each, cut out on demand."""
 
     def __init__(self, values: Activations, sequence: int, token_mask: torch.Tensor | None) -> None:
         """values: [B, T, L] each; token_mask: bool [B, T], False where padding, or None."""
@@ -87,9 +87,13 @@ class Selection(ABC):
 
     @abstractmethod
     def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
-        """What a token of a single sequence computes, for the native decoder. None if it can't compute that, if there
-        are several sequences, or if nothing was chosen yet. x: any hidden states, for their type."""
+        """What a token of a single sequence computes, for the native decoder.
+
+        None if it can't compute that, if there are several sequences, or if nothing was chosen yet.
+
+        x: any hidden states, for their type.
+        """
 
     @abstractmethod
     def rows_read(self, computed: int) -> int:
-        """Rows of weights that a token reads which computes so many neurons."""
+        """Rows of weights that a token reads if it computes so many neurons."""

@@ -30,8 +30,11 @@ class SparseFFN(nn.Module):
         output_bias: bool = False,
         compensation: Compensation | None = None,
     ) -> None:
-        """selection: over the same rows. state: the model's, of whose layers this becomes one. output_bias: whether the
-        output projection has a bias. compensation: what stands in for neurons that are left out; may be set later."""
+        """selection: over the same rows.
+        state: the model's; this becomes one of its layers.
+        output_bias: whether the output projection has a bias.
+        compensation: what stands in for neurons that are left out; may be set later.
+        """
         super().__init__()
         self.rows, self.selection, self.state, self.compensation = rows, selection, state, compensation
         self.output_bias = nn.Parameter(torch.empty(rows.hidden_size), requires_grad=False) if output_bias else None
@@ -41,7 +44,7 @@ class SparseFFN(nn.Module):
 
     def reset(self) -> None:
         """Forget the request."""
-        self.choice = object()  # another one whenever decoding is about to compute something else
+        self.choice = object()  # replaced whenever decoding is about to compute something else
         self.selection.reset()
 
     def reset_counters(self) -> None:
@@ -80,7 +83,7 @@ class SparseFFN(nn.Module):
         return result.y
 
     def active_neurons(self, x: torch.Tensor) -> kernels.ActiveNeurons | None:
-        """What one token of a single sequence computes, for the native decoder; None where that is more than it knows.
+        """What one token of a single sequence computes, for the native decoder; None if it can't compute that.
 
         x: any hidden states [..., H], for their type.
         """

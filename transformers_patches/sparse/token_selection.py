@@ -6,12 +6,13 @@ One projection is read for all candidates, the other rows only for the best. Wit
 `gate`: s_i = |act(gate_i·x)| u_i ||W_down[:, i]||, u_i = root mean square of up_i·x
 
 The typical sizes a_i (u_i) are taken over the prompt's tokens, blended with those of the fit file, which weigh as much
-as PRIOR_TOKENS tokens. Choosing by the gate is CATS' idea (arXiv 2404.08763) with an exact count instead of a threshold;
-choosing by `up` was measured to be the better evidence (docs/quality.md). A plain FFN has one input projection, and
-both mean |act(up_i·x)| ||W_down[:, i]||.
+as PRIOR_TOKENS tokens. Choosing by the gate is CATS' idea (arXiv 2404.08763) with an exact count instead of a
+threshold; choosing by `up` was measured to be the better evidence (docs/quality.md). A plain FFN has one input
+projection, and both mean |act(up_i·x)| ||W_down[:, i]||.
 
 A token keeps its K best (`--token_count exact`), or all above a threshold of the layer (`average`, as CATS has it): the
-one above which the last prompt tokens, and those of the fit file, had K neurons on average. Hard tokens may then read more than easy ones.
+one above which the last prompt tokens, and those of the fit file, had K neurons on average. Hard tokens may then read
+more than easy ones.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class TypicalSize:
         self.tokens += len(values)
 
     def times(self, norms: torch.Tensor) -> torch.Tensor:
-        """The sizes times norms: float32 [L] each. Without a prior one token's worth of the mean over the neurons keeps
-        every neuron above 0."""
+        """The sizes times norms: float32 [L] each.
+
+        Without a prior, the mean over the neurons counts as one token, which keeps every neuron above 0.
+        """
         weight = 1 if self.prior is None else PRIOR_TOKENS
         return kernels.typical_scale(self.sums, self.tokens, self.prior, weight, norms)
 
@@ -77,7 +80,7 @@ class ScoreSample:
         values = self.values
         if index is not None:
             values, scale = values[:, index.long()], scale[index.long()]
-        step = -(-values.numel() // MOST_SCORES)  # some of the neurons tell a threshold as well as all
+        step = -(-values.numel() // MOST_SCORES)  # some of the neurons give the threshold as well as all
         part = values[:, ::step].float().abs() * scale[::step]
         return score_threshold(part, count * part.shape[1] / values.shape[1])
 
@@ -87,7 +90,7 @@ def score_threshold(scores: torch.Tensor, count: float) -> float:
     kept, total = round(count * len(scores)), scores.numel()
     if kept >= total:
         return -1.0
-    # between the last that is kept and the first that is not: rounding must not tell them apart
+    # halfway between the last that is kept and the first that is not, to be safe from rounding
     places = [total - kept - 1, min(total - kept, total - 1)]
     return float(np.partition(scores.flatten().cpu().numpy(), places)[places].mean())  # PyTorch would sort
 
@@ -95,8 +98,10 @@ def score_threshold(scores: torch.Tensor, count: float) -> float:
 class TokenSelection(Selection):
     """Decodes with neurons chosen for every token; the candidates of B sequences are each one's own.
 
-    by: `up` or `gate`. Where the plan has fewer candidates than loaded neurons, a prompt chooses them, as selection
-    `blend` does. average: keep all above a threshold instead of an exact count.
+    by: `up` or `gate`.
+    average: keep all above a threshold instead of an exact count.
+
+    Where the plan has fewer candidates than loaded neurons, a prompt chooses them, as selection `blend` does.
     """
 
     observes = True
@@ -143,7 +148,7 @@ class TokenSelection(Selection):
             self.evidence[sequence].observe(activations.h)
 
     def choose(self) -> None:
-        """Choose candidates, and fix what a unit of the projection read for them is worth."""
+        """Choose candidates, and fix the scale and the threshold of their scores."""
         self._gathered = {}
         norms = self._norms
         self.scales = [norms if self.by == "plain" else size.times(norms) for size in self.sizes]
@@ -166,7 +171,7 @@ class TokenSelection(Selection):
         )
 
     def _threshold(self, sequence: int) -> float | None:
-        """The prompt's and the fit file's, which weighs as much as SAMPLE_TOKENS tokens; of scores, so geometrically."""
+        """The geometric mean of the prompt's and the fit file's, which weighs as much as SAMPLE_TOKENS tokens."""
         scale, sample = self.scales[sequence], self.samples[sequence]
         index = self._candidate_index(sequence, scale.device)
         found, known = sample.threshold(scale, index, self.plan.computed_count), self.prior.threshold

@@ -1,7 +1,7 @@
 """Writing safetensors files whose tensors can be used where the file is mapped: they start at multiples of 64 bytes.
 
-The format is a length, a JSON header that may end in spaces, and the bytes of all tensors without gaps. So padding is a tensor
-of its own. The writer of the safetensors package orders tensors by type and name, and does not align them.
+The format is a length, a JSON header that may end in spaces, and the bytes of all tensors without gaps. So padding is a
+tensor of its own. The writer of the safetensors package orders tensors by type and name, and does not align them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from transformers_patches.weights.mapped_files import ALIGNMENT
 from transformers_patches.weights.safetensors_folder import DTYPES
 
-PADDING = "padding."  # how the names of tensors begin that are padding
+PADDING = "padding."  # prefix of the names of padding tensors
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -45,7 +45,7 @@ class _Stored:
 
 
 class GGUFCheckpoint(WeightSource):
-    """The tensors of one GGUF file and its other parts, in any type that the gguf package can unpack (Q8_0, Q4_K, F16, …).
+    """The tensors of a GGUF file and its other parts, in any type that the gguf package unpacks (Q8_0, Q4_K, F16, …).
 
     Reads and unpacks only the rows that are asked for; nothing keeps the file mapped. bytes_read counts packed bytes.
     Raises PartInferError for damaged files and for architectures whose names are not known here.
@@ -150,7 +150,7 @@ def family_of(metadata: Metadata) -> Family:
 
 
 def biased_together(file: GGUFFile, architecture: str) -> list[tuple[str, ...]]:
-    """Groups of a block's projections that have biases in the transformers model: where one has, all of a group have.
+    """Groups of a block's projections that have biases in the transformers model: if one of a group has, all have.
 
     llama.cpp adds those that are there. Qwen 2 has them whatever the file says; gates and their like only in Llamas.
     """

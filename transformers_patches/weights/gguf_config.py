@@ -28,8 +28,8 @@ LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of those that scale atten
 def gguf_config(path: Path) -> PretrainedConfig:
     """The transformers config that the file's metadata stand for.
 
-    Raises PartInferError if the file is damaged, of another architecture, or sets what can't be followed; and if its sizes
-    are not those of its tensors, so that nothing is built that does not fit into the file.
+    Raises PartInferError if the file is damaged, of another architecture, or sets what can't be followed; and if its
+    sizes are not those of its tensors, so that nothing is built that does not fit into the file.
     """
     file = read_gguf(path)
     metadata = Metadata(file)
@@ -150,7 +150,10 @@ def _token_ids(metadata: Metadata, rows: int) -> dict[str, Any]:
 
 
 def _gemma(metadata: Metadata, fields: dict[str, Any]) -> dict[str, Any]:
-    """Attention scale, windows and softcaps of Gemma 2 and 3. The scale is not in the file: llama.cpp knows the largest models."""
+    """Attention scale, windows and softcaps of Gemma 2 and 3.
+
+    The scale is not in the file: llama.cpp recognises the largest models.
+    """
     key, layers = metadata.of_model, fields["num_hidden_layers"]
     second = metadata.architecture == "gemma2"
     window = metadata.integer(key("attention.sliding_window"), GEMMA2_WINDOW if second else 0)

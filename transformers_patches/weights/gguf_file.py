@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and tensor places, checked against the file's size before anything is built.
 
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What llama.cpp refuses is refused here, too: big-endian
-files, version 1, arrays of arrays, tensors that leave gaps or overlap.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. What llama.cpp refuses is refused here, too:
+big-endian files, version 1, arrays of arrays, tensors that leave gaps or overlap.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class GGUFFile:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a checkpoint is one GGUF file: by its first bytes, and by its name only where those tell nothing."""
+    """Whether a checkpoint is one GGUF file: by its first bytes, or by its name if those can't be read."""
     path = Path(path)
     named = path.suffix.lower() == ".gguf" and not path.is_dir()
     if not path.is_file():
@@ -80,8 +80,8 @@ def is_gguf(path: str | Path) -> bool:
 def read_gguf(path: str | Path) -> GGUFFile:
     """The header of a GGUF file and of its other parts, if it is the first of several.
 
-    Raises PartInferError, one line with the file's name, if there is no file, or it is damaged, cut, or of a kind that can't
-    be read. Nothing of the tensors' values is read.
+    Raises PartInferError, one line with the file's name, if there is no file, or it is damaged, cut, or of a kind that
+    can't be read. Nothing of the tensors' values is read.
     """
     path = Path(path)
     try:

@@ -1,7 +1,7 @@
 """How byte-level vocabularies split text into words, by the name in a GGUF file's tokenizer.ggml.pre.
 
-The patterns are llama.cpp's (llama-vocab.cpp), which the files are made for. They are applied one after the other, each to what
-the ones before it have left; a match is a word, and so is what lies between two.
+The patterns are llama.cpp's (llama-vocab.cpp), which the files are made for. They are applied one after the other, each
+to what the ones before it have left. A match is a word, and so is what lies between two matches.
 """
 
 from __future__ import annotations

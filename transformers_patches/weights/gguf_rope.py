@@ -67,7 +67,10 @@ def rope_parameters(metadata: Metadata, head_dim: int, factors: dict[str, np.nda
 
 
 def gemma_rope_parameters(metadata: Metadata, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Those of Gemma 2, one for all layers, or of Gemma 3, whose layers with a window have a base of their own and no scaling."""
+    """The `rope_parameters` of Gemma 2 and 3.
+
+    Gemma 2 has the same for all layers. Layers of Gemma 3 with a window have a base of their own and no scaling.
+    """
     window_base = metadata.of_model("rope.freq_base_swa")
     kind, factor = parameters["rope_type"], parameters.get("factor", 1.0)
     if kind not in ("default", "linear"):
@@ -92,7 +95,7 @@ def _factor(metadata: Metadata) -> float:
 
 
 def _check_yarn(metadata: Metadata, factor: float) -> None:
-    """llama.cpp does not read these for the architectures that are known here, but the original model may have meant them."""
+    """Refuse settings that llama.cpp does not read for these architectures: the original model may have meant them."""
     expected = {"ext_factor": 1.0, "attn_factor": _magnitude(factor), "beta_fast": 32.0, "beta_slow": 1.0}
     for name, value in expected.items():
         key = metadata.of_model(f"rope.scaling.yarn_{name}")

@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file, with llama.cpp's defaults for what the file leaves open, and the tokens that end an answer."""
+"""The vocabulary of a GGUF file, with llama.cpp's defaults where it says nothing, and the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def has_vocabulary(metadata: Metadata) -> bool:
 
 
 def read_vocabulary(metadata: Metadata) -> Vocabulary:
-    """PartInferError for a tokenizer of another kind, a pre-tokenizer that is not known, and lists that don't fit each other."""
+    """Read the vocabulary from a file's metadata.
+
+    Raises PartInferError for another kind of tokenizer, an unknown pre-tokenizer, and lists that don't fit each other.
+    """
     path = metadata.file.path
     kind = metadata.text("tokenizer.ggml.model")
     if kind not in (BYTE_LEVEL, SENTENCEPIECE):

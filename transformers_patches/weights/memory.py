@@ -1,4 +1,4 @@
-"""Memory for the weights of a model. On CPUs it is in huge pages if the system has them: reading is up to a fifth faster."""
+"""Memory for a model's weights: on CPUs in huge pages, if the system has them, which are read up to 20 % faster."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.weights.mapped_files import ALIGNMENT
 
-# Tensors share blocks, because a huge page is 2 MB and starts at a multiple of 2 MB: a quarter of an 8 MB tensor that is
-# allocated by itself would be in small pages. The unused end of a block is never touched, so it takes no memory.
+# Tensors share blocks, because a huge page is 2 MB and starts at a multiple of 2 MB: an 8 MB tensor allocated by itself
+# would have a quarter of its bytes in small pages. The unused end of a block is never touched, so it takes no memory.
 BLOCK_BYTES = 256 * 2**20
 OWN_BYTES = BLOCK_BYTES // 4  # tensors of at least this size have their own memory
 
 
 class WeightMemory:
-    """Hands out uninitialised tensors. huge_pages: ask for them (needs the native kernels)."""
+    """Hands out uninitialised tensors.
+
+    huge_pages: whether to ask for huge pages, which needs the native kernels.
+    """
 
     def __init__(self, *, huge_pages: bool) -> None:
         self.huge_pages = huge_pages
@@ -45,7 +48,7 @@ class WeightMemory:
         return part.view(dtype).view(shape)
 
     def empty_paired(self, pair: object, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        """One of two [rows, columns] matrices whose rows alternate in memory; the next call for `pair` returns the other.
+        """One of two [rows, columns] matrices whose rows are interleaved; the next call for `pair` returns the other.
 
         Where the same row of both is needed, one stretch of twice the length is read, which is faster.
         """

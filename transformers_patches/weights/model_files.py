@@ -75,7 +75,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _refuse_own_code(folder: str | Path, file: str, error: BaseException) -> None:
-    """Say it where transformers has no class of its own for a model and would run the folder's code if it were trusted."""
+    """Refuse a model that transformers has no class for: it would run the folder's code if that were trusted."""
     if "trust_remote_code" in str(error):
         raise PartInferError(
             f"{Path(folder) / file} asks for code that comes with the model (auto_map), which is never run: give a model "

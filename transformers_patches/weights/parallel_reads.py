@@ -1,7 +1,7 @@
 """Reading pieces of files, several at a time and ahead of their use.
 
-One thread that reads block after block leaves a solid-state disk idle most of the time; four keep it busy. Reads go through
-the page cache, so a second load comes from memory.
+One thread that reads block after block leaves a solid-state disk idle most of the time; four keep it busy. Reads go
+through the page cache, so a second load comes from memory.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Read:
     size: how many bytes.
     into: memory that they are read into.
     mapped: whether `into` is the mapping of the file itself, so that only its pages have to be read.
-    floats: what the bytes are, a name and a type of floats: they are then checked to be finite while they are at hand.
-    take: called with the bytes, uint8 [size], in the caller's thread and in the order of the reads. The buffer is reused
-        afterwards.
+    floats: name and float type of the tensor that is read, whose values are then checked to be finite; None: no check.
+    take: called with the bytes, uint8 [size], in the caller's thread and in the order of the reads. The buffer is
+        reused afterwards.
     """
 
     path: Path

@@ -82,7 +82,8 @@ class WeightSource(ABC):
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Copy a tensor, or some rows of it, into `out`, converted to its dtype and device.
 
-        out: the tensor's shape, or [len(rows), …]; rows: int64 indices into dimension 0, checked by the caller.
+        out: the tensor's shape, or [len(rows), …].
+        rows: int64 indices into dimension 0, checked by the caller.
         """
 
     @abstractmethod
@@ -112,8 +113,8 @@ class WeightSource(ABC):
     ) -> torch.Tensor | QuantizedTensor | None:
         """A weight in the memory where its file is mapped; fill() reads its pages. None if it has to be copied.
 
-        like: a weight of the same shape and type. paired: whether its rows are to alternate with another's, as
-        WeightMemory.empty_paired has them.
+        like: a weight of the same shape and type. paired: whether its rows are to be interleaved with another's, as by
+        WeightMemory.empty_paired.
         """
         return None
 
@@ -166,9 +167,10 @@ def put_fitted(
 ) -> None:
     """Put down rows [L, H], changed as a fit says, into `out`, which may be `down` itself.
 
-    down: None if the fit has its own rows. These are dropped afterwards: layer by layer, memory moves from the fit to the
-    model. largest: float32 [H], the largest size in each column over the rows of all neurons, from which column scales are
-    made; None: over these rows only.
+    down: None if the fit has its own rows. These are dropped afterwards: layer by layer, memory moves from the fit to
+        the model.
+    largest: float32 [H], the largest size in each column over the rows of all neurons, from which column scales are
+        made; None: over these rows only.
     """
     if isinstance(out, QuantizedTensor) and out.column_scales is not None:
         rows = down if fit is None or fit.down is None else fit.down
@@ -205,7 +207,10 @@ def put(
     values: torch.Tensor,
     column_weights: torch.Tensor | None = None,
 ) -> None:
-    """Write rows to some places of `out`, converted to its type and device; quantised, with column_weights, if `out` is."""
+    """Write rows to some places of `out`, converted to its type and device.
+
+    They are quantised, with column_weights, if `out` is.
+    """
     if isinstance(places, torch.Tensor):
         places = places.to(out.device)
     if isinstance(out, QuantizedTensor):

@@ -78,6 +78,8 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
     give_back_freed()
     attach_compensation(state.layers, sources, run)
     state.attach(model)
+    if isinstance(weights, Pack):
+        state.before_prompt = weights.check_unchanged
     if run.native:
         replace_linears(model)
         if run.screened:

@@ -39,6 +39,7 @@ from transformers_patches.weights.pack_description import (
     checksum_of,
     is_pack,
 )
+from transformers_patches.weights.pack_schema import seal
 from transformers_patches.weights.source import Source, WeightSource, takes_whole_rows
 
 SHARD_BYTES = 2**30
@@ -243,7 +244,7 @@ def _fill(
         "packed": recorder.packed,
         "elsewhere": {name: list(recorder.shape(name)) for name in sorted(recorder.unread())},
     }
-    write_text_atomic(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+    write_text_atomic(folder / DESCRIPTION, json.dumps(seal(description), indent=1) + "\n")
     return description
 
 

@@ -8,7 +8,7 @@ length first, with `expect_prompt`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,6 +70,7 @@ class RequestState:
         self.batch = self.tokens = self.cached = 0
         self.token_mask: torch.Tensor | None = None
         self.layers: list[RequestLayer] = []
+        self.before_prompt: Callable[[], None] | None = None  # called at the beginning of every pass over a prompt
         self._prompt_length: int | None = None
         self._watching: RemovableHandle | None = None
 
@@ -115,6 +116,8 @@ class RequestState:
             self.reset()
         prompt_length = 1 if self._prompt_length is None else self._prompt_length
         self.phase = PREFILL if cached < prompt_length else DECODE
+        if self.phase == PREFILL and self.before_prompt is not None:
+            self.before_prompt()
         if cached and batch != self.batch:
             raise ValueError(f"the cache was prefilled for {self.batch} sequences, this pass has {batch}")
         self.batch, self.tokens, self.cached = batch, tokens, cached

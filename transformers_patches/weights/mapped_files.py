@@ -12,10 +12,13 @@ import errno
 import mmap
 import os
 import re
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 
 ALIGNMENT = 64  # of weights: a cache line. What straddles two lines is read slower
@@ -26,11 +29,44 @@ _MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22  # Linux. Python has a name for the
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+@dataclass(frozen=True)
+class FileState:
+    """What tells that a file is still the same: which one it is, its size, and when it was written last."""
+
+    device: int
+    inode: int
+    nbytes: int
+    written_ns: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> FileState:
+        """The state of a path, or of an open file."""
+        found = os.stat(file)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class _Mapping:
+    """A file in memory, uint8 [size], and the file itself, still open: by name it might be another one later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.state = FileState.of(self.descriptor)
+        self.memory = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
+        self.whole = torch.frombuffer(self.memory, dtype=torch.uint8)
+
+
 class MappedFiles:
-    """Files that are mapped when they are first used. The mapping is private: writing to it does not change the file."""
+    """Files that are mapped when they are first used. The mapping is private: writing to it does not change the file.
+
+    But writing to the file may change the mapping, and pages behind the end of a file that was cut off can't be read:
+    `check_unchanged` tells both. A file that is cut off after that, while the weights are in use, ends the process with a
+    line that says so (and exit code 1).
+    """
 
     def __init__(self) -> None:
-        self._maps: dict[Path, torch.Tensor | None] = {}
+        self._maps: dict[Path, _Mapping | None] = {}
 
     def tensor(self, path: Path, start: int, nbytes: int) -> torch.Tensor | None:
         """uint8 [nbytes] from byte `start` on, with pages that may not be read yet; None if it is better to read a copy."""
@@ -38,13 +74,27 @@ class MappedFiles:
             return None
         if path not in self._maps:
             self._maps[path] = _map(path) if os.environ.get(SWITCH, "auto") != "off" else None
-        whole = self._maps[path]
-        return None if whole is None else whole[start : start + nbytes]
+        mapping = self._maps[path]
+        return None if mapping is None else mapping.whole[start : start + nbytes]
+
+    def check_unchanged(self) -> None:
+        """PartInferError if a mapped file was written to since it was mapped. Takes a microsecond a file.
+
+        A path that leads to another file by now does not matter: the mapped one stays as it was.
+        """
+        for mapping in self._maps.values():
+            if mapping is not None and FileState.of(mapping.descriptor) != mapping.state:
+                raise changed(mapping.path)
 
     def holds(self, values: torch.Tensor) -> bool:
         """Whether a tensor is part of one of the mappings."""
         storage = values.untyped_storage().data_ptr()
-        return any(whole is not None and storage == whole.data_ptr() for whole in self._maps.values())
+        return any(m is not None and storage == m.whole.data_ptr() for m in self._maps.values())
+
+
+def changed(path: Path) -> PartInferError:
+    """What is told about a file of weights that was changed while it was in use."""
+    return PartInferError(f"{path} was changed while it was in use: start again, with a pack that is complete")
 
 
 def bring(memory: torch.Tensor) -> None:
@@ -67,17 +117,19 @@ def _madvise(address: int, size: int, advice: int) -> int:
     return _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice))
 
 
-def _map(path: Path) -> torch.Tensor | None:
-    """A file as uint8 [size]; None if the system does not map it in huge pages."""
+def _map(path: Path) -> _Mapping | None:
+    """A file in memory; None if the system does not map it in huge pages."""
     size = path.stat().st_size
     if not os.path.exists("/proc/self/smaps") or size < 2 * _SAMPLE:
         return None
-    with open(path, "rb") as file:
-        whole = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-    _madvise(whole.data_ptr(), size, _MADV_HUGEPAGE)
-    middle = size // 2
-    bring(whole[middle : middle + _SAMPLE])
-    return whole if _bytes_in_huge_pages(whole.data_ptr()) >= _SAMPLE // 2 else None
+    mapping = _Mapping(path)
+    address, middle = mapping.whole.data_ptr(), size // 2
+    _madvise(address, size, _MADV_HUGEPAGE)
+    bring(mapping.whole[middle : middle + _SAMPLE])
+    if _bytes_in_huge_pages(address) < _SAMPLE // 2:
+        return None
+    kernels.watch_mapping(mapping.memory, mapping.whole)
+    return mapping
 
 
 def _bytes_in_huge_pages(address: int) -> int:

@@ -7,7 +7,7 @@ for is stored there in one piece. pack_description.py says what is in the folder
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,18 @@ from transformers_patches.config import HEAD_DTYPE, PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.weights.mapped_files import MappedFiles
+from transformers_patches.weights.mapped_files import FileState, MappedFiles, changed
 from transformers_patches.weights.pack_description import (
     ADDED,
     COLUMN_SCALES,
+    DESCRIPTION,
     LARGEST,
     NEURONS,
     ROPE_FACTORS,
     checksum_of,
     read_description,
 )
+from transformers_patches.weights.pack_schema import check_tensors, one_line
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weights.safetensors_folder import Checkpoint, Place
 from transformers_patches.weights.source import Source, put, put_fitted
@@ -46,10 +48,19 @@ class Pack(Checkpoint):
         ]  # shapes of weights that the fit file has, or that are tied
         self._neurons: dict[int, torch.Tensor] = {}
         self._mapped = MappedFiles()
+        self._state = {path: FileState.of(path) for path in set(self._files.values())}
         if ROPE_FACTORS in self._files:
             raise PartInferError(
                 f"{self.source} is an earlier version's, without the RoPE scaling in its config: pack again"
             )
+        try:
+            check_tensors(self._description, self._files, self._place)
+        except ValueError as error:
+            if isinstance(error, PartInferError):
+                raise
+            raise PartInferError(
+                f"{self.source}: its tensors are not those of its {DESCRIPTION}: {one_line(error)}; make the pack again"
+            ) from None
 
     def with_own_type(self, settings: PartInferConfig) -> PartInferConfig:
         """The settings with the pack's types in place of `auto`. PartInferError if they ask for other types than it is quantised to."""
@@ -71,6 +82,16 @@ class Pack(Checkpoint):
                 f"{settings.head_dtype}: leave it out, or pack the model again"
             )
         return replace(settings, head_dtype=head)
+
+    def check_unchanged(self) -> None:
+        """PartInferError if a file that weights are mapped from was written to or cut off since then."""
+        self._mapped.check_unchanged()
+
+    def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
+        super().fill(requests)
+        for path, state in self._state.items():
+            if not path.exists() or FileState.of(path) != state:
+                raise changed(path)
 
     def neuron_files(self) -> dict[str, NeuronFile]:
         """The neuron files that the pack was made with, as load_model takes them."""
@@ -131,7 +152,7 @@ class Pack(Checkpoint):
             yield from self._row_reads(f"left_out.{name}", source.left_out.out)
 
     def _column_scale_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
-        """Packs before version 5 store none; theirs are all 1."""
+        """Packs before version 5 store none; theirs are all 1. (For later ones it has been checked that they do.)"""
         if out.column_scales is None:
             return
         if f"{COLUMN_SCALES}.{name}" in self._files:

@@ -23,13 +23,14 @@ import json
 import zlib
 from pathlib import Path
 
-from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.aligned_file import PADDING
+from transformers_patches.weights.pack_schema import check_description, check_seal, one_line
 from transformers_patches.weights.source import WeightedSum
 
-FORMAT, VERSION, READABLE = "partinfer-pack", 6, (1, 2, 3, 4, 5, 6)
+FORMAT, VERSION, READABLE = "partinfer-pack", 7, (1, 2, 3, 4, 5, 6, 7)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
+LARGEST_DESCRIPTION = 64 * 2**20  # bytes of pack.json; that of a model of 100 layers has 60 kB
 ROPE_FACTORS = "rope_factors"  # a tensor of packs whose config did not tell the scaling
 COLUMN_SCALES, LARGEST = "column_scales", "largest"
 ADDED = (  # how the names of tensors begin that are not weights of the checkpoint under their own name
@@ -65,19 +66,19 @@ def read_description(folder: str | Path) -> dict:
     """
     path = Path(folder) / DESCRIPTION
     try:
+        if path.stat().st_size > LARGEST_DESCRIPTION:
+            raise ValueError(f"it is larger than {LARGEST_DESCRIPTION} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT or content["version"] not in READABLE:
+        known = content["format"] == FORMAT and type(content["version"]) is int and content["version"] in READABLE
+        if not known:
             raise ValueError(f"format {content['format']!r} {content['version']!r}, expected {FORMAT!r} {VERSION}")
-        for name in FIXED:
-            content["settings"][name]
-        content["elsewhere"], content["bytes_dense"], content["dtype"]
+        check_seal(content)
         for entry in content["packed"].values():
             if entry.get("bits"):  # before version 6
                 entry["format"] = f"int{entry['bits']}"
-            if entry.get("format"):
-                kernels.format_named(entry["format"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PartInferError(f"{path} can't be used: {error}; make the pack again") from None
+        check_description(content, FIXED)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise PartInferError(f"{path} can't be used: {one_line(error)}; make the pack again") from None
     return content
 
 

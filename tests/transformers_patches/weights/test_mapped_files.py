@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +15,7 @@ from tests.conftest import FAMILIES
 from tests.transformers_patches.made_up_files import made_up_fit, with_statistics
 from tests.transformers_patches.model_passes import logits
 from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
 from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
@@ -151,3 +158,65 @@ def test_packs_of_earlier_versions_are_read(huge, native, tiny_checkpoints, tmp_
         save_file(load_file(shard), shard)
     assert Pack(tmp_path / "pack").names()
     assert torch.equal(logits(load_model(tmp_path / "pack", settings(selection="core"))), expected)
+
+
+def test_changed_files_are_told(huge, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(5000))
+    files = MappedFiles()
+    assert files.tensor(path, 0, 50) is not None
+    files.check_unchanged()
+    other = tmp_path / "other"
+    other.write_bytes(bytes(5000))
+    os.replace(other, path)  # the mapped file stays as it was
+    files.check_unchanged()
+    for change in (lambda: path.write_bytes(bytes(100)), lambda: path.write_bytes(b"1" * 5000)):
+        path.write_bytes(bytes(5000))
+        files = MappedFiles()
+        files.tensor(path, 0, 50)
+        files.check_unchanged()
+        time.sleep(0.02)  # the clock of files is no finer
+        change()
+        with pytest.raises(PartInferError, match=f"{path} was changed while it was in use: start again"):
+            files.check_unchanged()
+
+
+def test_a_pack_that_changes_under_a_loaded_model_is_told_at_the_next_prompt(huge, native, tiny_checkpoints, tmp_path):
+    pack_of(tiny_checkpoints["llama"], tmp_path, dtype="bfloat16")
+    loaded = load_model(tmp_path / "pack", settings())
+    assert mapped_names(loaded, tmp_path)
+    before = logits(loaded)
+    assert torch.equal(logits(loaded), before)
+    shard = next((tmp_path / "pack").glob("*.safetensors"))
+    with open(shard, "r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    with pytest.raises(PartInferError, match=f"{shard} was changed while it was in use"):
+        logits(loaded)
+
+
+CUT_OFF = """
+import sys
+import torch
+from pathlib import Path
+from transformers_patches import kernels
+from transformers_patches.weights import mapped_files
+mapped_files._SAMPLE, mapped_files._bytes_in_huge_pages = 64, lambda _: 64
+path = Path(sys.argv[1])
+whole = mapped_files.MappedFiles().tensor(path, 0, 2**20)
+torch.set_num_threads(2)
+print(kernels.linear(torch.ones(1, 512), whole.view(torch.float32).view(512, 512)).sum().item(), flush=True)
+with open(path, "r+b") as file:
+    file.truncate(4096)
+kernels.linear(torch.ones(1, 512), whole.view(torch.float32).view(512, 512))
+print("not reached")
+"""
+
+
+def test_a_file_that_is_cut_off_in_use_ends_with_a_line(native, tmp_path):
+    (tmp_path / "file").write_bytes(bytes(2**20))
+    command = [sys.executable, "-c", CUT_OFF, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3])
+    assert (done.returncode, done.stdout) == (1, "0.0\n"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: a file that weights are mapped from was cut off")

@@ -1,6 +1,7 @@
 """Packs: the same model as a partial load of the checkpoint, read from front to back; settings that do not fit are told."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.weights.pack import Pack
 from transformers_patches.weights.pack_description import is_pack, pack_settings
+from transformers_patches.weights.pack_schema import seal
 from transformers_patches.weights.safetensors_folder import Checkpoint
 from transformers_patches.weights.source import Source
 
@@ -135,6 +137,46 @@ def test_damaged_packs_are_told(packs, tmp_path):
     (folder / "pack.json").write_text("{}", encoding="utf-8")
     with pytest.raises(PartInferError, match="can't be used"):
         load_model(folder, settings())
+
+
+def test_a_changed_description_is_told(packs, tmp_path):
+    folder = shutil.copytree(packs("llama"), tmp_path / "pack")
+    content = json.loads((folder / "pack.json").read_text())
+
+    def refused(changed: dict, message: str) -> None:
+        (folder / "pack.json").write_text(json.dumps(changed), encoding="utf-8")
+        with pytest.raises(PartInferError, match=message):
+            load_model(folder, settings())
+
+    refused(content | {"bytes": content["bytes"] + 1}, "it was changed after the pack was made; make the pack again")
+    unsealed = {name: value for name, value in content.items() if name != "checksum"}
+    refused(unsealed, "it was changed after")
+    name, entry = next((n, e) for n, e in content["packed"].items() if e["how"] == "columns")
+    for changes, message in (
+        ({"shape": [entry["shape"][0], 2]}, "has 2 neurons"),
+        ({"shape": [entry["shape"][0] + 1, entry["shape"][1]]}, "its tensors are not those of its pack.json"),
+        ({"how": "rows"}, "its tensors are not those|neurons"),
+        ({"neurons": 99}, "lacks neurons.99"),
+        ({"neurons": None}, f"{name} has the neurons None"),
+        ({"pair": {"first": name, "half": 0}}, f"one of the pair of {name} is missing"),
+        ({"pair": {"first": name, "half": 2}}, f"{name} is half 2 of a pair"),
+    ):
+        packed = content["packed"] | {name: entry | changes}
+        for sealed in (seal(content | {"packed": packed}), unsealed | {"packed": packed, "version": 6}):
+            refused(sealed, message)
+    (folder / "pack.json").write_text(json.dumps(unsealed | {"version": 6}), encoding="utf-8")
+    assert torch.equal(logits(load_model(folder, settings())), logits(load_model(packs("llama"), settings())))
+
+
+def test_a_pack_that_changes_while_it_is_read_is_told(packs, tmp_path):
+    folder = shutil.copytree(packs("llama"), tmp_path / "pack")
+    pack, name = Pack(folder), "model.norm.weight"
+    out = torch.empty(pack.shape(name))
+    pack.read_into(name, out)
+    shard = folder / "model-00001.safetensors"
+    os.utime(shard, ns=(0, 0))
+    with pytest.raises(PartInferError, match=f"{shard} was changed while it was in use"):
+        pack.read_into(name, out)
 
 
 def test_the_script_packs_and_runs_packs(tiny_checkpoints, tmp_path, capsys):

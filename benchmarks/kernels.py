@@ -41,7 +41,7 @@ class Measured:
     path: str  # its name
     run: Callable[[int], object]  # computes layer i
     nbytes: float  # bytes of weights that a run reads
-    layers: int  # how many layers take turns
+    layers: int  # how many layers are computed in turn
     seconds: list[float]  # of each run
 
     def report(self, probes: list[float], default: float | None) -> dict[str, object]:

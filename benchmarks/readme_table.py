@@ -100,7 +100,7 @@ def _common(options: argparse.Namespace) -> list[str]:
 
 
 def _output_of(command: Sequence[str]) -> str:
-    """What a script of the repository prints; PartInferError if it fails, whose reason it has told by itself."""
+    """What a script of the repository prints; PartInferError if it fails, having printed the reason itself."""
     print("running", " ".join(command), file=sys.stderr)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -91,7 +91,10 @@ def _data(arguments: argparse.Namespace) -> Fetched:
 
 
 class _Report:
-    """Says what was fetched as soon as it is there. json: as --json gives it; an object a line."""
+    """Says what was fetched as soon as it is there.
+
+    json: the value of --json; one object per line.
+    """
 
     def __init__(self, json: str | None) -> None:
         self.json, self.lines = json, []

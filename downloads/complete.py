@@ -28,7 +28,7 @@ def missing_part(folder: Path) -> str | None:
 
 def _shards(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():  # shards beside it are not looked at
+    if (folder / "model.safetensors").is_file() or not index.is_file():  # shards beside it are ignored
         return ["model.safetensors"]
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 

@@ -137,7 +137,7 @@ def _check_same(manifest: Manifest, model: KnownModel, target: Path, source: str
 
 
 def _convert_in_place(target: Path) -> None:
-    """Add safetensors to a folder of somebody's that has only .bin files; these stay."""
+    """Add safetensors to a folder that download.py did not make and that has only .bin files; these stay."""
     from downloads.bin_convert import convert_bin
 
     check_free_space(sum(path.stat().st_size for path in target.glob("pytorch_model*.bin")), target)

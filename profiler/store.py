@@ -53,7 +53,7 @@ class CheckpointFile:
         """Make way for a run, and return whether it continues from the checkpoint.
 
         Raises PartInferError if an earlier run's work would be lost and `overwrite` is not set, and for an output that
-        is no file.
+        is not a file.
         """
         check_regular(self.output)
         if overwrite:

@@ -54,7 +54,7 @@ class Template:
         self.suffix = self.template[self.template.rindex("}") + 1 :]
 
     def fill(self, record: Record) -> Prompt:
-        """The prompt of a record, empty if its text is; PartInferError, with its place, if a field is no text."""
+        """The prompt of a record, empty if its text is; PartInferError, with its place, if a field is not text."""
         if self._needs_text:
             fields = self.fields or self._usual_fields(record)
             text = substitute(fields, record)

@@ -57,7 +57,7 @@ def _sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing; they survive a power cut."""
+    """Make a folder and its missing parents, so that they survive a power cut."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
@@ -65,14 +65,14 @@ def make_folder(folder: Path) -> None:
 
 
 def check_new(path: str | Path, *, overwrite: bool) -> None:
-    """PartInferError if there is an output already that was not asked to be replaced, or that is no file."""
+    """Raise PartInferError if an output exists that was not asked to be replaced, or that is not a file."""
     if Path(path).exists() and not overwrite:
         raise PartInferError(f"{path} already exists: replace it with --overwrite, or give another --output")
     check_regular(path)
 
 
 def check_regular(path: str | Path) -> None:
-    """PartInferError if there is a folder, device, pipe or socket where a file is to be written."""
+    """Raise PartInferError if there is a folder, device, pipe or socket where a file is to be written."""
     kind = _kind(path)
     if kind is not None:
         raise PartInferError(f"{path} is {kind}: give the path of a file")
@@ -91,7 +91,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; renamed onto it when the block ends well, removed when it does not.
 
     Links are followed, a new file gets the mode that the umask says, and one that is replaced keeps its own. Raises
-    PartInferError for what is no file, and OSErrors that name `path`.
+    PartInferError for what is not a file, and OSErrors that name `path`.
     """
     check_regular(path)
     place = Path(os.path.realpath(path))
@@ -109,7 +109,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`, which must not be there; synced and renamed when the block ends well, else removed.
+    """Yield a new folder beside `path`, which must not exist; synced and renamed if the block ends well, else removed.
 
     Links are followed. OSErrors name `path`.
     """
@@ -126,7 +126,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
-    """A folder for one run among the system's temporary files; those that killed runs have left there go."""
+    """A folder for one run among the system's temporary files. Those left by killed runs are removed."""
     parent = Path(tempfile.gettempdir())
     clear_leftovers(parent)
     with partial(parent / f"partinfer-{purpose}", folder=True) as folder:
@@ -136,7 +136,7 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: str | Path) -> Iterator[None]:
-    """Errors of the operating system are about the path that was given, not about a temporary one, or none."""
+    """Makes errors of the operating system name the path that was given, not a temporary one, or none."""
     name = os.path.basename(os.path.realpath(path))
     try:
         yield
@@ -147,7 +147,7 @@ def _named(path: str | Path) -> Iterator[None]:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write UTF-8 text to a path, whole or not at all. What is a device or a pipe is written to."""
+    """Write UTF-8 text to a path, whole or not at all. Devices and pipes are written to directly."""
     if _OWN_STREAMS.fullmatch(str(path)) or _kind(path) not in (None, "a folder"):
         with _named(path), open(path, "a", encoding="utf-8") as stream:
             stream.write(text)
@@ -161,7 +161,7 @@ def save_tensors_atomic(path: str | Path, tensors: dict[str, torch.Tensor], meta
 
     safetensors writes metadata in the order of a hash table that is seeded per process, so the header is sorted here.
     """
-    from safetensors.torch import save  # brings torch, which scripts that only write texts import later, or never
+    from safetensors.torch import save  # imports torch, which scripts that only write texts import later, or never
 
     content = save(tensors, metadata=metadata)
     size = int.from_bytes(content[:8], "little")

@@ -53,7 +53,7 @@ def add_computing(group: argparse._ArgumentGroup) -> None:
 
 def add_json(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     """--json [FILE]; the value is None, STANDARD_OUTPUT, or the file's path."""
-    text = "one JSON object on standard output instead of text, or written to FILE besides"
+    text = "one JSON object on standard output instead of text; with FILE, the text and an object in that file"
     group.add_argument("--json", nargs="?", const=STANDARD_OUTPUT, metavar="FILE", help=text)
 
 

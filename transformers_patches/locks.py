@@ -1,7 +1,7 @@
 """Who writes what: locks that end with their process, and the removal of what killed processes have left behind.
 
-What is being written has a name of its own, `.<name>.<random>.partinfer-partial`, and its writer holds a lock on it. So a
-file or folder of such a name that nobody holds belongs to a process that was killed, and may go.
+What is being written has a name of its own, `.<name>.<random>.partinfer-partial`, and its writer holds a lock on it. A
+file or folder of such a name that nobody holds was left by a process that was killed, and may be removed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def exclusive(output: str | Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the right to write an output, a file or a folder, whatever link it is named by.
 
     While another process holds it: PartInferError, or with `wait`, a line on standard error and waiting. The lock is a
-    file beside the output, which goes at the end; that of a killed process is free.
+    file beside the output, removed at the end. The lock of a killed process is free.
     """
     place = Path(os.path.realpath(output))
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _made(path: Path, *, folder: bool) -> int | None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left unfinished in a folder. What a live process holds stays."""
+    """Remove what killed processes have left unfinished in a folder. What a running process holds stays."""
     if fcntl is None:
         return
     with suppress(OSError), os.scandir(folder) as entries:

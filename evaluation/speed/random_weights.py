@@ -1,4 +1,4 @@
-"""Random weights in real shapes, so that speed and memory can be measured where a model's weights can't be had."""
+"""Random weights in real shapes, so that speed and memory can be measured if a model's weights are not available."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path,
 def _count(
     arguments: argparse.Namespace, source: ResolvedSource, output: Path, processes: PartialState
 ) -> tuple[NeuronFile, list[ScoredText]] | None:
-    """The ranked neurons, and the texts to measure losses on; None in processes besides the main one."""
+    """The ranked neurons, and the texts to measure losses on; None in all processes but the main one."""
     own = source.dataset == SELF
     prompt_tokens = 0 if own else arguments.max_length
     device = f"cuda:{processes.local_process_index}" if _shares_gpus(arguments, processes) else arguments.device

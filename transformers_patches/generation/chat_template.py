@@ -15,7 +15,7 @@ from transformers_patches.errors import PartInferError
 
 SECONDS = 10.0
 CHARACTERS = 10_000_000
-BYTES = 1 << 30  # of memory, besides what the process has
+BYTES = 1 << 30  # of memory, on top of what the process has
 
 
 class _TooLong(BaseException):

@@ -259,7 +259,7 @@ class Runner:
 
 
 def _standard_input() -> IO:
-    """Standard input as bytes, so that one wrong byte spoils no more than its line; as text where it has no bytes."""
+    """Standard input as bytes, so that one wrong byte spoils only its own line; as text if it gives no bytes."""
     if sys.stdin is None:
         raise PartInferError("standard input is closed: give the text with --prompt")
     return getattr(sys.stdin, "buffer", sys.stdin)

@@ -39,7 +39,7 @@ def run_all(commands: list[list[str]]) -> None:
 
 def _start(command: list[str]) -> tuple[subprocess.Popen, IO[bytes]]:
     output = tempfile.TemporaryFile()  # noqa: SIM115  (closed with its process)
-    # a session of its own: killed with what it has started in turn, and the terminal's Ctrl-C does not reach it
+    # a session of its own: killed together with what it has started, and out of reach of the terminal's Ctrl-C
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
     ), output

@@ -39,7 +39,10 @@ class Decoder:
         self._native.set_active(number, *weights, active.activation, *choice, list(active.added))
 
     def set_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        """Set the norm after the last layer, an RMSNorm or with a bias a LayerNorm, [H]. All layers must have been added."""
+        """Set the norm after the last layer, [H]: an RMSNorm, or with a bias a LayerNorm.
+
+        All layers must have been added.
+        """
         self._native.set_norm(weight, bias, eps)
 
     def set_embedding_and_head(self, embedding: Projections, head: Projections, screen: Screen | None = None) -> None:
@@ -63,9 +66,11 @@ class Decoder:
     ) -> tuple[Tensor, Tensor, int]:
         """Take one token through embeddings, all layers, norm and lm_head.
 
-        position: [H], the learned embedding of the token's position, or None. needed: which logits must be exact if the
-        lm_head is screened. The other arguments are those of `run`. Returns the logits [1, 1, V], how many neurons each
-        FFN computed, int64 [layers], and how many logits are exact.
+        position: [H], the learned embedding of the token's position, or None.
+        needed: which logits must be exact if the lm_head is screened.
+
+        The other arguments are those of `run`. Returns the logits [1, 1, V], how many neurons each FFN computed, int64
+        [layers], and how many logits are exact.
         """
         return self._native.logits(token, position, *rope, *caches, length, *needed.arguments)
 
@@ -80,9 +85,12 @@ class Decoder:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Take one token through consecutive layers.
 
-        x: [1, 1, H], the residual stream. delta: [1, 1, H], the output of the FFN before, or None. rope: cosines and sines
-        of the position, [1, 1, D] each, or (None, None) for models without rotary embeddings. caches: keys and values of
-        each of the layers, [1, heads, capacity, D], filled up to `length`; the token's are written there.
+        x: [1, 1, H], the residual stream.
+        delta: [1, 1, H], the output of the FFN before, or None.
+        rope: cosines and sines of the position, [1, 1, D] each, or (None, None) for models without rotary embeddings.
+        caches: keys and values of each of the layers, [1, heads, capacity, D], filled up to `length`; the token's are
+            written there.
+
         Returns x, delta and how many neurons each FFN computed, int64 [layers] (0 for a dense FFN). After the model's
         last layer x is the sum of both, and delta is the norm of it.
         """

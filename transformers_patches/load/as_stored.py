@@ -29,8 +29,8 @@ def names_in_model(weights: WeightSource, config: PretrainedConfig) -> dict[str,
 def as_stored(config: PretrainedConfig, weights: WeightSource) -> PretrainedConfig:
     """The config, but untied if it ties head and embedding and both are stored with different values.
 
-    transformers loads such checkpoints (fine-tuned heads under the old config) in the same way. Raises PartInferError, before
-    anything is built, if the config has more layers than are stored.
+    transformers loads such checkpoints (fine-tuned heads under the old config) in the same way. Raises PartInferError,
+    before anything is built, if the config has more layers than are stored.
     """
     numbers = (int(match[1]) for name in weights.names() if (match := _LAYER.search(name)))
     stored = max(numbers, default=-1) + 1

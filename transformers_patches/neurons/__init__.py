@@ -1,1 +1,1 @@
-"""What the profiler hands to the runner: neuron files and fit files, where they are found, which model they belong to."""
+"""What the profiler hands to the runner: neuron files and fit files, where they are, and whose model they belong to."""

@@ -1,4 +1,4 @@
-"""What neuron files and fit files have in common: safetensors with metadata, of which nothing is used before it is checked."""
+"""What neuron files and fit files share: safetensors with metadata, all of it checked before it is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _MOST_DIGITS = 18
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file; PartInferError if it can't be read. kind: what it should be."""
+    """All tensors and the metadata of a safetensors file; PartInferError if it can't be read.
+
+    kind: what the file should be.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -37,7 +40,7 @@ def check_floats(values: torch.Tensor, name: str, source: str) -> None:
 
 
 def whole_number(metadata: Mapping[str, str], key: str, source: str, default: int | None = None) -> int:
-    """A count in the metadata; PartInferError if it is none, or if it is not there and has no default."""
+    """A count in the metadata; PartInferError if it is not a whole number, or is missing and has no default."""
     text = metadata.get(key)
     if text is None and default is not None:
         return default
@@ -47,7 +50,7 @@ def whole_number(metadata: Mapping[str, str], key: str, source: str, default: in
 
 
 def fraction(value: object, key: str, source: str) -> float:
-    """A number from 0 to 1, from text or JSON; PartInferError if it is none."""
+    """A number from 0 to 1, from text or JSON; PartInferError for anything else."""
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
@@ -58,7 +61,7 @@ def fraction(value: object, key: str, source: str) -> float:
 
 
 def shown(value: object) -> str:
-    """A value for a message, not longer than that should be."""
+    """A value as a message shows it, cut to a sensible length."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"
 

@@ -16,9 +16,9 @@ from transformers_patches.families import Family, family_of
 def fingerprint(config: PretrainedConfig, read: Callable[[str], torch.Tensor]) -> str:
     """Hash of a model's shape and of the norm weights of its first and last layer: 16 hex digits.
 
-    read: returns a parameter by name, or raises KeyError. Norm weights survive quantization and conversion
-    untouched (checkpoints keep them in at least bfloat16), and training moves them, so two models of the same shape
-    differ; a missing bias (RMSNorm) is passed over.
+    read: returns a parameter by name, or raises KeyError. Norm weights survive quantization and conversion untouched
+    (checkpoints keep them in at least bfloat16), and training moves them, so two models of the same shape differ; a
+    missing bias (RMSNorm) is skipped.
     """
     family = family_of(config)
     digest = hashlib.sha256(json.dumps(_shape(config, family)).encode())

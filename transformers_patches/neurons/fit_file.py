@@ -1,10 +1,15 @@
 """FitFile: what `python -m profiler fit` found out about a set of loaded neurons, beside the neuron file.
 
-One safetensors file, `<neuron file>.fit.safetensors`. Per sparse layer, as `layers.<number>.<name>`: `neurons` (int32
-[L], those that are loaded), `gate_size` (float [L], root of the mean act(gate)^2; gated FFNs only), `threshold` (float
-[1], above which decoded tokens had as many scores on average as one computes; selections per token only),
-`bias_prefill`, `bias_decode` (float [H]), and the refitted rows: `down` [L, H] (whole), or `down_left` [L, r] and `down_right`
-[r, H] (what to add to the checkpoint's, as a product).
+One safetensors file, `<neuron file>.fit.safetensors`, with these tensors per sparse layer, named
+`layers.<number>.<name>`:
+
+neurons: int32 [L], those that are loaded.
+bias_prefill, bias_decode: float [H], added to the outputs of prefilled and of decoded tokens.
+gate_size: float [L], root of the mean act(gate)^2; gated FFNs only.
+threshold: float [1], above which decoded tokens had as many scores on average as a token computes; selections per token
+    only.
+down: [L, H], the refitted rows.
+down_left, down_right: [L, r] and [r, H], instead of `down`: their product is added to the checkpoint's rows.
 """
 
 from __future__ import annotations
@@ -54,15 +59,15 @@ class LayerFit:
 
     @property
     def changes_rows(self) -> bool:
-        """Whether it has something for the down rows."""
+        """Whether it changes the down rows."""
         return self.down is not None or self.down_left is not None
 
     def without_rows(self) -> LayerFit:
-        """What is left of it for down rows that have been changed already."""
+        """The fit without its rows, for down rows that have been changed already."""
         return replace(self, down=None, down_left=None, down_right=None)
 
     def refitted(self, down: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
-        """What takes the place of `down`, the checkpoint's own rows in the order of `neurons`, or some of them; its type."""
+        """What replaces `down`, the checkpoint's own rows in the order of `neurons`, or some of them; in its type."""
         if self.down is not None:
             return self.down[rows].to(down)
         if self.down_left is not None:
@@ -90,12 +95,12 @@ class FitFile:
 
     @property
     def loaded_neurons_percent(self) -> float:
-        """What the fit was made for, of N."""
+        """The loaded fraction of N that the fit was made for."""
         return float(self.metadata["loaded_neurons_percent"])
 
     @property
     def sparsity(self) -> float:
-        """phi that the fit was made for, or, spread by layers, their budget's."""
+        """The phi that the fit was made for; if it was spread by layers, that of the budget."""
         return float(self.metadata["sparsity"])
 
     @property
@@ -104,7 +109,7 @@ class FitFile:
         return {int(layer): float(phi) for layer, phi in json.loads(self.metadata.get("layer_sparsity", "{}")).items()}
 
     def has_thresholds(self, selection: str, sparsity: float) -> bool:
-        """Whether it has every layer's threshold for such a choice of neurons per token."""
+        """Whether it has a threshold for every layer, made for this selection per token and sparsity."""
         same = abs(self.sparsity - sparsity) < 1e-6
         made = all(layer.threshold is not None for layer in self.layers.values())
         return same and made and self.metadata.get("selection") == selection

@@ -11,13 +11,13 @@ from transformers_patches.files import shipped
 
 OWN_NEURON_FILES = Path("neuron_files")  # where the profiler writes; they come before those that ship with the project
 TASK_TYPES = ("QA", "Summarize", "translate_de_en")
-_MODEL_STEMS = ("model", "model_neurons")  # the second is what the original called it
+_MODEL_STEMS = ("model", "model_neurons")  # the second is the original's name for it
 # A task's own file comes before that of its group.
 _TASK_STEMS = {"QA": ("qa",), "Summarize": ("summarize",), "translate_de_en": ("translate_de_en", "translate")}
 
 
 class NoNeuronFiles(PartInferError):
-    """There are none for a model."""
+    """A model has no neuron files."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ def own_neuron_file(model_name: str, stem: str) -> Path:
 def find_neuron_files(model_names: Sequence[str], task_type: str | None) -> NeuronFilePaths:
     """Look in neuron_files/<model>/ for the task's file and the model's, .safetensors before legacy .json.
 
-    model_names: what the model is called; the first under which there are files counts. task_type: one of TASK_TYPES,
-    or None for no task. Raises NoNeuronFiles if there is neither file.
+    model_names: what the model is called; the first name that has files counts.
+    task_type: one of TASK_TYPES, or None for no task.
+
+    Raises NoNeuronFiles if there is neither file.
     """
     for name in model_names:
         found = NeuronFilePaths(_first(name, _TASK_STEMS.get(task_type, ())), _first(name, _MODEL_STEMS))
@@ -50,7 +52,7 @@ def find_neuron_files(model_names: Sequence[str], task_type: str | None) -> Neur
 
 
 def find_random_neurons(model_names: Sequence[str]) -> Path | None:
-    """The random ranking that lies among a model's neuron files, if there is one."""
+    """The random ranking among a model's neuron files, if there is one."""
     return next((path for name in model_names if (path := _first(name, ("random",)))), None)
 
 

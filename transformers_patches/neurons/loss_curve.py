@@ -1,8 +1,8 @@
-"""LossCurve: what decoding costs that reads fewer bytes, as the profiler measured it on calibration texts.
+"""LossCurve: what it costs to decode with fewer bytes, as the profiler measured it on calibration texts.
 
-A loss is how much a decoded token's negative log-likelihood rises over dense's, in nats. The mean Kullback-Leibler
-divergence from dense's predictions is the same for texts that the model would write itself, and much steadier on few of
-them. The larger of the two is what is predicted.
+A loss is how much the negative log-likelihood of a decoded token exceeds the dense model's, in nats. For texts that the
+model would write itself, the mean Kullback-Leibler divergence from the dense model's predictions is the same, and it
+varies much less if there are few of them. The larger of the two is what is predicted.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LossPoint:
 
 @dataclass(frozen=True)
 class LossCurve:
-    """The measured points, and what decoding at those of them needs that sparsify all layers of a model loaded whole."""
+    """The measured points, and what decoding needs at those where all layers are sparse and everything is loaded."""
 
     points: list[LossPoint]
     thresholds: torch.Tensor  # float32 [points of `whole`, layers], of the scores that choose neurons
@@ -66,7 +66,7 @@ class LossCurve:
         return [p for p in self.points if (p.selection, p.layers, p.loaded) == ("up", ALL, 1.0)]
 
     def predict(self, selection: str, layers: str, loaded: float, sparsity: float) -> float | None:
-        """The loss of a setting in nats per token; None where nothing near it was measured.
+        """The loss of a setting in nats per token; None if nothing near it was measured.
 
         Between measured points it is interpolated: over the computed share of what is loaded, then over what is loaded.
         """
@@ -89,7 +89,7 @@ class LossCurve:
         return losses[0] * (1 - part) + losses[1] * part
 
     def sparsity_for(self, max_loss: float) -> float:
-        """The smallest measured share of the FFN bytes of all layers whose predicted loss is at most max_loss, 1 if none is."""
+        """The smallest measured share of all layers' FFN bytes whose predicted loss is at most max_loss, or else 1."""
         tried = round(min(p.sparsity for p in self.whole) / _STEP)
         for hundredth in range(tried, round(1 / _STEP)):
             loss = self.predict("up", ALL, 1.0, hundredth * _STEP)
@@ -98,9 +98,9 @@ class LossCurve:
         return 1.0
 
     def thresholds_for(self, sparsity: float) -> torch.Tensor | None:
-        """float32 [layers], above which scores are computed, interpolated as logarithms; None outside of what was measured.
+        """float32 [layers], the scores above which neurons are computed; None outside of what was measured.
 
-        0 where a layer has none.
+        Logarithms are interpolated. 0 where a layer has none.
         """
         points = self.whole
         for (low, at_low), (high, at_high) in zip(enumerate(points[1:], 1), enumerate(points[:-1]), strict=True):
@@ -112,7 +112,7 @@ class LossCurve:
         return None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a neuron file holds besides `described`."""
+        """The tensors that a neuron file holds; `described` is the rest."""
         held = {"thresholds": self.thresholds}
         return held if self.gate_size is None else held | {"gate_size": self.gate_size}
 
@@ -134,7 +134,7 @@ def _interpolate(points: list[LossPoint], share: float) -> float | None:
     """The loss at a computed share of what is loaded. A smaller share never costs less than a larger one."""
     known = sorted(((p.sparsity / p.loaded, p.loss) for p in points), reverse=True)
     if known[0][0] < 1:
-        known.insert(0, (1.0, 0.0))  # everything that is there is computed, and everything is there
+        known.insert(0, (1.0, 0.0))  # everything that is loaded is computed, and everything is loaded
     most, before = 0.0, None
     for at, loss in known:
         most = max(most, loss)

@@ -1,9 +1,16 @@
 """NeuronFile: the contract between the profiler, which writes it, and the runner, which reads it.
 
-The project's format is one safetensors file: `ranking` (int32), optionally `scores` (float32) and
-`statistics.<name>` (float32, see STATISTICS), every one [layers, N], optionally `input_squares.<name>` (float32, see
-INPUT_SQUARES), optionally a loss curve (`loss.<name>`, and `loss_points` in the metadata), and string metadata. The legacy format of the original is JSON, `{"neurons": [[N indices] * layers]}`, best
-neuron first. Both are validated before anything is done with them.
+The project's format is one safetensors file with string metadata and these tensors, of which only the first is
+required:
+
+ranking: int32 [layers, N].
+scores: float32 [layers, N].
+statistics.<name>: float32 [layers, N], see STATISTICS.
+input_squares.<name>: float32, see INPUT_SQUARES.
+loss.<name>: a loss curve, with `loss_points` in the metadata.
+
+The legacy format of the original is JSON, `{"neurons": [[N indices] * layers]}`, best neuron first. Both are validated
+before anything is done with them.
 """
 
 from __future__ import annotations
@@ -30,8 +37,8 @@ LOSS_POINTS = "loss_points"
 ACTIVATION_STATISTICS = ("mean_abs", "mean", "mean_sq", "normalized_mean_abs", "normalized_mean", "normalized_mean_sq")
 # And a property of the weights, ||W_down[:, i]||_2, so that a ranking can be weighted with it without the model.
 STATISTICS = (*ACTIVATION_STATISTICS, "down_norm")
-# Per-token means of x_j^2, x being what enters the linear layers besides down: q, k and v; o; gate and up; the output
-# projection. [layers, width], of the output projection [1, width].
+# Per-token means of x_j^2, x being the input of the linear layers other than down: q, k and v; o; gate and up; the
+# output projection. [layers, width], of the output projection [1, width].
 INPUT_SQUARES = ("attention", "attention_output", "ffn", "head")
 
 
@@ -100,7 +107,7 @@ class NeuronFile:
 
     @property
     def has_spread(self) -> bool:
-        """Whether `spread` can be told."""
+        """Whether `spread` can be computed."""
         return {"mean", "mean_sq", "down_norm"} <= self.statistics.keys()
 
     def spread(self) -> torch.Tensor:

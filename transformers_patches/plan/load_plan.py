@@ -95,9 +95,9 @@ def build_load_plan(
     """The plan for a model: base neurons from the base ranking, then the best others of the other ranking.
 
     settings: no `auto` left (see resolve.py). One neuron file may be missing (the other one then ranks both), or both
-    if nothing is loaded partially. With mean compensation, rankings go by spread instead. A fit file says itself
-    which neurons are loaded. Raises PartInferError if partial loading is asked for without any neuron file, and for
-    budgets that can't be met.
+    if nothing is loaded partially. With mean compensation, rankings go by spread instead. A fit file itself says which
+    neurons are loaded. Raises PartInferError if partial loading is asked for without any neuron file, and for budgets
+    that can't be met.
     """
     family = family_of(config)
     size, num_layers = family.intermediate_size(config), config.num_hidden_layers
@@ -210,7 +210,7 @@ def kept_count(sparsity: float, candidates: int, intermediate_size: int, matrice
 
 
 def _base_then_others(base_ranking, other_ranking, base_count: int, loaded_count: int) -> torch.Tensor:
-    """int64 [loaded_count]: the first base_count of one ranking, then what the other ranking has best besides."""
+    """int64 [loaded_count]: the first base_count of one ranking, then the best others of the other ranking."""
     base = base_ranking[:base_count]
     is_base = torch.zeros(len(base_ranking), dtype=torch.bool)
     is_base[base] = True

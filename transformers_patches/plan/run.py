@@ -60,7 +60,7 @@ class ResolvedRun:
 
     @property
     def fit_bytes(self) -> int:
-        """Bytes of the fit file in memory; loading lets go of its rows once they are where they belong."""
+        """Bytes of the fit file in memory; loading frees its rows once they are in the model."""
         return 0 if self.fit is None else sum(layer.nbytes for layer in self.fit.layers.values())
 
     def describe(self) -> str:

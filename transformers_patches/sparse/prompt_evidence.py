@@ -24,7 +24,9 @@ class Evidence(ABC):
     def __init__(
         self, plan: LayerPlan, prior: Prior, down: Weight, device: torch.device, token_sparsity: float = 0.0
     ) -> None:
-        """down: [L, H], the loaded rows of the output projection. token_sparsity: what CoreNeurons goes by."""
+        """down: [L, H], the loaded rows of the output projection.
+        token_sparsity: for CoreNeurons, the share of positive activations that a token marks.
+        """
         self.plan, self.prior, self.down, self.token_sparsity = plan, prior, down, token_sparsity
         self.tokens = 0
         self.begin(device)

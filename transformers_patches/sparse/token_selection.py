@@ -31,7 +31,7 @@ from transformers_patches.sparse.prompt_evidence import Blend
 from transformers_patches.sparse.selection import Decoded, Selection, SequenceActivations
 
 SAMPLE_TOKENS = 64  # prompt tokens that a threshold is taken from
-MOST_SCORES = 65536  # of those, scores that are looked at
+MOST_SCORES = 65536  # scores of those tokens that are used
 MIN_SAMPLE = 8  # with fewer, tokens keep their exact count
 
 

@@ -1,7 +1,8 @@
 """config.json: read once, its values checked before transformers builds anything from them.
 
-transformers checks the types of most values itself; what it leaves open is checked here: sizes without bound, which would
-fill memory, names of types, numbers that are not finite, and settings that change what is computed without being supported.
+transformers checks the types of most values itself; what it leaves open is checked here: sizes without a bound, which
+would fill memory, names of types, numbers that are not finite, and settings that change what is computed without being
+supported.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def read_config_file(folder: Path) -> dict:
 
 
 def check_config(config: PretrainedConfig, path: Path) -> PretrainedConfig:
-    """A config as transformers completed it. PartInferError for a type that is none of weights, and sizes that are missing."""
+    """Check a config as transformers completed it, and return it.
+
+    Raises PartInferError for missing sizes, and for a type that weights can't have.
+    """
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         value = getattr(config, name, None)
         if type(value) is not int or value < 1:
@@ -70,7 +74,7 @@ def check_config(config: PretrainedConfig, path: Path) -> PretrainedConfig:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of another library's exception, for one of our own."""
+    """The message of another library's exception, in one line for a message of our own."""
     text = str(error).split(". ")[0]
     return " ".join(text.split())[:300] or type(error).__name__
 

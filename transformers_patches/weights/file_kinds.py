@@ -1,4 +1,4 @@
-"""What a file is that should be something else, told by its first bytes, for messages that help."""
+"""What a file of the wrong kind is, recognised by its first bytes, so that messages can help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def what_it_is(path: Path) -> str | None:
-    """What a file is instead, and what to do about it; None if its first bytes tell nothing."""
+    """What a file is instead, and what to do about it; None if its first bytes don't say."""
     try:
         with open(path, "rb") as file:
             start = file.read(32)

@@ -142,7 +142,7 @@ class GGUFCheckpoint(WeightSource):
 
 
 def family_of(metadata: Metadata) -> Family:
-    """The family of a file's architecture; PartInferError if it is none that can be read."""
+    """The family of a file's architecture; PartInferError if it can't be read."""
     try:
         return gguf_family(metadata.architecture[:80])
     except PartInferError as error:
@@ -152,7 +152,8 @@ def family_of(metadata: Metadata) -> Family:
 def biased_together(file: GGUFFile, architecture: str) -> list[tuple[str, ...]]:
     """Groups of a block's projections that have biases in the transformers model: if one of a group has, all have.
 
-    llama.cpp adds those that are there. Qwen 2 has them whatever the file says; gates and their like only in Llamas.
+    llama.cpp adds those that are there. Qwen 2 always has those of its attention inputs; only Llamas may have some in
+    their FFNs.
     """
     if architecture == "qwen2":
         return [_ATTENTION_INPUTS]

@@ -88,7 +88,7 @@ def gemma_rope_parameters(metadata: Metadata, parameters: dict[str, Any]) -> dic
 
 
 def _factor(metadata: Metadata) -> float:
-    """llama.cpp's: the factor, else the old key's; 0 is none."""
+    """The factor as llama.cpp takes it: the current key's, else the old key's; 0 means that there is none."""
     key = metadata.of_model("rope.scaling.factor")
     key = key if metadata.has(key) else metadata.of_model("rope.scale_linear")
     return metadata.number(key, 1.0) or 1.0

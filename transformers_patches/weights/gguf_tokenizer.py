@@ -68,7 +68,7 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
-    """Neighbours that make the token of the highest score are joined first; what is no token becomes bytes."""
+    """Neighbours that make the token of the highest score are joined first; what is not a token becomes bytes."""
     ids = {token: place for place, token in enumerate(vocabulary.tokens)}
     unknown = vocabulary.tokens[vocabulary.named.get("unk", 0)]
     model = models.BPE(ids, _merges_by_score(vocabulary, ids), unk_token=unknown, fuse_unk=True, byte_fallback=True)

@@ -20,8 +20,8 @@ _PART = re.compile(r"-\d{5}-of-\d{5}$")
 def find_model(name: str | Path | None, checkpoint_path: str | Path | None = None) -> Path:
     """The checkpoint folder, pack or GGUF file of a model, as a path that keeps the name the user gave.
 
-    name: a path, a name in models/, or a short name or hub id that was downloaded; not looked at where the path is
-    given. Raises PartInferError, with the command that fetches it, if there is no model.
+    name: a path, a name in models/, or a short name or hub id that was downloaded; ignored if the path is given. Raises
+    PartInferError, with the command that fetches it, if there is no model.
     """
     if checkpoint_path is not None:
         if not _is_model(Path(checkpoint_path)):

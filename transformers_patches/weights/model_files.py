@@ -41,7 +41,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
 
 
 def _stored_type(folder: Path) -> torch.dtype | None:
-    """The type of the weights, for a config that names none; None if there are none yet."""
+    """The type of the weights, for a config that names none; None if there are no weights yet."""
     try:
         return Checkpoint(folder).first_float_type()
     except PartInferError:
@@ -55,10 +55,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return gguf_tokenizer(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        tokenizer.decode(tokenizer("a").input_ids)  # some settings of wrong types are only found out so
+        tokenizer.decode(tokenizer("a").input_ids)  # the only way to notice some settings of wrong types
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers panics at some damaged files, which is no Exception
+    except BaseException as error:  # tokenizers panics on some damaged files, and that is not an Exception
         _refuse_own_code(path, "tokenizer_config.json", error)
         raise PartInferError(f"{path} has no usable tokenizer: {one_line(error)}") from None
     if (path / "config.json").is_file():

@@ -1,8 +1,8 @@
 """Reading a Hugging Face checkpoint folder tensor by tensor, and counting the bytes that were read.
 
-Files are not mapped: a safetensors handle or view that stays alive keeps the whole file mapped, and mapped pages count as
-memory. (Packs can be mapped, because they hold only what is needed.) Instead, several threads read blocks of a file, straight
-into their place if nothing has to be selected or converted.
+Files are not mapped: a safetensors handle or view that stays alive keeps the whole file mapped, and mapped pages count
+as memory. (Packs can be mapped, because they hold only what is needed.) Instead, several threads read blocks of a file,
+straight into their place if nothing has to be selected or converted.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Place:
 class Checkpoint(WeightSource):
     """The tensors of a folder with model.safetensors, or shards and their index.
 
-    bytes_read counts the rows that were asked for, and the whole tensor if columns were. Raises PartInferError for folders
-    without such files, and for damaged files.
+    bytes_read counts the rows that were asked for, and the whole tensor if columns were. Raises PartInferError for
+    folders without such files, and for damaged files.
     """
 
     def __init__(self, folder: str | Path) -> None:

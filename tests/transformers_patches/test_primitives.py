@@ -1,0 +1,42 @@
+"""What oneDNN keeps for every shape that it meets stays bounded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+import torch, resource
+from transformers_patches import cli
+{limit}
+torch.set_num_threads(1)
+weights = [torch.randn(32, 32, size, 3) for size in (1, 3, 5, 7)]
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+for width in range(8, 408):  # convolutions: the one thing that oneDNN computes for PyTorch on every x86 processor
+    for weight in weights:
+        torch.nn.functional.conv2d(torch.randn(1, 32, 8, width), weight)
+    if width == 8:
+        before = peak()
+print(peak() - before)
+"""
+
+
+def growth(limit: str) -> float:
+    """Megabytes that a process grows by over 400 lengths."""
+    environment = {name: value for name, value in os.environ.items() if "PRIMITIVE_CACHE" not in name}
+    command = [sys.executable, "-c", CODE.format(limit=limit)]
+    return float(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_every_length_also_if_torch_is_there_already():
+    unlimited = growth("pass")
+    if unlimited < 80:
+        pytest.skip("PyTorch does not use oneDNN here")
+    assert growth("cli.limit_primitives()") < 0.6 * unlimited

@@ -242,7 +242,7 @@ def test_wrong_input_is_one_line(model_folder, questions, tmp_path, capsys):
         (
             questions,
             ("--task_type", "QA", "--text_field", "query"),
-            "has no field 'query', or nothing in it; it has question",
+            "line 1: there is no field 'query', only question",
         ),
         (questions, ("--task_type", "QA", "--skip", "50"), "there are no texts"),
         (questions, ("--task_type", "QA", "--max_length", "2000"), "positions for 1024"),

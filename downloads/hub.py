@@ -26,7 +26,7 @@ from downloads.folder import check_free_space
 from transformers_patches.errors import PartInferError
 from transformers_patches.hub_tokens import without_tokens
 
-CONNECT_SECONDS = 5  # a hub that can't be reached should show at once
+CONNECT_SECONDS = 5  # so that a hub that can't be reached shows at once
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -89,8 +89,9 @@ def needed_files(hub_id: str, names: Iterator[str]) -> list[str]:
 def fetch(repository: Repository, folder: Path, token: str | None) -> None:
     """Download a repository's needed files into a folder.
 
-    Files that are there already are kept, a cut connection is taken up again where it broke, a file that was
-    interrupted with the program starts over. Raises PartInferError, also when a file has not the size that it should.
+    Files that are there already are kept. After a cut connection, the download goes on where it broke; after an
+    interruption of the program, the unfinished file starts over. Raises PartInferError, also for files of the wrong
+    size.
     """
     missing = {name: size for name, size in repository.sizes.items() if not (folder / name).is_file()}
     converted = sum(repository.sizes.values()) if repository.needs_conversion else 0

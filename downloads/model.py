@@ -81,7 +81,7 @@ def download_model(
 
 @contextmanager
 def _finished_folder(work: Path) -> Iterator[Path]:
-    """An empty folder for what is to be published; if it is not, it goes. What was downloaded is kept beside it."""
+    """An empty folder for what is to be published; removed if it is not. What was downloaded is kept beside it."""
     folder = work / "finished"
     shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
     folder.mkdir()

@@ -42,7 +42,7 @@ SWEPT = {
     "base_neurons_percent": "base",
     "token_sparsity": "token",
 }
-# Names that do, and how they are called in a label.
+# Names that take such lists, and what each is called in a label.
 SWEPT_NAMES = {"selection": "selection", "compensation": "compensation"}
 
 
@@ -168,7 +168,7 @@ def _relevant(method: Method) -> list[str]:
 
 
 def _fixed_for(method: Method, fixed: dict) -> dict:
-    """Without what means nothing to a method: baselines stay what they are."""
+    """The settings without those that mean nothing to a method, so that baselines stay what they are."""
     left_out = set() if _is_open(method) else {"budget", "fit_filepath", "token_count", "max_loss"}
     if method.compute == "dense":  # nothing to move between CPU and GPU
         left_out |= {"memory_limit"}

@@ -2,8 +2,7 @@
 
     from transformers_patches import generate, load_model, stream
 
-What is imported from here is loaded when it is first asked for: `import transformers_patches` brings neither torch nor
-transformers.
+Names are loaded when they are first used: `import transformers_patches` imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def hub_id(name: str) -> str:
 
 
 def fetch_command(name: str) -> str:
-    """What fetches a model, in the repository or where the package is installed."""
+    """The command that fetches a model, in the repository or where the package is installed."""
     in_repository = (Path(__file__).resolve().parents[1] / "download.py").is_file()
     return f"{'python download.py' if in_repository else 'partinfer-download'} --model_name {name}"
 

@@ -19,7 +19,7 @@ from transformers_patches.errors import PartInferError
 
 STANDARD_OUTPUT = "-"
 IGNORE_FLAG = "--ignore_gguf_key"
-IGNORED_GGUF_KEYS: set[str] = set()  # of this process: what is read without them does not depend on who reads it
+IGNORED_GGUF_KEYS: set[str] = set()  # for the whole process, since any part of it may read the file
 FREE_TEXTS = ("prompt", "system_prompt", "stop")  # flags whose values go to the tokenizer
 NOT_SETTINGS = ("config", "debug", "help", "version", "h")  # flags that a file of settings can't give
 

@@ -23,7 +23,7 @@ def checked_token(given: str | None) -> str | None:
         return given
     for name in VARIABLES:
         if os.environ.get(name):
-            _check(os.environ[name].strip("\r\n"), name)  # which the library takes off
+            _check(os.environ[name].strip("\r\n"), name)  # the library strips line ends, too
             return None
     from huggingface_hub import get_token  # takes a moment to import
 

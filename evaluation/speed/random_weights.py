@@ -136,7 +136,7 @@ class RandomWeights(WeightSource):
             out += 1  # a norm
 
     def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
-        """Fill `out`; nothing is known of columns that are not kept, so nothing is summed up."""
+        """Fill `out`. Columns that are not kept have no values, so there is no sum of them."""
         self._fill(source.name, out)
         if source.largest is not None:
             source.largest.copy_(largest_in_columns(out))

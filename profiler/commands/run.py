@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_output(output)
     if arguments.quiet:
         transformers_logging.disable_progress_bar()
-    # a state that says it is alone asks nothing of the launcher; more processes come with `accelerate launch`
+    # there is one process unless `accelerate launch` has started more
     processes = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
     main_process = processes.is_main_process
     with exclusive(output) if main_process else nullcontext():

@@ -20,12 +20,21 @@ from transformers_patches.sparse.sparse_ffn import SparseFFN
 
 
 class LayerParts:
-    """What a decoder layer's operations take, looked up once."""
+    """What a decoder layer's operations take, looked up once.
+
+    attention: what the kernels need for it; None if they don't support one of its projections.
+    head_size: D.
+    native: whether the native decoder computes the layer's FFN.
+    sparse: the layer's SparseFFN, or None.
+    module: the layer's FFN as a function.
+    dense: the FFN's projections; None if it is sparse or the kernels don't support it.
+    activation: the kernels' name of the FFN's activation; None if they don't have it.
+    """
 
     def __init__(self, layer: nn.Module, family: Family, config: PretrainedConfig) -> None:
         self.attention = _attention_of(layer, family, config)
         self.head_size = layer.get_submodule(family.attention).head_dim
-        self.native = False  # whether the native decoder computes the layer's FFN
+        self.native = False
         self.sparse, self.module = _ffn_of(layer, family)
         self.dense, self.activation = None, KERNEL_ACTIVATIONS.get(family.activation(config))
         if self.sparse is None and self.activation is not None:

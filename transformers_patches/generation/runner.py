@@ -236,7 +236,7 @@ class Runner:
             "decode_tokens_per_second": _mean([r.decode_tokens_per_second for r in results]),
             "method": loaded.settings.method,
             "loaded_neurons_percent": loaded.plan.loaded_fraction,
-            # a neuron of which one of three rows was computed, to choose among tokens' candidates, is a third of one
+            # a candidate that was not chosen has one of its three rows computed, and counts as a third of a neuron
             "computed_neurons_percent": loaded.bytes_fraction(),
             "wholly_computed_neurons_percent": loaded.computed_fraction(),
             "predicted_loss": loaded.run.predicted_loss,

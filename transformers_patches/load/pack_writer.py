@@ -93,7 +93,7 @@ class _Recorder(WeightSource):
                 self.weights.fill([(source, out)])
                 self.keep(source.name, out)
             elif takes_whole_rows(source):
-                self.weights.fill([(source, out)])  # the fit file, which comes along, has them
+                self.weights.fill([(source, out)])  # the fit file, which is part of the pack, has them
             elif source.how == "columns":
                 largest = torch.empty(out.shape[1])
                 self.weights.fill([(replace(source, fit=None, largest=largest), out)])
@@ -222,7 +222,7 @@ def _fill(
     model_neurons: NeuronFile | None,
 ) -> dict:
     recorder = _Recorder(open_weights(source), folder)
-    # with the kernels of later runs, if this machine has them, so that weights lie in the pack as they will in memory
+    # with the kernels of later runs, if this machine has them, so that the pack has the layout of weights in memory
     plain = replace(settings, device="cpu", memory_limit=False)
     files = RunFiles.of(plain, dataset_neurons, model_neurons)
     loaded = load_from(recorder, read_config(source), plain, files, model_name(source))
@@ -250,7 +250,7 @@ def _fill(
 
 def _save_neurons(folder: Path, files: RunFiles, run: ResolvedRun) -> None:
     """The neuron files, and the fit file beside each; without its rows where the pack has them quantised."""
-    fit = find_fit(run.settings, files.dataset_neurons, files.model_neurons)  # again: loading let go of its rows
+    fit = find_fit(run.settings, files.dataset_neurons, files.model_neurons)  # again: loading has freed its rows
     if fit is not None and run.weight_format is not None and run.settings.compensation == "refit":
         fit = replace(fit, layers={number: layer.without_rows() for number, layer in fit.layers.items()})
     for name in ("dataset_neurons", "model_neurons"):

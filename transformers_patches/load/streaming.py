@@ -122,7 +122,7 @@ def _memory_for(
             return held
 
     def empty(like: torch.Tensor) -> torch.Tensor:
-        if paired:  # beside its module's other weight that is
+        if paired:  # with the other paired weight of its module
             return memory.empty_paired((weight.name.rpartition(".")[0], like.dtype), like.shape, like.dtype)
         return memory.empty(like.shape, like.dtype, target)
 

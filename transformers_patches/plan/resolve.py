@@ -131,7 +131,10 @@ def decide_compensation(
 
 
 def decide_selection(settings: PartInferConfig, *, informed: bool) -> Decision:
-    """What chooses the neurons. informed: statistics or a fit file are there."""
+    """What chooses the neurons.
+
+    informed: whether there are statistics or a fit file.
+    """
     if settings.selection != "auto":
         return Decision(settings.selection, GIVEN)
     if settings.method != "partinfer":
@@ -144,7 +147,11 @@ def decide_selection(settings: PartInferConfig, *, informed: bool) -> Decision:
 
 
 def decide_token_count(settings: PartInferConfig, fit: FitFile | None) -> Decision:
-    """`average` if the fit file, None if it compensates for nothing, has thresholds. settings: selection decided."""
+    """`average` if the fit file has thresholds.
+
+    settings: selection decided.
+    fit: None if it is not used.
+    """
     if settings.token_count != "auto":
         return Decision(settings.token_count, GIVEN)
     if fit is not None and fit.has_thresholds(settings.selection, settings.sparsity):

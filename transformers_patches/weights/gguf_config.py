@@ -21,7 +21,7 @@ from transformers_patches.weights.gguf_schema import Metadata
 from transformers_patches.weights.gguf_vocabulary import has_vocabulary, read_vocabulary
 
 GEMMA2_WINDOW, GEMMA2_ATTENTION_SOFTCAP, GEMMA2_LOGIT_SOFTCAP = 4096, 50.0, 30.0  # where a file does not say
-WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6}  # of so many layers the last one sees everything
+WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6}  # of every so many layers, the last one has no window
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of those that scale attention by H / heads, the 27B ones
 
 
@@ -165,7 +165,7 @@ def _gemma(metadata: Metadata, fields: dict[str, Any]) -> dict[str, Any]:
         else fields["head_dim"],
         "final_logit_softcapping": softcap or None,
         "layer_types": _layer_types(metadata, layers, window),
-        "sliding_window": window or fields["max_position_embeddings"],  # where no layer has one it still needs a number
+        "sliding_window": window or fields["max_position_embeddings"],  # needs a number even if no layer has a window
     }
     if second:
         attention = metadata.number(key("attn_logit_softcapping"), GEMMA2_ATTENTION_SOFTCAP)

@@ -11,7 +11,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.weights.file_kinds import what_it_is
 from transformers_patches.weights.gguf_file import is_gguf
 
-# Where download.py puts models, seen from here and from anywhere.
+# Where download.py puts models: in the current folder, and in the repository.
 _PLACES = (Path("models"), Path(__file__).resolve().parents[2] / "models")
 _QUANTIZATION = re.compile(r"[-._](?:Q\d+(?:_[0-9A-Z]+)*|IQ\d+_\w+|F16|BF16|F32)$", re.IGNORECASE)
 _PART = re.compile(r"-\d{5}-of-\d{5}$")

@@ -1,8 +1,8 @@
 """Weights that are used in the page cache, where their file is mapped, and not copied.
 
-They take no memory besides the page cache, which processes share, and a file that is cached already is available at once.
-Decoding reads pages of 4 KB up to a fifth slower than huge pages. So a mapping is used only if the system backs it with huge
-pages, as Linux 6.18 does on ext4 (though not for files written a moment ago). Otherwise files are read.
+They take no memory besides the page cache, which processes share, and a file that is cached already is available at
+once. Decoding reads pages of 4 KB up to 20 % slower than huge pages. So a mapping is used only if the system backs it
+with huge pages, as Linux 6.18 does on ext4 (though not for files written a moment ago). Otherwise files are read.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 
-ALIGNMENT = 64  # of weights: a cache line. What straddles two lines is read slower
+ALIGNMENT = 64  # of weights: a cache line, because values that straddle two lines are read more slowly
 SWITCH = "PARTINFER_MAPPED"
 _HUGE_PAGE = 2 * 2**20
-_SAMPLE = 8 * _HUGE_PAGE  # of a file: how it is mapped tells how the rest would be
+_SAMPLE = 8 * _HUGE_PAGE  # of a file: the rest would be mapped as this part is
 _MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22  # Linux. Python has a name for the first one only
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells that a file is still the same: which one it is, its size, and when it was written last."""
+    """Whether a file is still the same shows in these: which one it is, its size, and when it was last written."""
 
     device: int
     inode: int
@@ -61,15 +61,15 @@ class MappedFiles:
     """Files that are mapped when they are first used. The mapping is private: writing to it does not change the file.
 
     But writing to the file may change the mapping, and pages behind the end of a file that was cut off can't be read:
-    `check_unchanged` tells both. A file that is cut off after that, while the weights are in use, ends the process with a
-    line that says so (and exit code 1).
+    `check_unchanged` finds out both. A file that is cut off after that, while the weights are in use, ends the process
+    with a line that says so (and exit code 1).
     """
 
     def __init__(self) -> None:
         self._maps: dict[Path, _Mapping | None] = {}
 
     def tensor(self, path: Path, start: int, nbytes: int) -> torch.Tensor | None:
-        """uint8 [nbytes] from byte `start` on, with pages that may not be read yet; None if it is better to read a copy."""
+        """uint8 [nbytes] from byte `start` on, whose pages may not be read yet; None if reading a copy is better."""
         if start % ALIGNMENT or not nbytes:
             return None
         if path not in self._maps:
@@ -78,7 +78,7 @@ class MappedFiles:
         return None if mapping is None else mapping.whole[start : start + nbytes]
 
     def check_unchanged(self) -> None:
-        """PartInferError if a mapped file was written to since it was mapped. Takes a microsecond a file.
+        """Raise PartInferError if a mapped file was written to since it was mapped. Takes a microsecond per file.
 
         A path that leads to another file by now does not matter: the mapped one stays as it was.
         """
@@ -93,7 +93,7 @@ class MappedFiles:
 
 
 def changed(path: Path) -> PartInferError:
-    """What is told about a file of weights that was changed while it was in use."""
+    """The message about a file of weights that was changed while it was in use."""
     return PartInferError(f"{path} was changed while it was in use: start again, with a pack that is complete")
 
 
@@ -102,7 +102,7 @@ def bring(memory: torch.Tensor) -> None:
     first = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = memory.data_ptr() + len(memory) - first
     failed = _madvise(first, size, _MADV_POPULATE_READ) and ctypes.get_errno()
-    if failed and failed != errno.EINVAL:  # from Linux before 5.14, which reads pages when they are used
+    if failed and failed != errno.EINVAL:  # from Linux before 5.14: pages are then read when they are used
         raise PartInferError(f"weights can't be read: {os.strerror(failed)}; make the pack again")
 
 

@@ -1,7 +1,7 @@
 """Pack: reading a model folder that holds only the neurons of a load plan.
 
-A pack is read like the checkpoint that it was made from: it is a WeightSource with the same names. But what loading asks
-for is stored there in one piece. pack_description.py says what is in the folder.
+A pack is read like the checkpoint that it was made from: it is a WeightSource with the same names. But what loading
+asks for is stored there in one piece. pack_description.py says what is in the folder.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class Pack(Checkpoint):
             ) from None
 
     def with_own_type(self, settings: PartInferConfig) -> PartInferConfig:
-        """The settings with the pack's types in place of `auto`. PartInferError if they ask for other types than it is quantised to."""
+        """The settings with the pack's types in place of `auto`.
+
+        Raises PartInferError if they ask for other types than it is quantised to.
+        """
         ours = self._description["dtype"]
         if settings.dtype not in ("auto", ours) and ours in kernels.FORMATS:
             raise PartInferError(
@@ -84,7 +87,7 @@ class Pack(Checkpoint):
         return replace(settings, head_dtype=head)
 
     def check_unchanged(self) -> None:
-        """PartInferError if a file that weights are mapped from was written to or cut off since then."""
+        """Raise PartInferError if a file that weights are mapped from was written to or cut off since."""
         self._mapped.check_unchanged()
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
@@ -152,7 +155,7 @@ class Pack(Checkpoint):
             yield from self._row_reads(f"left_out.{name}", source.left_out.out)
 
     def _column_scale_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
-        """Packs before version 5 store none; theirs are all 1. (For later ones it has been checked that they do.)"""
+        """Packs before version 5 store none; theirs are all 1. (Later packs have been checked to have them.)"""
         if out.column_scales is None:
             return
         if f"{COLUMN_SCALES}.{name}" in self._files:
@@ -161,7 +164,7 @@ class Pack(Checkpoint):
             out.column_scales.fill_(1)
 
     def _other_layout_reads(self, name: str, out: QuantizedTensor) -> Iterator[Read]:
-        """The data of a head that is stored in planes but wanted without, or the other way round."""
+        """The data of a head that is stored in planes but needed without them, or the other way round."""
         stored = self._place(f"data.{name}")
         held = scratch(stored.shape, stored.dtype)
         convert = kernels.split_planes if out.in_planes else kernels.join_planes
@@ -212,7 +215,10 @@ class Pack(Checkpoint):
         return values.view(place.rows, 2, *place.shape[1:])[:, pair["half"]]
 
     def _stored(self, kind: str, name: str, entry: dict) -> Place:
-        """Where a weight is stored. If its rows alternate with another's, the shape is its own, but the bytes are those of both."""
+        """Where a weight is stored.
+
+        If its rows are interleaved with another's, the shape is its own, but the bytes are those of both.
+        """
         pair = entry.get("pair")
         if pair is None:
             return self._place(f"{kind}.{name}" if kind else name)
@@ -227,7 +233,10 @@ class Pack(Checkpoint):
         part: slice | None,
         column_weights: torch.Tensor | None = None,
     ) -> Iterator[Read]:
-        """The rows of a weight of the sparse layers. part: which rows of the pack; None for all."""
+        """The rows of a weight of the sparse layers.
+
+        part: which rows of the pack; None for all.
+        """
         pair = self._packed[name].get("pair")
         if pair is None:
             yield from self._row_reads(f"{kind}.{name}", out, part, column_weights)
@@ -236,7 +245,7 @@ class Pack(Checkpoint):
         place = self._stored(kind, name, self._packed[name])
         row_bytes, columns = place.row_bytes, math.prod(place.shape[1:])
         if isinstance(out, torch.Tensor) and out.stride() == (2 * columns, 1) and out.dtype == place.dtype:
-            if pair["half"] == 0:  # both at once: their rows alternate in memory as well
+            if pair["half"] == 0:  # both at once: their rows are interleaved in memory as well
                 both = out.as_strided((len(out), 2, columns), (2 * columns, columns, 1))
                 yield from self._row_reads(stored, both, part)
             return
@@ -257,7 +266,7 @@ class Pack(Checkpoint):
         return super()._place(name)
 
     def _part(self, name: str, number: int, wanted: torch.Tensor) -> slice:
-        """Where the wanted neurons are among the pack's; PartInferError unless they follow each other there in this order."""
+        """Where the wanted neurons are among the pack's; PartInferError unless they are consecutive there, in order."""
         ours = self._neurons_of(number)
         first = int((ours == wanted[0]).nonzero()[0]) if bool((ours == wanted[0]).any()) else len(ours)
         if not torch.equal(ours[first : first + len(wanted)], wanted):
@@ -288,5 +297,5 @@ def _take_half(
     places: slice,
     block: torch.Tensor,
 ) -> None:
-    """Put one of two weights, whose rows alternate in a block, into its place."""
+    """Put one of two weights, whose rows are interleaved in a block, into its place."""
     put(out, places, block.view(place.dtype).view(-1, 2, *place.shape[1:])[:, half], column_weights)

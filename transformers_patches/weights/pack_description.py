@@ -1,7 +1,7 @@
 """What is in a pack: the names of its files and tensors, and its description, pack.json.
 
-A pack is a model folder that holds only the neurons of a load plan. Its files are safetensors shards with their index, the
-config, the tokenizer, the neuron files in neurons/, and pack.json. Its tensors are, for a weight called NAME:
+A pack is a model folder that holds only the neurons of a load plan. Its files are safetensors shards with their index,
+the config, the tokenizer, the neuron files in neurons/, and pack.json. Its tensors are, for a weight called NAME:
 
 NAME                 the weight, if it is read whole.
 packed.NAME          [L, …] the planned rows, in the plan's order. Columns are stored as rows.
@@ -12,9 +12,9 @@ largest.NAME         [H] with float down rows: the largest size in each column, 
 left_out.NAME        [H] the weighted sum of the columns that are not there.
 neurons.NUMBER       [L] which neurons the rows belong to. Several weights may share a number.
 
-Two weights whose rows alternate in memory are one tensor [L, 2, …] under the name of the first; the description says so
-(`pair`). Tensors are aligned, so that they can be used where the file is mapped. Tensors that no weight asks for are
-ignored, so that later versions can add more.
+Two weights whose rows are interleaved in memory are one tensor [L, 2, …] under the name of the first; the description
+says so (`pair`). Tensors are aligned, so that they can be used where the file is mapped. Tensors that no weight asks
+for are ignored, so that later versions can add more.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from transformers_patches.weights.source import WeightedSum
 FORMAT, VERSION, READABLE = "partinfer-pack", 7, (1, 2, 3, 4, 5, 6, 7)
 DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
 LARGEST_DESCRIPTION = 64 * 2**20  # bytes of pack.json; that of a model of 100 layers has 60 kB
-ROPE_FACTORS = "rope_factors"  # a tensor of packs whose config did not tell the scaling
+ROPE_FACTORS = "rope_factors"  # a tensor of packs whose config lacks the scaling
 COLUMN_SCALES, LARGEST = "column_scales", "largest"
-ADDED = (  # how the names of tensors begin that are not weights of the checkpoint under their own name
+ADDED = (  # prefixes of tensors that are not weights of the checkpoint under their own name
     *("packed.", "data.", "scales.", f"{COLUMN_SCALES}.", f"{LARGEST}.", "left_out.", "neurons."),
     PADDING,
     ROPE_FACTORS,
@@ -42,7 +42,7 @@ FIXED = (  # the settings that decide which neurons a pack holds
     *("loaded_neurons_percent", "base_neurons_percent", "base_neurons_type", "start_num", "end_num", "compensation"),
     "budget",
 )
-KEPT = ("sparsity", "max_loss")  # and those that a pack is run with unless told otherwise; older packs have none
+KEPT = ("sparsity", "max_loss")  # defaults for running the pack; older packs have none
 
 
 def is_pack(folder: str | Path) -> bool:
@@ -60,7 +60,7 @@ def pack_settings(folder: str | Path) -> dict:
 
 
 def read_description(folder: str | Path) -> dict:
-    """The content of pack.json, older versions as the current one has it.
+    """The content of pack.json; older versions are converted to the layout of the current one.
 
     Raises PartInferError if it can't be read, or if weights have a format that is not known.
     """

@@ -1,7 +1,7 @@
 """Whether a pack's description and its tensors are what they should be, before anything is read by them.
 
-pack.json carries a checksum of itself since version 7. Whatever its version, its values must have their types, and the shapes
-and types of the tensors must follow from it.
+pack.json carries a checksum of itself since version 7. Whatever its version, its values must have their types, and the
+shapes and types of the tensors must follow from it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers_patches.weights.safetensors_folder import Place
 
 CHECKSUM = "checksum"
 HOW = ("whole", "rows", "columns")
-SEALED_SINCE = 7  # the version from which on a description has a checksum
-COLUMN_SCALES_SINCE = 5  # and that from which on column scales, and what they are made from, are stored
+SEALED_SINCE = 7  # the first version whose descriptions have a checksum
+COLUMN_SCALES_SINCE = 5  # the first version that stores column scales, and what they are made from
 
 
 def _is_number(value: object) -> bool:
@@ -62,7 +62,7 @@ def _checksum(description: dict) -> str:
 
 
 def check_seal(content: dict) -> None:
-    """ValueError if the description is not what was written. Those before version 7 may have no checksum."""
+    """Raise ValueError if the description is not what was written. Before version 7, it may have no checksum."""
     if content["version"] >= SEALED_SINCE or CHECKSUM in content:
         _expect(content.get(CHECKSUM) == _checksum(content), "it was changed after the pack was made")
 
@@ -74,7 +74,7 @@ def one_line(error: Exception) -> str:
 
 
 def check_description(content: dict, settings: Collection[str]) -> None:
-    """ValueError unless a description of the current layout is whole and its values have their types.
+    """Raise ValueError unless a description of the current layout is complete and its values have their types.
 
     settings: the names of settings that it must have.
     """
@@ -109,7 +109,7 @@ def _check_entry(name: str, entry: dict) -> None:
 
 
 def _check_pairs(packed: dict[str, dict]) -> None:
-    """Weights whose rows alternate: both halves are there, and alike."""
+    """For weights whose rows are interleaved: both halves are there, and alike."""
     halves = defaultdict(dict)
     for name, entry in packed.items():
         if "pair" in entry:
@@ -126,9 +126,10 @@ def _check_pairs(packed: dict[str, dict]) -> None:
 
 
 def check_tensors(content: dict, names: Collection[str], place_of: Callable[[str], Place]) -> None:
-    """ValueError unless the tensors of a pack have the shapes and types that follow from its description.
+    """Raise ValueError unless the tensors of a pack have the shapes and types that follow from its description.
 
-    names: of all tensors. place_of: a tensor's place, by name; raises PartInferError for one that is not there.
+    names: of all tensors.
+    place_of: gives a tensor's place by its name; raises PartInferError for one that is not there.
     """
     for name, entry in content["packed"].items():
         row, rows = _row_shape(entry), entry["shape"][0]

@@ -28,7 +28,7 @@ PROMPT_SHARE = 2 / 3  # share of a text without continuation that counts as pref
 class FitTexts:
     """The texts to fit on."""
 
-    batches: list[Batch]
+    batches: list[Batch]  # of texts of similar length
     texts: int  # how many texts there are
     tokens: int  # how many tokens they have together
     digest: str  # of all token ids, to notice texts that have changed
@@ -100,12 +100,12 @@ class FitCheckpoint(CheckpointFile):
 class FitRun:
     """Fits one layer after another, continuing from a checkpoint if asked to."""
 
-    model: PreTrainedModel
-    texts: FitTexts
+    model: PreTrainedModel  # with all neurons
+    texts: FitTexts  # what it is fitted on
     layers: dict[int, Share | None]  # the sparse layers and the share of each; None: that of the settings
     fit_settings: FitSettings  # what is fitted
     ranking: torch.Tensor | None  # int [layers, N]; None: the fit chooses the neurons
-    checkpoint: FitCheckpoint
+    checkpoint: FitCheckpoint  # written after every layer
     settings: dict  # everything that affects the result; a resumed fit must have the same
     quiet: bool = False  # without a progress bar
     errors: dict[int, tuple[float, float]] = field(default_factory=dict)  # relative squared output error before, after

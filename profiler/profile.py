@@ -31,7 +31,7 @@ class ProfilingRun:
     collector: Collector  # runs the batches and holds the statistics
     windows: WindowSource  # gives the texts
     batch_size: int  # texts at a time
-    checkpoint: ProfileCheckpoint
+    checkpoint: ProfileCheckpoint  # written after every window
     settings: dict  # everything that affects the result; a resumed run must have the same
     processes: PartialState  # of `accelerate launch`
     describe: Callable[[list[int]], str]  # token ids -> text, for messages

@@ -73,8 +73,10 @@ class WeightFormat(ABC):
 
 @dataclass(frozen=True)
 class SymmetricFormat(WeightFormat):
-    """Integers from `lowest` to `highest` times one float16 scale per group: weight = scale * value.
+    """Integers times one float16 scale per group: weight = scale * value.
 
+    lowest: the smallest integer.
+    highest: the largest integer.
     factors: times the scale that makes a group's largest value exact; a search for the scale with the least square
         error tries them all.
     favours_large: whether every scale is searched for, and errors are weighted with |weight|: with few bits large

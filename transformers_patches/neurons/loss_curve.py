@@ -47,7 +47,7 @@ class LossPoint:
 class LossCurve:
     """The measured points, and what decoding needs at those where all layers are sparse and everything is loaded."""
 
-    points: list[LossPoint]
+    points: list[LossPoint]  # every setting that was measured
     thresholds: torch.Tensor  # float32 [points of `whole`, layers], of the scores that choose neurons
     gate_size: torch.Tensor | None  # float32 [layers, N], typical size of act(gate x); None for a plain FFN
 

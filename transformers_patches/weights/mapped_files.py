@@ -31,12 +31,12 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class FileState:
-    """Whether a file is still the same shows in these: which one it is, its size, and when it was last written."""
+    """What shows whether a file is still the same."""
 
-    device: int
-    inode: int
-    nbytes: int
-    written_ns: int
+    device: int  # number of the file system
+    inode: int  # number of the file in it
+    nbytes: int  # size of the file
+    written_ns: int  # when it was last written, in nanoseconds
 
     @classmethod
     def of(cls, file: Path | int) -> FileState:

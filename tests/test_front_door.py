@@ -122,7 +122,7 @@ def test_what_goes_wrong_reaches_the_reader(model):
     ("name", "options", "message"),
     [
         ("opt-6.7b", {}, "no model at models/opt-6.7b: fetch it"),
-        ("tiny-base", {}, "no neuron files for tiny-base"),
+        ("tiny-base", {"settings": PartInferConfig()}, "no neuron files for tiny-base"),
         ("tiny-chat", {"task_type": "chess"}, "task_type must be one of QA"),
     ],
 )
@@ -167,3 +167,11 @@ def test_the_readmes_example_runs_as_written():
     printed = in_a_fresh_process(readme_example())
     assert len(printed.split()) > 20
     assert "tokens/s" in printed
+
+
+def test_without_neuron_files_everything_is_loaded(home, monkeypatch):
+    monkeypatch.chdir(home)
+    base = load_model("tiny-base")
+    assert base.loaded.plan.loaded_fraction == 1.0
+    assert base.loaded.settings.sparsity == 0.7
+    assert generate(base, "hi", max_new_tokens=2).generated_tokens

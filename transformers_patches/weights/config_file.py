@@ -28,8 +28,10 @@ LARGEST = {  # what no model reaches
     "head_dim": 2**16,
     "vocab_size": 2**28,
     "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
 }
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "do_layer_norm_before")
+POSITIVE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = ("rope_parameters", "rope_scaling")  # objects with numbers of their own
 _UNSUPPORTED = {  # what a value must be if it is there, and why
@@ -88,6 +90,9 @@ def _why_wrong(name: str, value: object) -> str | None:
         return f"expected a whole number from 1 to {LARGEST[name]}" if wrong else None
     if name in FLAGS:
         return None if isinstance(value, bool) else "expected true or false, without quotes"
+    if name in POSITIVE and value is not None:
+        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        return None if right else "expected a number above 0"
     if name in ("dtype", "torch_dtype") and value is not None:
         known = isinstance(value, str) and getattr(torch, value, None) in FLOAT_TYPES
         return None if known else _types()

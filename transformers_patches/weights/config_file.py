@@ -31,7 +31,10 @@ LARGEST = {  # what no model reaches
     "sliding_window": 2**31,
 }
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "do_layer_norm_before")
-POSITIVE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+RANGES = {  # from, to
+    **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), (1e-6, 1e9)),
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "layerdrop"), (0, 1)),
+}
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = ("rope_parameters", "rope_scaling")  # objects with numbers of their own
 _UNSUPPORTED = {  # what a value must be if it is there, and why
@@ -90,9 +93,10 @@ def _why_wrong(name: str, value: object) -> str | None:
         return f"expected a whole number from 1 to {LARGEST[name]}" if wrong else None
     if name in FLAGS:
         return None if isinstance(value, bool) else "expected true or false, without quotes"
-    if name in POSITIVE and value is not None:
-        right = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-        return None if right else "expected a number above 0"
+    if name in RANGES and value is not None:
+        low, high = RANGES[name]
+        right = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        return None if right else f"expected a number from {low:g} to {high:g}"
     if name in ("dtype", "torch_dtype") and value is not None:
         known = isinstance(value, str) and getattr(torch, value, None) in FLOAT_TYPES
         return None if known else _types()

@@ -156,7 +156,7 @@ REFUSED = [
     ({"num_key_value_heads": 3}, r"config.json|has shape"),
     ({"head_dim": 10**9}, "head_dim is 1000000000, expected"),
     ({"sliding_window": {}}, "sliding_window is {}, expected a whole number"),
-    ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1, expected a number above 0"),
+    ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1, expected a number from 1e-06"),
     ({"vocab_size": 2**70}, "vocab_size is 1180591620717411303424, expected"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN, expected a finite number"),
     ({"rope_parameters": {"rope_theta": float("inf"), "rope_type": "default"}}, "rope_theta in it is not finite"),

@@ -55,7 +55,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return gguf_tokenizer(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        tokenizer.decode(tokenizer("a").input_ids)  # the only way to notice some settings of wrong types
+        tokenizer.decode(tokenizer("a \u0fff\ue000").input_ids)  # the only way to notice some settings of wrong types
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers panics on some damaged files, and that is not an Exception

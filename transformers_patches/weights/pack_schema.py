@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 import torch
 
 from transformers_patches import kernels
-from transformers_patches.config import BASE_NEURONS_TYPES, BUDGETS, COMPENSATIONS, DTYPES
+from transformers_patches.config import BASE_NEURONS_TYPES, BUDGETS, COMPENSATIONS, FLOAT_DTYPES
 from transformers_patches.weights.safetensors_folder import Place
 
 CHECKSUM = "checksum"
@@ -85,8 +85,10 @@ def check_description(content: dict, settings: Collection[str]) -> None:
         fits, expected = SETTINGS.get(name, (_is_text_or_number, "a text, a number or null"))
         _expect(fits(value), f"its setting {name} is {value!r}, not {expected}")
     for name in ("dtype", "head_dtype"):
-        known = content.get(name, "auto") in DTYPES
-        _expect(known and (name != "dtype" or content[name] != "auto"), f"{name} is {content.get(name)!r}")
+        value = content.get(name, "auto")
+        _expect(name != "dtype" or value != "auto", f"{name} is {value!r}")
+        if value not in FLOAT_DTYPES:
+            kernels.format_named(value)
     _expect(_is_count(content["bytes_dense"]), f"bytes_dense is {content['bytes_dense']!r}")
     for name, shape in content["elsewhere"].items():
         _expect(_is_shape(shape), f"the shape of {name} is {shape!r}")

@@ -124,7 +124,14 @@ def test_another_compiler_is_tried(compiler):
 def start_build(**environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "transformers_patches.kernels.build", "--isa", "scalar"]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # what runs in the background ignores Ctrl-C, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

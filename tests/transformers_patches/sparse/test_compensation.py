@@ -251,7 +251,7 @@ def test_a_fit_with_low_rank_maps_is_refused(compensation, tiny_checkpoints, tmp
     _, path = save_pair(tmp_path, compensation=compensation)
     folder, options = tiny_checkpoints["llama"], {"dataset_neurons_filepath": path, **SETTINGS}
     with pytest.raises(
-        PartInferError, match=f"made for compensation {re.escape(compensation)}, of which low-rank maps"
+        PartInferError, match=f"made for compensation '{re.escape(compensation)}', of which low-rank maps"
     ):
         load_model(folder, PartInferConfig(**options))
     assert load_model(folder, PartInferConfig(compensation="mean", **options)).settings.compensation == "mean"

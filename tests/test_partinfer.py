@@ -215,7 +215,15 @@ def test_the_demo_model_answers_with_part_of_its_neurons(demo_model, capsys):
     assert "Paris" in dense["text"]
     assert dense["finish_reason"] == "stop"
     partinfer.main(flags)
+    bounded = json.loads(capsys.readouterr().out)
+    assert bounded["settings"]["max_loss"] == 0.05
+    assert 0 < bounded["predicted_loss"] <= 0.05
+    assert bounded["loaded_neurons_percent"] == 1.0
+    assert bounded["computed_neurons_percent"] == pytest.approx(bounded["settings"]["sparsity"], abs=0.1)
+    assert "Paris" in bounded["text"]
+    partinfer.main([*flags, "--loaded_neurons_percent", "0.7", "--sparsity", "0.4"])
     part = json.loads(capsys.readouterr().out)
+    assert part["predicted_loss"] > 0.1
     assert part["loaded_neurons_percent"] == pytest.approx(0.7, abs=1e-3)
     assert part["computed_neurons_percent"] == pytest.approx(0.4, abs=1e-3)
     assert part["wholly_computed_neurons_percent"] == pytest.approx(0.25, abs=1e-3)  # the others' up rows only

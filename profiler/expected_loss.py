@@ -14,6 +14,7 @@ from profiler.loss_measurement import SCORED_TOKENS, LossMeasurement, ScoredText
 from profiler.model_texts import text_sequences
 from profiler.placement import ProfiledModel
 from profiler.texts import ResolvedSource
+from transformers_patches import cli
 from transformers_patches.neurons.loss_curve import LossCurve
 from transformers_patches.neurons.neuron_file import NeuronFile
 
@@ -61,6 +62,5 @@ def expectation(curve: LossCurve) -> str:
     lines = [["setting", "loaded", "FFN bytes a token reads", "loss, nats per token"]]
     lines += [[name, f"{p.loaded:.0%}", f"{p.sparsity:.0%}", f"{p.loss:.3f}"] for name, p in rows]
     bounds = ", ".join(f"{bound:g}: {curve.sparsity_for(bound):.0%}" for bound in (0.02, 0.05, 0.1))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return f"{table}\nFFN bytes read at --max_loss {bounds}"
+    bounds = ", ".join(f"{bound:g}: {curve.sparsity_for(bound):.0%}" for bound in (0.02, 0.05, 0.1))
+    return f"{cli.aligned(lines)}\nFFN bytes read at --max_loss {bounds}"

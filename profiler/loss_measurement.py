@@ -138,8 +138,8 @@ class LossMeasurement:
         settings = [(ALL, share) for share in WHOLE]
         settings += [(DEFAULT, share) for share in SOME_LAYERS] if default else []
         points = [
-            LossPoint("up", *setting[:1], 1.0, setting[1], *loss)
-            for setting, loss in zip(settings, losses, strict=False)
+            LossPoint("up", layers, 1.0, share, *loss)
+            for (layers, share), loss in zip(settings, losses, strict=False)  # without default layers fewer settings
         ]
         return points, thresholds, sizes
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -70,6 +70,12 @@ def write_json(target: str | Path, content: dict, indent: int | None = None) -> 
         print(text, flush=True)
     else:
         write_text_atomic(target, text + "\n")
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def report(target: str | None, content: dict, text: str, indent: int | None = None) -> None:

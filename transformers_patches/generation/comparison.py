@@ -8,6 +8,7 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
+from transformers_patches import cli
 from transformers_patches.generation.generate import GenerationOptions, GenerationResult, generate
 from transformers_patches.load.loaded_model import LoadedModel
 
@@ -89,5 +90,4 @@ def table(rows: list[dict]) -> str:
                 "not measured" if loss is None else f"{loss:.3f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return cli.aligned(lines)

@@ -16,7 +16,7 @@ from transformers_patches import cli
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.flags import STANDARD_OUTPUT
-from transformers_patches.generation.comparison import Comparison, table
+from transformers_patches.generation.comparison import MEGABYTE, Comparison, table
 from transformers_patches.generation.generate import Conversation, GenerationOptions, GenerationResult, generate
 from transformers_patches.generation.prompts import (
     TEMPLATES,
@@ -28,8 +28,6 @@ from transformers_patches.generation.prompts import (
 from transformers_patches.load.loader import load_model
 from transformers_patches.plan.max_loss import DEFAULT_MAX_LOSS, SPOILS
 from transformers_patches.weights.model_files import load_tokenizer
-
-MEGABYTE = 10**6
 
 
 def generation_options(arguments: argparse.Namespace) -> GenerationOptions:

@@ -62,5 +62,4 @@ def expectation(curve: LossCurve) -> str:
     lines = [["setting", "loaded", "FFN bytes a token reads", "loss, nats per token"]]
     lines += [[name, f"{p.loaded:.0%}", f"{p.sparsity:.0%}", f"{p.loss:.3f}"] for name, p in rows]
     bounds = ", ".join(f"{bound:g}: {curve.sparsity_for(bound):.0%}" for bound in (0.02, 0.05, 0.1))
-    bounds = ", ".join(f"{bound:g}: {curve.sparsity_for(bound):.0%}" for bound in (0.02, 0.05, 0.1))
     return f"{cli.aligned(lines)}\nFFN bytes read at --max_loss {bounds}"

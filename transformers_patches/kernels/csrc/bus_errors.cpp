@@ -22,11 +22,14 @@ struct Mapping {
 Mapping mappings[MOST];
 struct sigaction before;
 std::mutex changing;
+std::atomic_flag said = ATOMIC_FLAG_INIT;
 
 void on_bus_error(int, siginfo_t* info, void*) {
   const uintptr_t place = reinterpret_cast<uintptr_t>(info->si_addr);
   for (const Mapping& mapping : mappings)
     if (info->si_code == BUS_ADRERR && mapping.begin.load() <= place && place < mapping.end.load()) {
+      // Several threads read a mapping at once: the first of them says it, the others wait for the end.
+      if (said.test_and_set()) for (;;) pause();
       if (write(STDERR_FILENO, MESSAGE, sizeof(MESSAGE) - 1)) {}  // there is nothing to do about an error here
       _exit(1);
     }

@@ -51,13 +51,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--apply_chat_template", action="store_true", help="wrap prompts as the model's chat template says"
     )
     run.add_argument("--system_instruction", help="what the model is told first")
+    run.add_argument(
+        "--run_generated_code",
+        action="store_true",
+        help="allow tasks that run what the model writes (local_humaneval), each program with limits, without network",
+    )
     run.add_argument("--bootstrap_iters", type=int, default=1000, help="resamples of the standard errors (1000)")
     out = parser.add_argument_group("output")
     out.add_argument("--output_path", default="results", help="results folder (results)")
     flags.add_json(out)
     flags.add_quiet(out)
     out.add_argument("--log_samples", action="store_true", help="write every answer too, as <task>.samples.jsonl")
-    out.add_argument("--skip_finished", action="store_true", help="keep results that the same run left there before")
+    out.add_argument(
+        "--skip_finished", action="store_true", help="keep results, and answers, that the same run left there before"
+    )
     return parser
 
 

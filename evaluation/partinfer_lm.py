@@ -25,6 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
+from evaluation.answer_log import AnswerLog
 from evaluation.models import find_rankings
 from evaluation.scoring import Request, batches, continuation_logits
 from evaluation.weights import weight_counts
@@ -75,6 +76,7 @@ class PartInferLM(HFLM):
         self.settings = settings
         self.rankings = find_rankings(settings, folder, task_type) if rankings is None else rankings
         self.windows = (prefill_tokens, scored_tokens)
+        self.answer_log: AnswerLog | None = None  # of the running task; None: answers are not kept
         if None in self.windows and settings.computes_sparsely:
             self.windows = (prefill_tokens or PREFILL_TOKENS, scored_tokens or SCORED_TOKENS)
         device = str(resolve_device(settings.device))
@@ -119,6 +121,16 @@ class PartInferLM(HFLM):
             "model_dtype": str(self._model.dtype),
             "partinfer": {"settings": self.settings.to_dict(), **weight_counts(self.loaded)},
         }
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """Answers; those that `answer_log` holds are not generated again."""
+        several = any((request.repeats or 1) > 1 for request in requests)  # different answers to one prompt
+        if self.answer_log is None or several:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        missing = [request for request in requests if self.answer_log.get(request.args) is None]
+        self.cache_hook = self.answer_log
+        super().generate_until(missing, disable_tqdm=disable_tqdm)
+        return [self.answer_log.get(request.args) for request in requests]
 
     def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
         if self.device.type == "cpu":

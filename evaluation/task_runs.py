@@ -17,6 +17,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 
+from evaluation.answer_log import AnswerLog
 from evaluation.methods import Configuration
 from evaluation.models import model_label, rankings_of
 from evaluation.partinfer_lm import PartInferLM
@@ -75,9 +76,33 @@ class TaskRunner:
                 self._say(f"{task}, {configuration.label}: finished, see {path}")
                 continue
             self._say(f"{task}, {configuration.label}")
+            objects, leaves = self._load_task(task)
+            self._check_allowed(leaves)
             model = model or self._load(configuration, task_type)
-            rows += self._run_task(model, configuration, task, run, path)
+            model.answer_log = AnswerLog(path.with_suffix(".answers.jsonl"), run)
+            if not self.arguments.skip_finished:
+                model.answer_log.forget()
+            result, samples = self._run_task(model, configuration, objects, leaves)
+            write_result(path, result | {"task": task, "run": run})
+            _write_samples(path, samples)
+            model.answer_log.forget()  # the result holds what counts
+            shared = {
+                "configuration": configuration.label,
+                "ffn_bytes_fraction": result["weights"]["ffn_bytes_fraction"],
+            }
+            rows += [shared | metric for metric in result["metrics"]]
         return rows
+
+    def _check_allowed(self, tasks: dict[str, Task]) -> None:
+        """Raise PartInferError for tasks that run programs or hold conversations, if no flag asks for that."""
+        for name, task in tasks.items():
+            if getattr(task, "UNSAFE_CODE", False) and not self.arguments.run_generated_code:
+                raise PartInferError(
+                    f"{name} runs programs that the model writes, each in a process of its own with limits: allow it "
+                    "with --run_generated_code"
+                )
+            if (task.config.metadata or {}).get("chat") and not self.arguments.apply_chat_template:
+                raise PartInferError(f"{name} asks in a conversation: give --apply_chat_template")
 
     def _say(self, line: str) -> None:
         if not self.arguments.quiet:
@@ -102,11 +127,11 @@ class TaskRunner:
         )
 
     def _run_task(
-        self, model: PartInferLM, configuration: Configuration, task: str, run: dict, path: Path
-    ) -> list[dict]:
+        self, model: PartInferLM, configuration: Configuration, objects: list, leaves: dict[str, Task]
+    ) -> tuple[dict, dict[str, list]]:
+        """The result of a task or group, and with --log_samples every answer by task."""
         given = self.arguments
         model.loaded.reset_counters()
-        objects, leaves = self._load_task(task)
         sampled = given.shuffle and given.limit is not None
         started = time.perf_counter()
         output = lm_eval.simple_evaluate(
@@ -126,28 +151,21 @@ class TaskRunner:
             numpy_random_seed=given.seed,
             torch_random_seed=given.seed,
             fewshot_random_seed=given.seed,
+            confirm_run_unsafe_code=given.run_generated_code,
         )
         samples = output.pop("samples", {})
         counts = output["config"]["partinfer"]
         result = {
             "model": self.model,
-            "task": task,
             "configuration": configuration.label,
             "method": configuration.method,
             "metrics": _metrics(output["results"]),
             "rows": {name: count["effective"] for name, count in output["n-samples"].items()},
             "weights": {name: value for name, value in counts.items() if name != "settings"},
-            "run": run,
             "seconds": round(time.perf_counter() - started, 1),
             "lm_eval": {name: output[name] for name in ("results", "versions", "n-shot", "higher_is_better")},
         }
-        write_result(path, result)
-        for name, answers in samples.items():
-            lines = [json.dumps(answer, ensure_ascii=False, default=str) for answer in answers]
-            write_text_atomic(path.with_name(f"{name}.samples.jsonl"), "\n".join(lines) + "\n")
-        fraction = counts["ffn_bytes_fraction"]
-        shared = {"configuration": configuration.label, "ffn_bytes_fraction": fraction}
-        return [shared | metric for metric in result["metrics"]]
+        return result, samples
 
     def _sample(self, task: Task) -> list[int]:
         """--limit rows of a task, drawn with --seed, since neighbouring rows are often about one subject."""
@@ -188,6 +206,13 @@ def _find_tasks(names: list[str], include_path: str | None) -> tuple[TaskManager
             f"{TASKS.parent.name}/tasks ({', '.join(local)})"
         )
     return manager, [task for name in names for task in sorted(manager.match_tasks([name]))]
+
+
+def _write_samples(path: Path, samples: dict[str, list]) -> None:
+    """Every answer, as <task>.samples.jsonl beside a result."""
+    for name, answers in samples.items():
+        lines = [json.dumps(answer, ensure_ascii=False, default=str) for answer in answers]
+        write_text_atomic(path.with_name(f"{name}.samples.jsonl"), "\n".join(lines) + "\n")
 
 
 def _metrics(results: dict[str, dict]) -> list[dict]:

@@ -212,8 +212,10 @@ def test_summaries_are_scored_by_rouge():
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the data sets for machines without a hub are not there")
 def test_every_local_task_runs_on_the_real_data(flags, tmp_path):
     shown = [flag for flag in flags if not flag.startswith("--data_dir")]
-    tasks = ",".join(sorted(path.stem for path in (ROOT / "evaluation" / "tasks").glob("local_*.yaml")))
-    limits = ["--limit=1", "--max_length=250", f"--data_dir={SHARED_DATA}"]
+    names = {path.stem for path in (ROOT / "evaluation" / "tasks").glob("local_*.yaml")}
+    tasks = ",".join(sorted(names - {"local_humaneval_chat"}))  # the tiny model has no chat template
+    limits = ["--limit=1", "--max_length=250", "--gen_kwargs=max_gen_toks=16", f"--data_dir={SHARED_DATA}"]
+    limits.append("--run_generated_code")
     assert main([*shown, *limits, "--task_name", tasks]) == 0
     for task in tasks.split(","):
         assert result(tmp_path, "partinfer", task)["metrics"], task

@@ -1,0 +1,1 @@
+"""Runs programs that a model has written, each in a process of its own with limits."""

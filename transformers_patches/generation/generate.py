@@ -18,9 +18,11 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.fast_pass.kv_cache import GrowingLayer
 from transformers_patches.fast_pass.one_token import new_cache
 from transformers_patches.generation.decoding_loop import FiniteLogits, one_sequence_loop
 from transformers_patches.generation.text import AnswerText, Sink
@@ -100,8 +102,8 @@ class Conversation:
                 break
             common += 1
         if self.cache is not None and common and common < len(self.token_ids):
-            if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-                common = 0  # a sliding window has forgotten what would be needed
+            if not all(_can_be_cut(layer) for layer in self.cache.layers):
+                common = 0  # a sliding window or a state has forgotten what would be needed
             else:
                 self.cache.crop(common - len(self.token_ids))
         if self.cache is None or not common:
@@ -111,6 +113,11 @@ class Conversation:
 
     def forget(self) -> None:
         self.cache, self.token_ids = None, []
+
+
+def _can_be_cut(layer: CacheLayerMixin) -> bool:
+    """Whether a layer of a cache still knows every token, so that the last ones can be taken away."""
+    return type(layer) in (DynamicLayer, GrowingLayer)
 
 
 def generate(

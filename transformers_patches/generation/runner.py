@@ -26,6 +26,7 @@ from transformers_patches.generation.prompts import (
     uses_chat_template,
 )
 from transformers_patches.load.loader import load_model
+from transformers_patches.load.paths import in_words, layer_paths
 from transformers_patches.plan.max_loss import DEFAULT_MAX_LOSS, SPOILS
 from transformers_patches.weights.model_files import load_tokenizer
 
@@ -212,6 +213,7 @@ class Runner:
             f"neurons loaded {plan.loaded_fraction:.1%}, computed {computed:.1%}{per_token} "
             f"in {len(plan.layers)} of {plan.num_layers} layers"
         )
+        parts.append(in_words(layer_paths(self.loaded.model, native=self.loaded.run.native)))
         if self.loaded.run.predicted_loss is not None:
             parts.append(f"predicted loss {self.loaded.run.predicted_loss:.3f} nats per token")
         parts.append(
@@ -239,6 +241,8 @@ class Runner:
             "wholly_computed_neurons_percent": loaded.computed_fraction(),
             "predicted_loss": loaded.run.predicted_loss,
             "sparse_layers": list(loaded.plan.layers),
+            "layer_paths": layer_paths(loaded.model, native=loaded.run.native),
+            "whole_layers": dict(loaded.run.family.whole_layers),  # that can't be computed by neurons, and why
             "weight_bytes_read": loaded.report.bytes_read,
             "weight_bytes_dense": loaded.report.bytes_dense,
             "weight_bytes_resident": loaded.report.bytes_resident,

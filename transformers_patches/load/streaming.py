@@ -18,6 +18,7 @@ from transformers_patches.modules.quantized import QuantizedEmbedding, Quantized
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.weights.memory import WeightMemory
+from transformers_patches.weights.parts import whole_name
 from transformers_patches.weights.source import Source, WeightSource
 
 
@@ -26,7 +27,7 @@ class _Wanted:
     """A weight that is read."""
 
     name: str  # in the model
-    place: nn.Parameter | QuantizedWeight  # what holds it, still without memory
+    place: torch.Tensor | QuantizedWeight  # what holds it: a parameter without memory, or a buffer
     source: Source  # in the checkpoint, by its name there
     in_plan: bool  # of neurons that the plan loads, not of a module that stays whole
 
@@ -66,26 +67,39 @@ def _wanted(
     model: PreTrainedModel, weights: WeightSource, sources: dict[str, Source], run: ResolvedRun
 ) -> list[_Wanted]:
     """All weights of the model, tied ones once. PartInferError unless the checkpoint has these, and nothing else."""
-    names = names_in_model(weights, model.config)
+    names, places = names_in_model(weights, model.config), weight_places(model)
+    buffers = _kept_buffers(model)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     head = "lm_head.weight" if not tied else model.all_tied_weights_keys["lm_head.weight"]
     important = column_weights(run.family, None if run.weight_format is None else run.base, head)
     wanted, used = [], set()
-    for name, place in weight_places(model):
+    for name, place in (*places, *buffers.items()):
         source = sources.get(name, Source(name))
-        stored = names.get(source.name)
-        if stored is None:
-            if name in tied:
-                continue
-            raise PartInferError(f"{weights.source} lacks {source.name}: the checkpoint is incomplete, fetch it again")
-        used.add(stored)
+        whole = whole_name(source.name)
+        if whole not in names:
+            if name in tied or name in buffers:
+                continue  # files of before a buffer was kept leave it as it is
+            raise PartInferError(f"{weights.source} lacks {whole}: the checkpoint is incomplete, fetch it again")
+        used.add(names[whole])
+        stored = names[whole] + source.name.removeprefix(whole)
         if name not in tied:  # else the same tensor as its partner, which is read
             _check_shape(weights, stored, place.shape, source.how, run.plan.intermediate_size)
-            of_columns = important.get(source.name) if _has_weighted_errors(place, source) else None
+            of_columns = important.get(whole) if _has_weighted_errors(place, source) else None
             in_plan = name in sources and source.how != "whole"
             wanted.append(_Wanted(name, place, replace(source, name=stored, column_weights=of_columns), in_plan))
     _check_all_used(model, weights, {name for name, stored in names.items() if stored not in used})
     return wanted
+
+
+def _kept_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The buffers that belong into checkpoints, by name; not the data of quantised weights."""
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, QuantizedWeight)]
+    return {
+        f"{place}.{name}" if place else name: buffer
+        for place, module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _check_all_used(model: PreTrainedModel, weights: WeightSource, unused: set[str]) -> None:
@@ -95,7 +109,7 @@ def _check_all_used(model: PreTrainedModel, weights: WeightSource, unused: set[s
         raise PartInferError(f"{weights.source} has {unexpected[0]}, which {model.config.model_type} has no place for")
 
 
-def _has_weighted_errors(place: nn.Parameter | QuantizedWeight, source: Source) -> bool:
+def _has_weighted_errors(place: torch.Tensor | QuantizedWeight, source: Source) -> bool:
     """Whether columns of a weight are inputs. Columns that become rows are outputs."""
     return isinstance(place, QuantizedWeight) and source.how != "columns"
 
@@ -131,14 +145,15 @@ def _memory_for(
 
 
 def _hold(
-    model: PreTrainedModel, name: str, place: nn.Parameter | QuantizedWeight, values: torch.Tensor | QuantizedTensor
+    model: PreTrainedModel, name: str, place: torch.Tensor | QuantizedWeight, values: torch.Tensor | QuantizedTensor
 ) -> None:
     """Make a weight of the model refer to this memory."""
     if isinstance(place, QuantizedWeight):
         place.fill(values)
         return
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(values, requires_grad=False))
+    held = nn.Parameter(values, requires_grad=False) if isinstance(place, nn.Parameter) else values
+    setattr(model.get_submodule(parent), leaf, held)
 
 
 def _check_shape(

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from transformers_patches.config import PartInferConfig, neuron_count
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import family_of
+from transformers_patches.families import Family, family_of
 from transformers_patches.files import write_text_atomic
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
@@ -48,7 +48,7 @@ class LoadPlan:
 
     method: PartInferConfig's `method`.
     num_layers: layers of the model, sparse or not.
-    intermediate_size: N, the FFN neurons of one layer.
+    intermediate_size: N, the FFN neurons of one layer; 0 if no layer can be computed by neurons.
     layers: the plans of the sparse layers, by layer number.
     """
 
@@ -100,9 +100,11 @@ def build_load_plan(
     that can't be met.
     """
     family = family_of(config)
-    size, num_layers = family.intermediate_size(config), config.num_hidden_layers
+    num_layers = config.num_hidden_layers
     if not (settings.use_partial_loading or settings.computes_sparsely):
+        size = family.intermediate_size(config) if len(family.whole_layers) < num_layers else 0
         return LoadPlan(settings.method, num_layers, size, {})
+    size = family.intermediate_size(config)
     partly = settings.use_partial_loading and settings.loaded_neurons_percent < 1
     if partly and dataset_neurons is None and model_neurons is None:
         raise PartInferError(
@@ -113,9 +115,8 @@ def build_load_plan(
     if settings.base_neurons_type == "model":
         base, other = other, base
     rankings = [_ranking(settings, file) for file in (base, other)]
-    matrices = 3 if family.gated else 2
-    layers = {}
-    for layer in _sparse_layers(settings, num_layers, fit):
+    matrices, layers = family.matrices, {}
+    for layer in _with_neurons(_sparse_layers(settings, num_layers, fit), family):
         base_ranking = torch.arange(size) if base is None else rankings[0][layer].long()
         other_ranking = base_ranking if other is None else rankings[1][layer].long()
         if fit is None:
@@ -141,6 +142,17 @@ def _sparse_layers(settings: PartInferConfig, num_layers: int, fit: FitFile | No
             "python -m profiler fit --budget per_layer"
         )
     return sorted(fit.layers)
+
+
+def _with_neurons(layers: list[int], family: Family) -> list[int]:
+    """Those that can be computed by neurons; PartInferError if none of them can."""
+    able = [layer for layer in layers if family.has_neurons(layer)]
+    if layers and not able:
+        raise PartInferError(
+            f"layers {layers[0]} to {layers[-1]} can't be computed by neurons: {family.whole_layers[layers[0]]}; choose "
+            "others with --start_num and --end_num, or use --method dense"
+        )
+    return able
 
 
 def _plan_layer(

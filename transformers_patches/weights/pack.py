@@ -32,6 +32,7 @@ from transformers_patches.weights.pack_description import (
 )
 from transformers_patches.weights.pack_schema import check_tensors, one_line
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.weights.parts import whole_name
 from transformers_patches.weights.safetensors_folder import Checkpoint, Place
 from transformers_patches.weights.source import Source, put, put_fitted
 
@@ -102,7 +103,8 @@ class Pack(Checkpoint):
         return {name: NeuronFile.load(path) for name, path in paths.items() if path.is_file()}
 
     def names(self) -> set[str]:
-        return {name for name in super().names() if not name.startswith(ADDED)} | {*self._packed, *self._elsewhere}
+        stored = {name for name in super().names() if not name.startswith(ADDED)}
+        return stored | {*map(whole_name, self._packed), *self._elsewhere}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in the checkpoint."""
@@ -261,7 +263,7 @@ class Pack(Checkpoint):
         return self._mapped.holds(out)
 
     def _place(self, name: str) -> Place:
-        if name not in self._files:
+        if name not in self._files and whole_name(name) not in self._files:
             raise PartInferError(f"{self.source} lacks {name}: make the pack again")
         return super()._place(name)
 

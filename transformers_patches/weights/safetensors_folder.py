@@ -23,6 +23,7 @@ from transformers_patches.weights import parallel_reads
 from transformers_patches.weights.config_file import one_line
 from transformers_patches.weights.file_kinds import is_safetensors, what_it_is
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, MAPPED_BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import (
     Source,
     WeightSource,
@@ -57,6 +58,11 @@ class Place:
     @property
     def row_bytes(self) -> int:
         return self.nbytes // max(1, self.rows)
+
+    def part(self, rows: slice) -> Place:
+        """Where some of the rows are stored."""
+        count, start = rows.stop - rows.start, self.start + rows.start * self.row_bytes
+        return replace(self, start=start, nbytes=count * self.row_bytes, shape=(count, *self.shape[1:]))
 
     def floats(self, name: str) -> tuple[str, torch.dtype] | None:
         """The tensor's name and type for a Read, if it has floats."""
@@ -140,6 +146,12 @@ class Checkpoint(WeightSource):
         return sum(self.nbytes(name) for name in self._files)
 
     def _place(self, name: str) -> Place:
+        rows = None if name in self._files else rows_of_part(name)
+        if rows is not None:
+            whole = self._place(whole_name(name))
+            if not whole.shape or rows.stop > whole.rows:
+                raise PartInferError(f"{self.source}: {name} was asked for, but its shape is {whole.shape}")
+            return whole.part(rows)
         path = self._files[name]
         if path not in self._headers:
             self._headers[path] = self._read_header(path)

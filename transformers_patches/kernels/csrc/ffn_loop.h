@@ -12,7 +12,9 @@ constexpr int BLOCK = 256;      // neurons computed before the rows of down that
 constexpr int RUN_BLOCK = 128;  // neurons computed before their rows of down are read where rows follow each other
 
 // Whether h is 0 for most neurons, so that it pays to compute many before reading any row of down.
-inline bool skips_rows(const FfnTask& task) { return task.activation == Activation::RELU; }
+inline bool skips_rows(const FfnTask& task) {
+  return task.activation == Activation::RELU || task.activation == Activation::RELU2;
+}
 
 inline float known_value(const FfnTask& task, int64_t token, int64_t position) {
   return task.up_values[token * task.value_stride + position];

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from evaluation.compared.files import ComparedFile
 from evaluation.methods import Configuration
 
 
@@ -26,8 +27,7 @@ class Job:
     configuration: Configuration | None = None  # for partinfer: method and settings
     task_type: str | None = None  # for partinfer: whose neuron file is looked up
     random_neurons_filepath: str | None = None  # for partinfer: the random ranking; None: a seeded one
-    gguf: Path | None = None  # the file that llama.cpp reads
-    gguf_bytes_per_token: int | None = None  # how much of it one token reads
+    compared: ComparedFile | None = None  # for llama.cpp: what it reads
 
 
 @dataclass(frozen=True)

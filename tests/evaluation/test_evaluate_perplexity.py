@@ -63,11 +63,32 @@ def test_every_method_on_the_same_windows(model_folder, ranking_paths, windows, 
         if label != "dense":
             assert row["kl_to_dense"] > 0
     assert rows["coreinfer_random_loading"]["nll"] != rows["coreinfer+partial"]["nll"]
-    assert (
-        rows["dense"]["bytes_per_token"]
-        > rows["dense+partial"]["bytes_per_token"]
-        > rows["partinfer"]["bytes_per_token"]
-    )
+    assert rows["dense"]["token_bytes"] > rows["dense+partial"]["token_bytes"] > rows["partinfer"]["token_bytes"]
+
+
+def test_block_bytes_are_those_of_all_layers(model_folder, ranking_paths, windows, tmp_path):
+    rows = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, "--method", ALL)["rows"]
+    fractions = {row["label"]: row["block_bytes_fraction"] for row in rows}
+    state = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    blocks = sum(value.nbytes for name, value in state.items() if name.startswith("model.layers."))
+    ffn = sum(value.nbytes for name, value in state.items() if ".mlp." in name and ".layers.0." in name)
+    for label, share in (("dense", 1.0), ("dense+partial", 0.7), ("coreinfer", 0.4), ("coreinfer+partial", 0.4)):
+        assert fractions[label] == pytest.approx(1 - 4 * ffn * (1 - share) / blocks, abs=2e-3), label
+    head = sum(value.nbytes for name, value in state.items() if name in ("model.norm.weight", "lm_head.weight"))
+    assert rows[0]["token_bytes"] == blocks + head
+
+
+def test_llama_cpp_on_the_same_windows(model_folder, ranking_paths, windows, tmp_path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    flags = ["--method", "dense,partinfer", "--compare", "llama.cpp:q8_0,q4_0,llama.cpp"]
+    rows = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, *flags)["rows"]
+    rows = {row["label"]: row for row in rows}
+    assert list(rows) == ["dense", "partinfer", "llama.cpp q8_0", "llama.cpp q4_0", "llama.cpp float32"]
+    same = rows["llama.cpp float32"]
+    assert same["nll"] == pytest.approx(rows["dense"]["nll"], abs=0.02)
+    assert same["kl_to_dense"] < 0.01
+    assert same["token_bytes"] == pytest.approx(rows["dense"]["token_bytes"], rel=0.01)
+    assert rows["llama.cpp q8_0"]["token_bytes"] > rows["llama.cpp q4_0"]["token_bytes"]
 
 
 def test_the_flags_that_all_scripts_share(model_folder, windows):
@@ -143,7 +164,7 @@ def test_selections_and_compensations_are_variants_and_original_is_a_preset(
     assert len({row["nll"] for row in rows}) == 4
     assert [row["ffn_bytes_fraction"] for row in rows[1:]] == pytest.approx([0.4] * 4)
     _, *others = rows
-    assert max(row["bytes_per_token"] for row in others) == min(row["bytes_per_token"] for row in others)
+    assert max(row["token_bytes"] for row in others) == min(row["token_bytes"] for row in others)
 
 
 def test_questions_are_prefilled_and_answers_scored(model_folder, ranking_paths, tmp_path):

@@ -9,18 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from evaluation.compared.files import ComparedFile
+from evaluation.compared.gguf_model import write_gguf
 from evaluation.evaluate_speed import main
 from evaluation.methods import Configuration
 from evaluation.speed.engines import BEST, DEFAULT, PartInferEngine, TransformersEngine
-from evaluation.speed.gguf_model import write_gguf
 from evaluation.speed.job import Job, Timing
 from evaluation.speed.rows import measured_row, speedup
-from tests.conftest import FAMILY_CONFIGS, LAYERS
+from tests.conftest import FAMILY_CONFIGS
 from tests.evaluation.conftest import SETTINGS
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
@@ -130,17 +130,6 @@ def test_a_row_is_made_of_medians():
     assert several["gigabytes_per_second"] is None
 
 
-def test_a_gguf_file_holds_the_same_weights(model_folder, tmp_path):
-    weights, config = Checkpoint(model_folder), AutoConfig.from_pretrained(model_folder)
-    per_token = write_gguf(tmp_path / "it.gguf", weights, config, "float32")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "it.gguf").tensors}
-    assert len(tensors) == len(weights.names()) == 2 + 1 + 9 * LAYERS
-    stored = torch.empty(weights.shape("model.layers.0.mlp.up_proj.weight"))
-    weights.read_into("model.layers.0.mlp.up_proj.weight", stored)
-    assert torch.equal(torch.from_numpy(tensors["blk.0.ffn_up.weight"].data.copy()), stored)
-    assert per_token == sum(t.n_bytes for t in tensors.values()) - tensors["token_embd.weight"].n_bytes
-
-
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_llama_cpp_generates_the_same_tokens(tiny_checkpoints, family, tmp_path):
@@ -148,17 +137,11 @@ def test_llama_cpp_generates_the_same_tokens(tiny_checkpoints, family, tmp_path)
 
     folder = tiny_checkpoints[family]
     write_gguf(tmp_path / "it.gguf", Checkpoint(folder), AutoConfig.from_pretrained(folder), "float32")
-    engine = LlamaCppEngine(job("llama.cpp", gguf=tmp_path / "it.gguf", gguf_bytes_per_token=1))
+    engine = LlamaCppEngine(job("llama.cpp", compared=ComparedFile(tmp_path / "it.gguf", "float32", "", 1)))
     assert len(engine.run("it", PROMPT, 12).token_seconds) == 12
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = model.generate(torch.tensor(PROMPT), max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert engine.generated == expected[0, len(PROMPT[0]) :].tolist()
-
-
-def test_llama_cpp_does_not_know_every_family(tiny_checkpoints, tmp_path):
-    folder = tiny_checkpoints["opt"]
-    with pytest.raises(PartInferError, match="this one is opt"):
-        write_gguf(tmp_path / "it.gguf", Checkpoint(folder), AutoConfig.from_pretrained(folder), "float32")
 
 
 def test_one_line_without_llama_cpp(monkeypatch):

@@ -77,7 +77,10 @@ class Model:
         return len(self.whole) < LAYERS
 
 
-EXPERTS = tuple(range(LAYERS))
+EVERY = tuple(range(LAYERS))
+MOE = {"num_experts_per_tok": 2, "num_experts": 6, "moe_intermediate_size": 32, "norm_topk_prob": True}
+LOCAL = {"num_experts_per_tok": 2, "num_local_experts": 6}
+WHY_EXPERTS = "experts that the router chose are computed whole"
 MODELS: dict[str, Model] = {
     "llama": Model("Llama 2 and 3, SmolLM2, TinyLlama"),
     "mistral": Model("Mistral 7B"),
@@ -153,7 +156,41 @@ MODELS: dict[str, Model] = {
             **SLIDING,
         },
     ),
-    "bitnet": Model("BitNet", whole=EXPERTS, why_whole="its FFN normalises over all neurons"),
+    "bitnet": Model("BitNet", whole=EVERY, why_whole="its FFN normalises over all neurons"),
+    "qwen3_moe": Model("Qwen3-30B-A3B", MOE, whole=EVERY, why_whole=WHY_EXPERTS),
+    "qwen2_moe": Model(
+        "Qwen1.5-MoE", {**MOE, "shared_expert_intermediate_size": 64}, whole=EVERY, why_whole=WHY_EXPERTS
+    ),
+    "olmoe": Model("OLMoE", MOE, whole=EVERY, why_whole=WHY_EXPERTS),
+    "mixtral": Model("Mixtral", LOCAL, whole=EVERY, why_whole=WHY_EXPERTS),
+    "granitemoe": Model("Granite 3 MoE", {**LOCAL, "residual_multiplier": 0.3}, whole=EVERY, why_whole=WHY_EXPERTS),
+    "qwen3_5_moe_text": Model(
+        "Qwen3.5-35B-A3B",
+        {**MOE, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 64},
+        whole=EVERY,
+        why_whole=WHY_EXPERTS,
+    ),
+    "glm4_moe": Model(
+        "GLM-4.5",
+        {
+            **MOE,
+            "n_routed_experts": 6,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 2,
+        },
+        whole=(2, 3),
+        why_whole=f"layers with experts are not: {WHY_EXPERTS}",
+    ),
+    "lfm2_moe": Model(
+        "LFM2-8B-A1B",
+        {**MOE, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+        whole=(2, 3),
+        why_whole=f"layers with experts are not: {WHY_EXPERTS}",
+        down="feed_forward.w2",
+    ),
+    "gpt_oss": Model("gpt-oss in 16 bits", {**LOCAL, **SLIDING}, whole=EVERY, why_whole=WHY_EXPERTS),
 }
 
 

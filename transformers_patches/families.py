@@ -10,6 +10,7 @@ Nothing heavy is imported here: transformers and torch are only needed once ther
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -159,6 +160,18 @@ class Family:
             stored, _ = renaming.rename_source_key(stored)
         base = self.decoder.partition(".")[0]
         return stored if stored.startswith((f"{base}.", "lm_head.")) else f"{base}.{stored}"
+
+    def expert_part(self, name: str) -> str:
+        """What a tensor of one expert is of the tensor that has all experts' (`weights/parts.py`); others stay as they are."""
+        layout = None if self.found is None else self.found.experts_layout
+        for whole, patterns in () if layout is None else self.found.stacked.items():
+            for number, pattern in enumerate(patterns):
+                match = re.search(r"(?<!\w)" + re.escape(pattern).replace(r"\*", r"(\d{1,6})") + "$", name)
+                if match:
+                    rows = layout.size if len(patterns) > 1 else layout.hidden
+                    first = (int(match[1]) * len(patterns) + number) * rows
+                    return f"{name[: match.start()]}{whole}[{first}:{first + rows}]"
+        return name
 
     def in_ffn(self, name: str) -> str:
         """Path of a projection inside a layer, such as `mlp.up_proj`."""

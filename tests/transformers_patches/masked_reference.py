@@ -66,8 +66,10 @@ class MaskedReference:
     [B, T, N], the activations of each pass since `seen` was emptied, before masking.
     """
 
-    def __init__(self, folder: Path, down: str = DOWN_PROJECTION) -> None:
-        """down: a pattern of the output projections' names in their layers."""
+    def __init__(self, folder: Path, down: str = DOWN_PROJECTION, with_experts: int = 0) -> None:
+        """down: a pattern of the output projections' names in their layers.
+        with_experts: how many layers have a mixture of experts instead.
+        """
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.masks: dict[int, torch.Tensor] = {}
         self.seen: dict[int, list[torch.Tensor]] = {}
@@ -78,7 +80,7 @@ class MaskedReference:
                 self._width = module.in_features
                 module.register_forward_pre_hook(self._hook(int(match[1])))
                 layers += 1
-        assert layers == self.model.config.num_hidden_layers
+        assert layers == self.model.config.num_hidden_layers - with_experts
 
     def _hook(self, layer: int):
         def mask_activations(module, args):

@@ -25,7 +25,9 @@ from transformers_patches.generation.generate import generate_ids
 from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
+from transformers_patches.load.paths import EXPERTS, layer_paths
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear
+from transformers_patches.sparse.experts import Experts
 
 PASSES = passes(*padded_prompts([9, 3, 1], "left"), [1, 1, 3])  # longer than the sliding windows
 ONE = passes(*padded_prompts([9], "left"), [1, 1])
@@ -101,7 +103,9 @@ def test_sparse_is_masked_dense_and_native_is_torch(made, model_type):
     one, table = made(model_type), MODELS[model_type]
     layers = [layer for layer in range(LAYERS) if layer not in table.whole]
     formula = NaiveMethod("partinfer", True, BASE.ranking.tolist(), OTHER.ranking.tolist(), layers)
-    expected = run_reference(MaskedReference(one.folder, table.down.replace(".", r"\.")), formula, PASSES)
+    with_experts = len(table.whole) if "moe" in model_type else 0
+    reference = MaskedReference(one.folder, table.down.replace(".", r"\."), with_experts)
+    expected = run_reference(reference, formula, PASSES)
     assert differences(run(one.load(method="partinfer", **ORIGINAL).model, PASSES), expected, PASSES) < 1e-4
     if not kernels.available():
         return
@@ -109,6 +113,31 @@ def test_sparse_is_masked_dense_and_native_is_torch(made, model_type):
         native, torch_ = (one.load(method="partinfer", kernels=name, **settings) for name in ("native", "torch"))
         assert differences(run(native.model, ONE), run(torch_.model, ONE), ONE) < 1e-4
         assert native.bytes_fraction() == pytest.approx(torch_.bytes_fraction())
+
+
+def put_experts(ours: Experts, theirs: nn.Module) -> None:
+    """Give transformers' experts the weights that ours hold."""
+    gate, up, down = (
+        torch.stack([kernels.dequantize(rows.weight(name)) for rows in ours.rows]) for name in ("gate", "up", "down")
+    )
+    theirs.gate_up_proj = nn.Parameter(torch.cat([gate, up], dim=1))
+    theirs.down_proj = nn.Parameter(down.transpose(1, 2).contiguous())
+
+
+@pytest.mark.parametrize("model_type", [name for name, model in MODELS.items() if model.whole])
+def test_native_experts_are_transformers(native, made, model_type):
+    one = made(model_type)
+    loaded = one.load(method="dense", kernels="native")
+    paths = layer_paths(loaded.model, native=True)
+    known = model_type not in ("gpt_oss", "bitnet", "gemma3n_text")  # laid out in a way of their own, or none
+    assert [path == EXPERTS for path in paths] == [known and n in MODELS[model_type].whole for n in range(LAYERS)]
+    assert differences(run(loaded.model, PASSES), run(one.model, PASSES), PASSES) < 1e-4
+    if known:
+        unread = sum(rows.row_bytes for m in loaded.model.modules() if isinstance(m, Experts) for rows in m.rows)
+        head = loaded.model.get_input_embeddings().weight.nbytes
+        tied = loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
+        rest = loaded.report.bytes_resident - (0 if tied else head)
+        assert loaded.token_bytes() == pytest.approx(rest - unread * 4 / 6)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -122,6 +151,8 @@ def test_few_bits_are_transformers_with_the_weights_that_they_stand_for(made, mo
     for name, module in loaded.model.named_modules():
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             plain.get_submodule(name).weight = nn.Parameter(kernels.dequantize(module.weight.packed))
+        if isinstance(module, Experts):
+            put_experts(module, plain.get_submodule(name))
     assert differences(run(loaded.model, ONE), run(plain, ONE), ONE) < 1e-4
 
 

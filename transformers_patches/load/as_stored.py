@@ -19,13 +19,13 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 def names_in_model(weights: WeightSource, config: PretrainedConfig) -> dict[str, str]:
     """Parameter name in the model -> name in the file. Files of a bare decoder lack the leading `model.`.
 
-    Of a model that also sees or hears, the names of its language model, which is what the config describes.
+    Tensors of one expert are parts of the tensor that has those of all experts. Of a model that also sees or hears, the names of its language model, which is what the config describes.
     Where embedding and head are tied and only the head is stored, the embedding is read from it, as transformers does.
     """
     family, stored = family_of(config), weights.names()
     if any(_OF_TEXT in name for name in stored):
         stored = {name for name in stored if _OF_TEXT in name or name == HEAD}
-    names = {family.name_in_model(_of_text_model(name)): name for name in stored}
+    names = {family.expert_part(family.name_in_model(_of_text_model(name))): name for name in stored}
     if config.tie_word_embeddings and HEAD in names:
         names.setdefault(_embedding(config), names[HEAD])
     return names

@@ -130,7 +130,7 @@ def _left_out(run: ResolvedRun, layer: int, hidden_size: int) -> WeightedSum | N
 
 def attach_compensation(layers: list[RequestLayer], sources: dict[str, Source], run: ResolvedRun) -> None:
     """Give the SparseFFNs, in the plan's order, what stands in for left-out neurons, once all weights are read."""
-    sums = [source.left_out for source in sources.values() if source.how == "columns"]
+    sums = [source.left_out for source in sources.values() if source.how == "columns" and source.size is None]
     for layer, ffn, left_out in zip(run.plan.layers, layers, sums, strict=True):
         if run.settings.compensation == "refit":
             fitted = run.fit.layers[layer]

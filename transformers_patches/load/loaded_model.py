@@ -11,6 +11,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.plan.load_plan import LoadPlan
 from transformers_patches.plan.run import ResolvedRun
+from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.request import RequestLayer, RequestState
 
 
@@ -81,10 +82,20 @@ class LoadedModel:
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
         if embedding is not head.weight:
             total -= embedding.nbytes
+        total -= self._unread_expert_bytes()
         skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in self.state.layers)
         if isinstance(head, ScreenedHead):
             skipped += head.unread_bytes()
         return round(total - skipped)
+
+    def _unread_expert_bytes(self) -> int:
+        """Bytes of the experts that a token's router does not choose."""
+        experts = [part for m in self.model.modules() if isinstance(m, Experts) for part in m.rows]
+        used = getattr(self.model.config, "num_experts_per_tok", None)
+        if not experts or used is None:
+            return 0
+        layout = self.run.family.found.experts_layout
+        return round(sum(part.row_bytes for part in experts) * (1 - used / layout.count))
 
     def reset_counters(self) -> None:
         head = self.model.get_output_embeddings()

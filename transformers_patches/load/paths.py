@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from transformers_patches.families import family_of
 from transformers_patches.fast_pass.one_token import one_token_pass
+from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 
 DECODER = "native decoder"
 FFN = "native FFN"
+EXPERTS = "native experts"
 LINEAR = "native linear layers"
 TORCH = "PyTorch"
 
 
 def layer_paths(model: PreTrainedModel, *, native: bool) -> list[str]:
-    """For each layer, the most of it that runs natively: DECODER, FFN (attention is transformers'), LINEAR or TORCH.
+    """For each layer, the most of it that runs natively: DECODER, FFN or EXPERTS (attention is transformers'), LINEAR
+    or TORCH.
 
     native: whether the native kernels decode.
     """
@@ -28,8 +32,17 @@ def layer_paths(model: PreTrainedModel, *, native: bool) -> list[str]:
         parts = ((part.dense is not None, part.sparse) for part in step.layers)
         return [DECODER if dense or _is_native(sparse) else LINEAR for dense, sparse in parts]
     layers = family_of(model.config).decoder_layers(model)
-    ffns = (next((m for m in layer.modules() if isinstance(m, SparseFFN)), None) for layer in layers)
-    return [FFN if _is_native(ffn) else LINEAR for ffn in ffns]
+    return [_path_of(layer) for layer in layers]
+
+
+def _path_of(layer: nn.Module) -> str:
+    """Of a layer whose attention is transformers' own."""
+    for module in layer.modules():
+        if isinstance(module, Experts) and module.rows[0].kernel_activation is not None:
+            return EXPERTS
+        if isinstance(module, SparseFFN):
+            return FFN if _is_native(module) else LINEAR
+    return LINEAR
 
 
 def _is_native(ffn: SparseFFN | None) -> bool:

@@ -18,7 +18,7 @@ from transformers_patches.modules.quantized import QuantizedEmbedding, Quantized
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.weights.memory import WeightMemory
-from transformers_patches.weights.parts import whole_name
+from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import Source, WeightSource
 
 
@@ -30,6 +30,7 @@ class _Wanted:
     place: torch.Tensor | QuantizedWeight  # what holds it: a parameter without memory, or a buffer
     source: Source  # in the checkpoint, by its name there
     in_plan: bool  # of neurons that the plan loads, not of a module that stays whole
+    parts: tuple[tuple[str, slice], ...] = ()  # where it is not stored in one piece: names in the checkpoint, and rows
 
 
 def stream_weights(
@@ -46,7 +47,7 @@ def stream_weights(
         for weight in wanted:
             held = _memory_for(model, weight, weights, run, memory)
             _hold(model, weight.name, weight.place, held)
-            yield weight.source, held
+            yield from _reads(weight, held)
 
     weights.fill(requests())
     for module in model.modules():
@@ -63,6 +64,15 @@ def stream_weights(
         )
 
 
+def _reads(
+    weight: _Wanted, held: torch.Tensor | QuantizedTensor
+) -> Iterator[tuple[Source, torch.Tensor | QuantizedTensor]]:
+    if not weight.parts:
+        yield weight.source, held
+    for name, rows in weight.parts:
+        yield Source(name), held.flatten(0, 1)[rows]
+
+
 def _wanted(
     model: PreTrainedModel, weights: WeightSource, sources: dict[str, Source], run: ResolvedRun
 ) -> list[_Wanted]:
@@ -72,23 +82,54 @@ def _wanted(
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     head = "lm_head.weight" if not tied else model.all_tied_weights_keys["lm_head.weight"]
     important = column_weights(run.family, None if run.weight_format is None else run.base, head)
-    wanted, used = [], set()
+    wanted, used, parts = [], set(), _parts_by_tensor(names)
     for name, place in (*places, *buffers.items()):
         source = sources.get(name, Source(name))
         whole = whole_name(source.name)
-        if whole not in names:
+        if whole == source.name and whole in parts:
+            used |= {names[part] for part in parts[whole]}
+            wanted.append(_in_parts(weights, names, name, place, parts[whole]))
+            continue
+        if whole not in names and source.name not in names:
             if name in tied or name in buffers:
                 continue  # files of before a buffer was kept leave it as it is
             raise PartInferError(f"{weights.source} lacks {whole}: the checkpoint is incomplete, fetch it again")
-        used.add(names[whole])
-        stored = names[whole] + source.name.removeprefix(whole)
+        stored = names.get(source.name) or names[whole] + source.name.removeprefix(whole)
+        used.add(names.get(source.name, names.get(whole)))
         if name not in tied:  # else the same tensor as its partner, which is read
-            _check_shape(weights, stored, place.shape, source.how, run.plan.intermediate_size)
+            _check_shape(weights, stored, place.shape, source.how, source.size or run.plan.intermediate_size)
             of_columns = important.get(whole) if _has_weighted_errors(place, source) else None
             in_plan = name in sources and source.how != "whole"
             wanted.append(_Wanted(name, place, replace(source, name=stored, column_weights=of_columns), in_plan))
     _check_all_used(model, weights, {name for name, stored in names.items() if stored not in used})
     return wanted
+
+
+def _parts_by_tensor(names: dict[str, str]) -> dict[str, list[str]]:
+    """The parts that tensors are stored in, by the tensors' names."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        if whole_name(name) != name:
+            parts.setdefault(whole_name(name), []).append(name)
+    return parts
+
+
+def _in_parts(
+    weights: WeightSource, names: dict[str, str], name: str, place: torch.Tensor, parts: list[str]
+) -> _Wanted:
+    """A tensor of all experts from those of each. PartInferError unless they make it up."""
+    rows = sorted(((rows_of_part(part), names[part]) for part in parts), key=lambda one: one[0].start)
+    end = 0
+    for one, stored in rows:
+        if one.start != end or weights.shape(stored) != (one.stop - one.start, *place.shape[2:]):
+            break
+        end = one.stop
+    if end != place.shape[0] * place.shape[1]:
+        raise PartInferError(
+            f"{weights.source}: {name} {tuple(place.shape)} can't be put together from the {len(rows)} tensors of its "
+            "experts: the checkpoint is incomplete, fetch it again"
+        )
+    return _Wanted(name, place, Source(name), False, tuple((stored, one) for one, stored in rows))
 
 
 def _kept_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -130,7 +171,7 @@ def _memory_for(
     pinned = target.type == "cpu" and run.device.type == "cuda"
     paired = target.type == "cpu" and not pinned and _is_paired(model, weight.name)
     like = weight.place.packed if isinstance(weight.place, QuantizedWeight) else weight.place
-    if memory.huge_pages and target.type == "cpu":
+    if memory.huge_pages and target.type == "cpu" and not weight.parts:
         held = weights.mapped(weight.source, like, paired=paired)
         if held is not None:
             return held

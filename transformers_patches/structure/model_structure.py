@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.structure.experts_layout import ExpertsLayout, experts_layout_of, holds_experts
 from transformers_patches.structure.ffn_layout import (
     FFNLayout,
     NotAnFFN,
@@ -48,6 +49,11 @@ class ModelStructure:
     attention_output: str = ""
     norm: str | None = None  # in the layer: one with weights
     renamings: list[WeightRenaming] = field(default_factory=list)  # from names in files to those in the model
+    stacked: dict[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # by the name of a tensor with all experts' weights: what those of one expert are called in files
+    experts: str = ""  # in a layer that has some: what holds the experts
+    experts_layout: ExpertsLayout | None = None  # None: there are none, or laid out otherwise
 
 
 class UnknownStructure(Exception):
@@ -67,6 +73,8 @@ def find_structure(config: PretrainedConfig) -> ModelStructure:
     place, layout = kinds.most_common(1)[0][0] if kinds else ("", None)
     whole = {number: _why_whole(one, layout) for number, one in enumerate(found) if one != (place, layout)}
     attention, inputs, output = _attention_of(layers)
+    experts, experts_layout = _experts_of(layers, config.hidden_size)
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
     return ModelStructure(
         decoder=_path(model, decoder),
         layers=layers_name,
@@ -78,9 +86,10 @@ def find_structure(config: PretrainedConfig) -> ModelStructure:
         attention_inputs=inputs,
         attention_output=output,
         norm=_norm_of(layers[0], config.hidden_size),
-        renamings=[
-            one for one in get_model_conversion_mapping(model, add_legacy=False) if isinstance(one, WeightRenaming)
-        ],
+        renamings=[one for one in conversions if isinstance(one, WeightRenaming)],
+        stacked=_stacked(conversions),
+        experts=experts,
+        experts_layout=experts_layout,
     )
 
 
@@ -117,7 +126,7 @@ def _ffn_of(layer: nn.Module, hidden_size: int) -> tuple[str, FFNLayout] | str:
             found.append((place, layout_of(module, hidden_size)))
         except NotAnFFN as reason:
             reasons.append(f"{place}: {reason}")
-    experts = [place for place, module in layer.named_modules() if _has_experts(module)]
+    experts = [place for place, module in layer.named_modules() if holds_experts(module)]
     if experts:
         return f"it has a mixture of experts ({experts[0]})"
     if found:
@@ -134,10 +143,33 @@ def _feed_forward_modules(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield place, module
 
 
-def _has_experts(module: nn.Module) -> bool:
-    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)) and not isinstance(
-        module, nn.Conv1d
-    )
+def _experts_of(layers: nn.ModuleList, hidden_size: int) -> tuple[str, ExpertsLayout | None]:
+    """Place and layout of the experts, where all layers that have some have them alike."""
+    found = {
+        (place, experts_layout_of(module, hidden_size))
+        for layer in layers
+        for place, module in layer.named_modules()
+        if holds_experts(module)
+    }
+    return found.pop() if len(found) == 1 else ("", None)
+
+
+def _stacked(conversions: list) -> dict[str, tuple[str, ...]]:
+    """What transformers puts together from one tensor per expert: the name after the layer's -> those of one expert.
+
+    The names of an expert have a * for its number. Their rows come one after the other.
+    """
+    stacked = {}
+    for one in conversions:
+        if not isinstance(one, WeightConverter):
+            continue
+        kinds = [(type(operation), operation.dim) for operation in one.operations if hasattr(operation, "dim")]
+        if kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]) and len(kinds) == len(
+            one.operations
+        ):
+            names = tuple(name.strip(".") for name in one._original_source_patterns)
+            stacked[one._original_target_patterns[0].strip(".")] = names
+    return stacked
 
 
 def _why_whole(found: tuple[str, FFNLayout] | str, usual: FFNLayout | None) -> str:

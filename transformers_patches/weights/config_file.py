@@ -93,8 +93,9 @@ def _why_wrong(name: str, value: object) -> str | None:
         return f"but its {wrong[0]} is {_shown(value[wrong[0]])}, {wrong[1]}" if wrong else None
     if name in LARGEST and value is not None:  # null: transformers says what follows
         sizes = value if name == "intermediate_size" and isinstance(value, list) else [value]  # one for each layer
-        wrong = not all(type(size) is int and 1 <= size <= LARGEST[name] for size in sizes)
-        return f"expected a whole number from 1 to {LARGEST[name]}" if wrong else None
+        least = 0 if name == "sliding_window" else 1  # 0: none
+        wrong = not all(type(size) is int and least <= size <= LARGEST[name] for size in sizes)
+        return f"expected a whole number from {least} to {LARGEST[name]}" if wrong else None
     if name in FLAGS:
         return None if isinstance(value, bool) else "expected true or false, without quotes"
     if name in RANGES and value is not None:

@@ -1,7 +1,8 @@
 """Names of parts of tensors: some rows of a stored tensor under a name of their own.
 
 Where one projection holds the rows of gate and of up, loading asks for `NAME[FIRST:STOP]`, and everything else treats
-that as any other tensor: partial loading, quantisation, packs.
+that as any other tensor: partial loading, quantisation, packs. Tensors of three dimensions count as the matrix that they
+are in memory, one after the other.
 """
 
 from __future__ import annotations

@@ -60,9 +60,17 @@ class Place:
         return self.nbytes // max(1, self.rows)
 
     def part(self, rows: slice) -> Place:
-        """Where some of the rows are stored."""
-        count, start = rows.stop - rows.start, self.start + rows.start * self.row_bytes
-        return replace(self, start=start, nbytes=count * self.row_bytes, shape=(count, *self.shape[1:]))
+        """Where some of the rows are stored; a tensor of three dimensions counts as one matrix after the other."""
+        of_all = self.flat
+        count, start = rows.stop - rows.start, self.start + rows.start * of_all.row_bytes
+        return replace(of_all, start=start, nbytes=count * of_all.row_bytes, shape=(count, *of_all.shape[1:]))
+
+    @property
+    def flat(self) -> Place:
+        """The same without the first of three dimensions."""
+        if len(self.shape) != 3:
+            return self
+        return replace(self, shape=(self.shape[0] * self.shape[1], self.shape[2]))
 
     def floats(self, name: str) -> tuple[str, torch.dtype] | None:
         """The tensor's name and type for a Read, if it has floats."""
@@ -149,7 +157,7 @@ class Checkpoint(WeightSource):
         rows = None if name in self._files else rows_of_part(name)
         if rows is not None:
             whole = self._place(whole_name(name))
-            if not whole.shape or rows.stop > whole.rows:
+            if not whole.shape or rows.stop > whole.flat.rows:
                 raise PartInferError(f"{self.source}: {name} was asked for, but its shape is {whole.shape}")
             return whole.part(rows)
         path = self._files[name]

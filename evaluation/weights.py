@@ -21,7 +21,7 @@ def weight_counts(loaded: LoadedModel) -> dict:
     token_bytes: bytes read for one token, see LoadedModel.token_bytes
     block_bytes_fraction: see there
     """
-    layers = loaded.state.layers
+    layers = [*loaded.state.layers, *loaded.state.experts]
     return {
         "loaded_fraction": loaded.plan.loaded_fraction,
         "ffn_bytes_fraction": loaded.bytes_fraction(),
@@ -38,7 +38,8 @@ def weight_counts(loaded: LoadedModel) -> dict:
 def block_bytes_fraction(loaded: LoadedModel) -> float:
     """Weight bytes of all decoder layers that a decoded token reads, over those of the whole layers in the same format.
 
-    Attention and FFNs of all layers count, sparse or not; the embeddings and the lm_head do not.
+    Attention and FFNs of all layers count, sparse or not; the embeddings and the lm_head do not. Of experts those count
+    that a token's router chooses.
     """
     model = loaded.model
     in_memory = weight_bytes(family_of(model.config).decoder_layers(model))
@@ -49,4 +50,4 @@ def block_bytes_fraction(loaded: LoadedModel) -> float:
     left_out = sum(
         layer.rows.row_bytes * (loaded.plan.intermediate_size / layer.rows.count - 1) for layer in loaded.state.layers
     )
-    return (loaded.token_bytes() - beside) / (in_memory + left_out)
+    return (loaded.token_bytes() - beside) / (in_memory - loaded.unchosen_expert_bytes() + left_out)

@@ -68,9 +68,16 @@ class Model:
     @property
     def by_neurons(self) -> str:
         """Which layers can be computed by neurons, in words."""
+        if self.experts and not self.sparse:
+            return self.why_whole
         if not self.sparse:
             return f"no: {self.why_whole}"
-        return f"yes, but {self.why_whole}" if self.whole else "yes"
+        return f"yes; {self.why_whole}" if self.whole else "yes"
+
+    @property
+    def experts(self) -> bool:
+        """Whether neurons are chosen inside of experts."""
+        return WHY_EXPERTS in self.why_whole
 
     @property
     def sparse(self) -> bool:
@@ -80,7 +87,7 @@ class Model:
 EVERY = tuple(range(LAYERS))
 MOE = {"num_experts_per_tok": 2, "num_experts": 6, "moe_intermediate_size": 32, "norm_topk_prob": True}
 LOCAL = {"num_experts_per_tok": 2, "num_local_experts": 6}
-WHY_EXPERTS = "experts that the router chose are computed whole"
+WHY_EXPERTS = "neurons inside the chosen experts, for every token"
 MODELS: dict[str, Model] = {
     "llama": Model("Llama 2 and 3, SmolLM2, TinyLlama"),
     "mistral": Model("Mistral 7B"),
@@ -181,16 +188,18 @@ MODELS: dict[str, Model] = {
             "first_k_dense_replace": 2,
         },
         whole=(2, 3),
-        why_whole=f"layers with experts are not: {WHY_EXPERTS}",
+        why_whole=f"in layers with experts {WHY_EXPERTS}",
     ),
     "lfm2_moe": Model(
         "LFM2-8B-A1B",
         {**MOE, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
         whole=(2, 3),
-        why_whole=f"layers with experts are not: {WHY_EXPERTS}",
+        why_whole=f"in layers with experts {WHY_EXPERTS}",
         down="feed_forward.w2",
     ),
-    "gpt_oss": Model("gpt-oss in 16 bits", {**LOCAL, **SLIDING}, whole=EVERY, why_whole=WHY_EXPERTS),
+    "gpt_oss": Model(
+        "gpt-oss in 16 bits", {**LOCAL, **SLIDING}, whole=EVERY, why_whole="its experts are laid out in their own way"
+    ),
 }
 
 
@@ -208,9 +217,13 @@ def tiny_model(model_type: str) -> PreTrainedModel:
 
 def readme_list() -> str:
     """The models by name, as README has them."""
-    names = [name for model in MODELS.values() if model.sparse for name in model.names.split(", ")]
-    dense = [name for model in MODELS.values() if not model.sparse for name in model.names.split(", ")]
-    text = f"By neurons: {', '.join(names)}. Dense only: {', '.join(dense)}."
+    models = MODELS.values()
+    kinds = {
+        "By neurons": [model for model in models if model.sparse],
+        "By neurons inside the chosen experts": [model for model in models if model.experts and not model.sparse],
+        "Dense only": [model for model in models if not model.sparse and not model.experts],
+    }
+    text = " ".join(f"{kind}: {', '.join(model.names for model in some)}." for kind, some in kinds.items())
     return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
 
 

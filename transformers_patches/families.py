@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from transformers_patches.structure.experts_layout import ExpertsLayout
     from transformers_patches.structure.model_structure import ModelStructure
 
 
@@ -124,10 +125,22 @@ class Family:
         if self.found is None:
             return getattr(config, self.size_field)
         if self.found.layout is None:
+            also = "" if self.experts is None else ", or --selection up --loaded_neurons_percent 1"
             raise PartInferError(
-                f"{config.model_type} can't be computed by neurons: {self.found.whole[0]}; use --method dense"
+                f"{config.model_type} can't be computed by neurons: {self.found.whole[0]}; use --method dense{also}"
             )
         return self.found.layout.size
+
+    @property
+    def experts(self) -> ExpertsLayout | None:
+        """The layout of its mixtures of experts; None if it has none that is known."""
+        return None if self.found is None else self.found.experts_layout
+
+    def expert_layers(self, num_layers: int) -> list[int]:
+        """Those with experts of that layout."""
+        if self.experts is None:
+            return []
+        return [layer for layer in range(num_layers) if layer in self.found.mixtures]
 
     def has_neurons(self, layer: int) -> bool:
         """Whether a layer's FFN can be computed by neurons."""
@@ -163,7 +176,7 @@ class Family:
 
     def expert_part(self, name: str) -> str:
         """What a tensor of one expert is of the tensor that has all experts' (`weights/parts.py`); others stay as they are."""
-        layout = None if self.found is None else self.found.experts_layout
+        layout = self.experts
         for whole, patterns in () if layout is None else self.found.stacked.items():
             for number, pattern in enumerate(patterns):
                 match = re.search(r"(?<!\w)" + re.escape(pattern).replace(r"\*", r"(\d{1,6})") + "$", name)

@@ -211,7 +211,7 @@ class Runner:
         per_token = "" if whole == computed else f" ({whole:.1%} whole, chosen per token)"
         parts.append(
             f"neurons loaded {plan.loaded_fraction:.1%}, computed {computed:.1%}{per_token} "
-            f"in {len(plan.layers)} of {plan.num_layers} layers"
+            f"in {len(plan.layers) + len(plan.experts)} of {plan.num_layers} layers"
         )
         parts.append(in_words(layer_paths(self.loaded.model, native=self.loaded.run.native)))
         if self.loaded.run.predicted_loss is not None:
@@ -240,7 +240,7 @@ class Runner:
             "computed_neurons_percent": loaded.bytes_fraction(),
             "wholly_computed_neurons_percent": loaded.computed_fraction(),
             "predicted_loss": loaded.run.predicted_loss,
-            "sparse_layers": list(loaded.plan.layers),
+            "sparse_layers": sorted({*loaded.plan.layers, *loaded.plan.experts}),
             "layer_paths": layer_paths(loaded.model, native=loaded.run.native),
             "whole_layers": dict(loaded.run.family.whole_layers),  # that can't be computed by neurons, and why
             "weight_bytes_read": loaded.report.bytes_read,

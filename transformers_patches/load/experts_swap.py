@@ -10,25 +10,25 @@ from transformers import PreTrainedModel
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.neuron_rows import NeuronRows
+from transformers_patches.sparse.request import RequestState
 from transformers_patches.structure.experts_layout import ExpertsLayout
 from transformers_patches.weights.parts import part_name
 from transformers_patches.weights.source import Source
 
 
-def swap_experts(model: PreTrainedModel, run: ResolvedRun) -> dict[str, Source]:
+def swap_experts(model: PreTrainedModel, run: ResolvedRun, state: RequestState) -> dict[str, Source]:
     """Put Experts in place of every mixture's module that has a known layout; where the new weights come from.
 
-    Floats without the native kernels stay in transformers' module: that is the same to the last bit.
+    Whole ones in floats without the native kernels stay in transformers' module: that is the same to the last bit.
     """
-    family = run.family
-    layout = None if family.found is None else family.found.experts_layout
-    if layout is None or not (run.native or run.weight_format is not None):
+    family, layout = run.family, run.family.experts
+    if layout is None or not (run.native or run.weight_format is not None or run.plan.experts):
         return {}
     sources, every = {}, torch.arange(layout.size)
     for number, layer in enumerate(family.decoder_layers(model)):
         if family.found.experts not in dict(layer.named_modules()):
             continue
-        layer.set_submodule(family.found.experts, _experts(run, layout))
+        layer.set_submodule(family.found.experts, _experts(run, layout, number, state))
         place = f"{family.layers}.{number}.{family.found.experts}"
         for expert in range(layout.count):
             own = _sources(layout, place, expert, every)
@@ -36,7 +36,8 @@ def swap_experts(model: PreTrainedModel, run: ResolvedRun) -> dict[str, Source]:
     return sources
 
 
-def _experts(run: ResolvedRun, layout: ExpertsLayout) -> nn.Module:
+def _experts(run: ResolvedRun, layout: ExpertsLayout, layer: int, state: RequestState) -> nn.Module:
+    kept = run.plan.experts.get(layer)
     with init_empty_weights():
         rows = [
             NeuronRows(
@@ -50,7 +51,8 @@ def _experts(run: ResolvedRun, layout: ExpertsLayout) -> nn.Module:
             )
             for _ in range(layout.count)
         ]
-        return Experts(rows).to(run.dtype)
+        used = run.config.num_experts_per_tok
+        return Experts(rows, used, None if kept is None else state, kept).to(run.dtype)
 
 
 def _format_of(run: ResolvedRun, layout: ExpertsLayout):

@@ -36,7 +36,7 @@ def build_model(run: ResolvedRun, state: RequestState) -> tuple[PreTrainedModel,
     simply the checkpoint's under the same name.
     """
     model = build_on_meta(run.config, run.dtype)
-    sources = swap_ffns(model, run, state) | swap_experts(model, run)
+    sources = swap_ffns(model, run, state) | swap_experts(model, run, state)
     if run.weight_format is not None:
         in_planes = run.screened and can_be_screened(model.get_output_embeddings())
         quantize_modules(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,12 +50,14 @@ class LoadPlan:
     num_layers: layers of the model, sparse or not.
     intermediate_size: N, the FFN neurons of one layer; 0 if no layer can be computed by neurons.
     layers: the plans of the sparse layers, by layer number.
+    experts: of sparse mixtures of experts, how many neurons of an expert a token computes, by layer number.
     """
 
     method: str
     num_layers: int
     intermediate_size: int
     layers: dict[int, LayerPlan]
+    experts: dict[int, int] = field(default_factory=dict)
 
     @property
     def loaded_fraction(self) -> float:
@@ -81,6 +83,7 @@ class LoadPlan:
             "num_layers": self.num_layers,
             "intermediate_size": self.intermediate_size,
             "layers": layers,
+            "experts": {str(layer): {"computed_count": kept} for layer, kept in self.experts.items()},
         }
         write_text_atomic(path, json.dumps(content))
 
@@ -102,9 +105,9 @@ def build_load_plan(
     family = family_of(config)
     num_layers = config.num_hidden_layers
     if not (settings.use_partial_loading or settings.computes_sparsely):
-        size = family.intermediate_size(config) if len(family.whole_layers) < num_layers else 0
-        return LoadPlan(settings.method, num_layers, size, {})
-    size = family.intermediate_size(config)
+        return LoadPlan(settings.method, num_layers, _size_of(family, config), {})
+    experts = _sparse_experts(settings, family, _sparse_layers(settings, num_layers, fit))
+    size = _size_of(family, config) if experts else family.intermediate_size(config)
     partly = settings.use_partial_loading and settings.loaded_neurons_percent < 1
     if partly and dataset_neurons is None and model_neurons is None:
         raise PartInferError(
@@ -116,14 +119,33 @@ def build_load_plan(
         base, other = other, base
     rankings = [_ranking(settings, file) for file in (base, other)]
     matrices, layers = family.matrices, {}
-    for layer in _with_neurons(_sparse_layers(settings, num_layers, fit), family):
+    for layer in _with_neurons(_sparse_layers(settings, num_layers, fit), family, experts):
         base_ranking = torch.arange(size) if base is None else rankings[0][layer].long()
         other_ranking = base_ranking if other is None else rankings[1][layer].long()
         if fit is None:
             layers[layer] = _plan_layer(settings, size, matrices, base_ranking, other_ranking)
         else:
             layers[layer] = _plan_fitted_layer(settings, size, matrices, base_ranking, fit, layer)
-    return LoadPlan(settings.method, num_layers, size, layers)
+    return LoadPlan(settings.method, num_layers, size, layers, experts)
+
+
+def _size_of(family: Family, config: PretrainedConfig) -> int:
+    """N; 0 if no layer can be computed by neurons."""
+    return family.intermediate_size(config) if len(family.whole_layers) < config.num_hidden_layers else 0
+
+
+def _sparse_experts(settings: PartInferConfig, family: Family, layers: list[int]) -> dict[int, int]:
+    """How many neurons of an expert a token computes in each of the layers that have experts.
+
+    They are chosen for every token from all of them: with other settings experts stay whole.
+    """
+    everything = not settings.use_partial_loading or settings.loaded_neurons_percent == 1
+    chosen = family.expert_layers(1 + max(layers, default=-1))
+    if not (chosen and everything and settings.selection == "up" and settings.computes_sparsely):
+        return {}
+    size = family.experts.size
+    kept = kept_count(settings.sparsity, size, size, 3)
+    return {layer: kept for layer in chosen if layer in layers}
 
 
 def _ranking(settings: PartInferConfig, neurons: NeuronFile | None) -> torch.Tensor | None:
@@ -144,10 +166,10 @@ def _sparse_layers(settings: PartInferConfig, num_layers: int, fit: FitFile | No
     return sorted(fit.layers)
 
 
-def _with_neurons(layers: list[int], family: Family) -> list[int]:
-    """Those that can be computed by neurons; PartInferError if none of them can."""
+def _with_neurons(layers: list[int], family: Family, experts: dict[int, int]) -> list[int]:
+    """Those that can be computed by neurons; PartInferError if none of them can, and none has sparse experts."""
     able = [layer for layer in layers if family.has_neurons(layer)]
-    if layers and not able:
+    if layers and not able and not experts:
         raise PartInferError(
             f"layers {layers[0]} to {layers[-1]} can't be computed by neurons: {family.whole_layers[layers[0]]}; choose "
             "others with --start_num and --end_num, or use --method dense"

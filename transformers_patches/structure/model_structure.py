@@ -53,6 +53,7 @@ class ModelStructure:
         default_factory=dict
     )  # by the name of a tensor with all experts' weights: what those of one expert are called in files
     experts: str = ""  # in a layer that has some: what holds the experts
+    mixtures: tuple[int, ...] = ()  # layers with experts
     experts_layout: ExpertsLayout | None = None  # None: there are none, or laid out otherwise
 
 
@@ -89,6 +90,7 @@ def find_structure(config: PretrainedConfig) -> ModelStructure:
         renamings=[one for one in conversions if isinstance(one, WeightRenaming)],
         stacked=_stacked(conversions),
         experts=experts,
+        mixtures=tuple(n for n, layer in enumerate(layers) if any(map(holds_experts, layer.modules()))),
         experts_layout=experts_layout,
     )
 

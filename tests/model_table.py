@@ -151,7 +151,7 @@ MODELS: dict[str, Model] = {
             "vocab_size_per_layer_input": VOCABULARY,
         },
         whole=(0, 1),
-        why_whole="layers that cut their activations themselves are computed as they are",
+        why_whole="layers that cut activations themselves read what is left",
     ),
     "gemma4_text": Model(
         "Gemma 4",

@@ -25,8 +25,9 @@ from transformers_patches.generation.generate import generate_ids
 from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
-from transformers_patches.load.paths import EXPERTS, layer_paths
+from transformers_patches.load.paths import EXPERTS, FFN, LINEAR, layer_paths
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear
+from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.experts import Experts
 
 PASSES = passes(*padded_prompts([9, 3, 1], "left"), [1, 1, 3])  # longer than the sliding windows
@@ -138,6 +139,19 @@ def test_native_experts_are_transformers(native, made, model_type):
         tied = loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
         rest = loaded.report.bytes_resident - (0 if tied else head)
         assert loaded.token_bytes() == pytest.approx(rest - unread * 4 / 6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_neurons_that_the_model_cuts_are_not_read(native, made, dtype):
+    one = made("gemma3n_text")
+    loaded, plain = (one.load(method="dense", kernels=name, dtype=dtype) for name in ("native", "torch"))
+    assert layer_paths(loaded.model, native=True) == [FFN, FFN, LINEAR, LINEAR]
+    bound = 1e-4 if dtype == "float32" else 0.3  # in few bits, sums are in 16
+    assert differences(run(loaded.model, ONE), run(plain.model, ONE), ONE) < bound
+    cut = [module for module in loaded.model.modules() if isinstance(module, CutFFN)]
+    assert [module.tokens for module in cut] == [2, 2]
+    assert all(0 < module.neurons / module.tokens < 0.2 * SIZE for module in cut)
+    assert loaded.token_bytes() < plain.token_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

@@ -11,6 +11,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.plan.load_plan import LoadPlan
 from transformers_patches.plan.run import ResolvedRun
+from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.request import Counters, RequestLayer, RequestState
 
@@ -85,7 +86,7 @@ class LoadedModel:
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
         if embedding is not head.weight:
             total -= embedding.nbytes
-        total -= self._unread_expert_bytes()
+        total -= self._unread_expert_bytes() + round(sum(ffn.unread_bytes() for ffn in self._cut_ffns()))
         skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in self.state.layers)
         if isinstance(head, ScreenedHead):
             skipped += head.unread_bytes()
@@ -96,6 +97,9 @@ class LoadedModel:
         mixtures = [module for module in self.model.modules() if isinstance(module, Experts)]
         return round(sum(experts.row_bytes * (1 - experts.read_share()) for experts in mixtures))
 
+    def _cut_ffns(self) -> list[CutFFN]:
+        return [module for module in self.model.modules() if isinstance(module, CutFFN)]
+
     def unchosen_expert_bytes(self) -> int:
         """Bytes of the experts that a token's router does not choose."""
         mixtures = [module for module in self.model.modules() if isinstance(module, Experts)]
@@ -103,7 +107,12 @@ class LoadedModel:
 
     def reset_counters(self) -> None:
         head = self.model.get_output_embeddings()
-        for counting in (*self.state.layers, *self.state.experts, *([head] if isinstance(head, ScreenedHead) else [])):
+        for counting in (
+            *self.state.layers,
+            *self.state.experts,
+            *self._cut_ffns(),
+            *([head] if isinstance(head, ScreenedHead) else []),
+        ):
             counting.reset_counters()
 
 

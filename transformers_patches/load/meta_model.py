@@ -6,6 +6,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from transformers_patches.load.cut_swap import swap_cut_ffns
 from transformers_patches.load.experts_swap import swap_experts
 from transformers_patches.load.ffn_swap import swap_ffns
 from transformers_patches.modules.quantized import quantize_modules
@@ -36,7 +37,7 @@ def build_model(run: ResolvedRun, state: RequestState) -> tuple[PreTrainedModel,
     simply the checkpoint's under the same name.
     """
     model = build_on_meta(run.config, run.dtype)
-    sources = swap_ffns(model, run, state) | swap_experts(model, run, state)
+    sources = swap_ffns(model, run, state) | swap_experts(model, run, state) | swap_cut_ffns(model, run)
     if run.weight_format is not None:
         in_planes = run.screened and can_be_screened(model.get_output_embeddings())
         quantize_modules(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from transformers_patches.families import family_of
 from transformers_patches.fast_pass.one_token import one_token_pass
+from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 
@@ -40,6 +41,8 @@ def _path_of(layer: nn.Module) -> str:
     for module in layer.modules():
         if isinstance(module, Experts) and module.rows[0].kernel_activation is not None:
             return EXPERTS
+        if isinstance(module, CutFFN):
+            return FFN if module.rows.kernel_activation is not None else LINEAR
         if isinstance(module, SparseFFN):
             return FFN if _is_native(module) else LINEAR
     return LINEAR

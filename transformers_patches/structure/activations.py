@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,6 +23,16 @@ class Scaled(nn.Module):
         return self.activation(x * self.inside) * self.outside
 
 
+def cutoff(gate: torch.Tensor, share: float) -> torch.Tensor:
+    """Below which Gemma 3n leaves neurons out: mean + z std over gate·x [..., N] of all neurons, [..., 1].
+
+    z is the normal distribution's quantile of the share. In gate's type, as transformers has it.
+    """
+    z = torch.distributions.Normal(0, 1).icdf(torch.tensor(share, dtype=torch.float32, device=gate.device))
+    mean, deviation = gate.mean(-1, keepdim=True), gate.std(-1, keepdim=True, unbiased=False)
+    return mean + deviation * z.to(gate.dtype)
+
+
 def is_activation(module: nn.Module) -> bool:
     """Whether a module may be an activation: it has no children, and no parameters but single numbers."""
     return not list(module.children()) and all(p.numel() == 1 for p in module.parameters(recurse=False))
@@ -35,7 +46,8 @@ def name_of(activation: nn.Module) -> str | None:
 
 def vars_of(module: nn.Module) -> dict[str, object]:
     """What sets an activation apart from others of its class."""
-    return {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    values = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
+    return {name: (v.func, v.args, v.keywords) if isinstance(v, partial) else v for name, v in values.items()}
 
 
 def new_like(activation: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

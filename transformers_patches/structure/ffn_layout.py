@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from transformers_patches.structure.activations import NAMES, Scaled, is_activation, name_of, new_like
+from transformers_patches.structure.activations import NAMES, Scaled, cutoff, is_activation, name_of, new_like
 
 SMALL_HIDDEN, SMALL_SIZE = 12, 20  # of the module that is tried; other than those of any model
 TOLERANCE = 1e-5
@@ -32,6 +32,7 @@ class FFNLayout:
     gate_first: of a fused one, whether the rows of gate come first.
     activation: transformers' name, or that of the child that is the activation, with a dot before it.
     inside, outside: what the activation's input and the FFN's output are multiplied with.
+    cut: 0, or the share of neurons that the FFN itself leaves out (`structure/activations.py`).
     """
 
     size: int
@@ -43,6 +44,7 @@ class FFNLayout:
     activation: str = "silu"
     inside: float = 1.0
     outside: float = 1.0
+    cut: float = 0.0
 
     def activation_of(self, module: nn.Module) -> str | nn.Module:
         """The activation of a module of this layout: transformers' name, or a module where it has no name there."""
@@ -92,9 +94,10 @@ def _check_parts(module: nn.Module) -> None:
 def _candidates(module: nn.Module, hidden_size: int) -> Iterator[FFNLayout]:
     """Every layout that the shapes of the linear layers allow."""
     inside, outside = (float(getattr(module, name, 1.0)) for name in ("gate_multiplier", "down_multiplier"))
+    cut = float(getattr(module, "activation_sparsity", 0.0))
     for shape in _shapes(linears_of(module), hidden_size):
         for activation in _activations(module):
-            yield FFNLayout(**shape, activation=activation, inside=inside, outside=outside)
+            yield FFNLayout(**shape, activation=activation, inside=inside, outside=outside, cut=cut)
 
 
 def _shapes(linears: dict[str, nn.Linear], hidden_size: int) -> Iterator[dict]:
@@ -166,4 +169,7 @@ def _by_layout(module: nn.Module, layout: FFNLayout, x: torch.Tensor) -> torch.T
     if layout.fused:
         gate, up = up(x).chunk(2, dim=-1) if layout.gate_first else up(x).chunk(2, dim=-1)[::-1]
         return down(act(gate) * up)
-    return down(act(getattr(module, layout.gate)(x)) * up(x))
+    gate = getattr(module, layout.gate)(x)
+    if layout.cut:
+        gate = nn.functional.relu(gate - cutoff(gate, layout.cut))
+    return down(act(gate) * up(x))

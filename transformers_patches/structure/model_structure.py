@@ -54,6 +54,9 @@ class ModelStructure:
     )  # by the name of a tensor with all experts' weights: what those of one expert are called in files
     experts: str = ""  # in a layer that has some: what holds the experts
     mixtures: tuple[int, ...] = ()  # layers with experts
+    cuts: dict[int, tuple[str, FFNLayout]] = field(
+        default_factory=dict
+    )  # layers that cut their activations: place, layout
     experts_layout: ExpertsLayout | None = None  # None: there are none, or laid out otherwise
 
 
@@ -70,7 +73,7 @@ def find_structure(config: PretrainedConfig) -> ModelStructure:
         raise cant_be_built(config, error) from None
     decoder, layers_name, layers = _decoder_of(model)
     found = [_ffn_of(layer, config.hidden_size) for layer in layers]
-    kinds = Counter(one for one in found if not isinstance(one, str))
+    kinds = Counter(one for one in found if not isinstance(one, str) and not one[1].cut)
     place, layout = kinds.most_common(1)[0][0] if kinds else ("", None)
     whole = {number: _why_whole(one, layout) for number, one in enumerate(found) if one != (place, layout)}
     attention, inputs, output = _attention_of(layers)
@@ -92,6 +95,7 @@ def find_structure(config: PretrainedConfig) -> ModelStructure:
         experts=experts,
         mixtures=tuple(n for n, layer in enumerate(layers) if any(map(holds_experts, layer.modules()))),
         experts_layout=experts_layout,
+        cuts={number: one for number, one in enumerate(found) if not isinstance(one, str) and one[1].cut},
     )
 
 
@@ -178,6 +182,8 @@ def _why_whole(found: tuple[str, FFNLayout] | str, usual: FFNLayout | None) -> s
     if isinstance(found, str):
         return found
     place, layout = found
+    if layout.cut:
+        return f"{place} itself leaves out {layout.cut:.0%} of its neurons"
     if layout.size != usual.size:
         return f"{place} has {layout.size} neurons, not {usual.size} as in most layers"
     return f"{place} is laid out differently from most layers"

@@ -18,6 +18,7 @@ from evaluation.scoring import batches, continuation_logits, decoded_logits
 from evaluation.windows import Example
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import scratch_folder
+from transformers_patches.token_ids import check_finite, check_token_ids
 
 COLUMNS = ("nll", "tokens", "kl", "agreement")
 _BLOCK = 16  # tokens whose float32 distributions are in memory at a time
@@ -83,7 +84,11 @@ def method_logits(
 
     batch_size: how many examples to score together, in one pass; None: one example at a time, token by token, as
         decoding computes
+
+    Raises PartInferError for tokens that the model does not have.
     """
+    for number, example in enumerate(examples, start=1):
+        check_token_ids(example.context + example.target, model.config.vocab_size, f"example {number}")
     if batch_size is None:
         for index, example in enumerate(examples):
             yield index, decoded_logits(model, example.context, example.target)
@@ -95,7 +100,11 @@ def method_logits(
 
 
 def _sums(logits: torch.Tensor, target: list[int], dense: torch.Tensor | None) -> dict[str, float]:
-    """logits, dense: [T, V]. KL(dense || method) as in Kullback and Leibler 1951, in nats."""
+    """Sums over the target's tokens; PartInferError for logits that are not finite.
+
+    logits, dense: [T, V]. KL(dense || method) as in Kullback and Leibler 1951, in nats.
+    """
+    check_finite(logits)
     sums = {"nll": 0.0, "tokens": float(len(target))} | ({} if dense is None else {"kl": 0.0, "agreement": 0.0})
     for start in range(0, len(target), _BLOCK):
         block = slice(start, start + _BLOCK)

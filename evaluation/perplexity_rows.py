@@ -54,6 +54,7 @@ class PerplexityRows:
             self._store.check_space(self.examples, loaded.model.config.vocab_size, loaded.model.dtype.itemsize)
         logits = method_logits(loaded.model, self.examples, self.batch_size)
         table = self._score(logits, is_dense=is_dense)
+        loaded.check_weights()
         self._tables[configuration.label] = table
         same_table = None if same is None else self._tables[same.label]
         row = result_row(_settings(configuration, loaded), table, self._dense, same_table, self._bootstrap)

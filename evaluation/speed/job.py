@@ -24,6 +24,7 @@ class Job:
     threads: int  # of the computation
     device: str  # as PyTorch names it
     seed: int  # of random weights and rankings
+    ignored_gguf_keys: frozenset[str] = frozenset()  # what --ignore_gguf_key named: a new process knows no flags
     configuration: Configuration | None = None  # for partinfer: method and settings
     task_type: str | None = None  # for partinfer: whose neuron file is looked up
     random_neurons_filepath: str | None = None  # for partinfer: the random ranking; None: a seeded one

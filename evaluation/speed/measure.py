@@ -24,8 +24,10 @@ from evaluation.speed.workers import Worker
 from transformers_patches import kernels
 from transformers_patches.config import QUANTIZED_DTYPES
 from transformers_patches.errors import PartInferError
+from transformers_patches.flags import IGNORED_GGUF_KEYS
 from transformers_patches.load.meta_model import build_on_meta
 from transformers_patches.plan.machine import resolve_device
+from transformers_patches.token_ids import check_token_ids
 from transformers_patches.weights.lookup import find_model
 from transformers_patches.weights.memory import free_memory
 from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config
@@ -72,6 +74,7 @@ class Measurement:
             tokens = load_tokenizer(self.folder).encode(arguments.prompt)
             if not tokens:
                 raise PartInferError("the prompt has no tokens: give a text with --prompt")
+            check_token_ids(tokens, self.config.vocab_size)
             prompts = [tokens] * arguments.batch_size
         else:
             generator = torch.Generator().manual_seed(arguments.seed)
@@ -114,6 +117,7 @@ class Measurement:
             self.conditions["threads"],
             str(self.device),
             arguments.seed,
+            frozenset(IGNORED_GGUF_KEYS),
             task_type=arguments.task_type,
             random_neurons_filepath=arguments.random_neurons_filepath,
             **options,

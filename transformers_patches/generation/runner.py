@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -62,6 +64,7 @@ class Runner:
         self._warn()
         self.options = self._with_task_stop(options)
         self.results: list[tuple[str, GenerationResult]] = []
+        self.failed: list[tuple[str, str]] = []  # prompts and what was wrong
 
     def _warn(self) -> None:
         """Warn if the settings spoil the answers, and name the flag that helps."""
@@ -97,12 +100,27 @@ class Runner:
         return _decoded(_standard_input().read()).strip() if given == "-" else given
 
     def predefined_prompts(self) -> int:
-        """Answer the project's own prompts of the task type, one after the other; Ctrl-C goes on to the next one."""
+        """Answer the project's own prompts of the task type, one after the other; Ctrl-C goes on to the next one.
+
+        A prompt that fails is said to have failed, and the next one is answered; the exit code is then 1.
+        """
         code = cli.DONE
         for text in predefined_prompts(self.arguments.task_type):
             self._show_prompt(text)
-            code = self._answer(text, self._task_ids(text))
-        return code
+            with self._noting_failure(text):
+                code = self._answer(text, self._task_ids(text))
+        return cli.FAILED if self.failed else code
+
+    @contextmanager
+    def _noting_failure(self, text: str) -> Iterator[None]:
+        """Say what fails in the block, and keep it for the report: the answers before and after it count."""
+        try:
+            yield
+        except OSError:  # nobody can read the next answer either
+            raise
+        except Exception as error:
+            cli.show_error(error)
+            self.failed.append((text, cli.explained(error)))
 
     def compare(self) -> int:
         """Answer --prompt, or the predefined prompts, dense and by the settings, and end with a table of both."""
@@ -113,16 +131,20 @@ class Runner:
         )
         self.comparison = Comparison(load_model(self.folder, settings), self.loaded, self.options)
         show = self._print_piece if self.arguments.json != STANDARD_OUTPUT else None
-        interrupted = False
+        answered, interrupted = self.comparison.sides[-1].results, False
         for text in texts:
             self._show_prompt(text)
-            interrupted = self.comparison.answer(self.tokenizer, self._task_ids(text), show)
+            with self._noting_failure(text):
+                interrupted = self.comparison.answer(self.tokenizer, self._task_ids(text), show)
+            if len(answered) > len(self.results):
+                self.results.append((text, answered[-1]))
             if interrupted:
                 break
-        self.results = list(zip(texts, self.comparison.sides[-1].results, strict=False))
-        if show is not None:
+        if show is not None and self.results:
             print(f"\n{table(self.comparison.rows())}", flush=True)
-        return cli.INTERRUPTED if interrupted else cli.DONE
+        if interrupted:
+            return cli.INTERRUPTED
+        return cli.FAILED if self.failed else cli.DONE
 
     def chat(self) -> int:
         """Take turns with the user until the input ends or says /exit; /reset forgets the history.
@@ -255,7 +277,9 @@ class Runner:
         }
         if self.comparison is not None:
             total["comparison"] = self.comparison.rows()
-        if len(results) != 1:
+        if self.failed:
+            total["failed"] = [{"prompt": text, "error": error} for text, error in self.failed]
+        if len(results) != 1 or self.failed:
             total["results"] = [{"prompt": text, **dataclasses.asdict(result)} for text, result in self.results]
         return total
 

@@ -52,6 +52,13 @@ class LoadedModel:
     def device(self) -> torch.device:
         return self.model.device
 
+    def check_weights(self) -> None:
+        """Raise PartInferError if a file that weights are mapped from was changed; for the end of what they computed.
+
+        It is done before every prompt, too.
+        """
+        self.state.check_weights()
+
     def computed_fraction(self) -> float:
         """Share of the sparse layers' neurons that decode steps computed since the last reset, as counted."""
         tokens = sum(counters.tokens * size for counters, size, _ in self._counted())

@@ -79,7 +79,7 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
     attach_compensation(state.layers, sources, run)
     state.attach(model)
     if isinstance(weights, Pack):
-        state.before_prompt = weights.check_unchanged
+        state.check_weights = weights.check_unchanged
     if run.native:
         replace_linears(model)
         if run.screened:

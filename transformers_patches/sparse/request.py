@@ -65,6 +65,10 @@ class RequestExperts(Protocol):
         """Count from 0 again."""
 
 
+def _nothing_to_check() -> None:
+    pass
+
+
 class RequestState:
     """The request that a model is working on; every SparseFFN of the model refers to the same one.
 
@@ -85,7 +89,7 @@ class RequestState:
         self.token_mask: torch.Tensor | None = None
         self.layers: list[RequestLayer] = []
         self.experts: list[RequestExperts] = []
-        self.before_prompt: Callable[[], None] | None = None  # called at the beginning of every pass over a prompt
+        self.check_weights: Callable[[], None] = _nothing_to_check  # called before every pass over a prompt
         self._prompt_length: int | None = None
         self._watching: RemovableHandle | None = None
 
@@ -131,8 +135,8 @@ class RequestState:
             self.reset()
         prompt_length = 1 if self._prompt_length is None else self._prompt_length
         self.phase = PREFILL if cached < prompt_length else DECODE
-        if self.phase == PREFILL and self.before_prompt is not None:
-            self.before_prompt()
+        if self.phase == PREFILL:
+            self.check_weights()
         if cached and batch != self.batch:
             raise ValueError(f"the cache was prefilled for {self.batch} sequences, this pass has {batch}")
         self.batch, self.tokens, self.cached = batch, tokens, cached

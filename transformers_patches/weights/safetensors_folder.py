@@ -22,6 +22,7 @@ from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.weights import parallel_reads
 from transformers_patches.weights.config_file import one_line
 from transformers_patches.weights.file_kinds import is_safetensors, what_it_is
+from transformers_patches.weights.file_state import FilesInUse
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, MAPPED_BLOCK_BYTES, Read, after_all, scratch
 from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import (
@@ -90,6 +91,7 @@ class Checkpoint(WeightSource):
         self.bytes_read = 0
         self._files = self._find_files()
         self._headers: dict[Path, dict[str, Place]] = {}
+        self._in_use = FilesInUse()
 
     def _find_files(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -143,7 +145,7 @@ class Checkpoint(WeightSource):
         """The type of the first file's first float tensor by name, which transformers takes where a config names none."""
         first = min(self._files.values(), default=None)
         names = sorted(name for name, path in self._files.items() if path == first)
-        return next((dtype for name in names if (dtype := self.dtype(name)).is_floating_point), None)
+        return next((dtype for name in names if (dtype := self._place(name).dtype).is_floating_point), None)
 
     def nbytes(self, name: str) -> int:
         """Size of a tensor in the file."""
@@ -168,6 +170,7 @@ class Checkpoint(WeightSource):
         return self._headers[path][name]
 
     def _read_header(self, path: Path) -> dict[str, Place]:
+        self._in_use.add(path)
         with self._open(path), open(path, "rb") as file:  # safetensors checks the header first
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -188,8 +191,12 @@ class Checkpoint(WeightSource):
         self.fill([(replace(source, how="columns", fit=None), out)])
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
-        """As WeightSource.fill, but the next tensors are read while one is being worked on."""
+        """As WeightSource.fill, but the next tensors are read while one is being worked on.
+
+        Raises PartInferError for integers where floats are wanted, and if a file changes meanwhile.
+        """
         parallel_reads.run(read for source, out in requests for read in self._reads(source, out))
+        self._in_use.check_unchanged()
 
     def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
         """The reads that a request needs, each with what is done with its bytes."""
@@ -209,6 +216,7 @@ class Checkpoint(WeightSource):
     ) -> Iterator[Read]:
         """The reads of some rows: None for all, a slice, or int64 indices, which are read in the order of the file."""
         place = self._place(name)
+        _check_type(name, place, out)
         if not place.nbytes:
             return
         order = None
@@ -251,6 +259,7 @@ class Checkpoint(WeightSource):
     def _column_reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
         """Reads the whole tensor: the wanted parts of a row are too close together to skip what lies between them."""
         place, held = self._place(source.name), out
+        _check_type(source.name, place, out)
         if isinstance(out, QuantizedTensor):
             held = scratch(out.shape, place.dtype)
             source = replace(source, largest=torch.empty(out.shape[1]))
@@ -263,6 +272,19 @@ class Checkpoint(WeightSource):
         self.bytes_read += place.nbytes
         if held is not out or source.fit is not None:
             yield after_all(lambda: put_fitted(source.fit, out, held, source.largest))
+
+
+def _check_type(name: str, place: Place, out: torch.Tensor | QuantizedTensor) -> None:
+    """Raise PartInferError for integers where the model computes with floats: they are codes of somebody's quantisation.
+
+    Integers into integers are this project's own, in packs.
+    """
+    floats = isinstance(out, QuantizedTensor) or out.dtype.is_floating_point
+    if floats and not place.dtype.is_floating_point:
+        raise PartInferError(
+            f"{place.path}: {name} holds {str(place.dtype).removeprefix('torch.')}, expected floats (quantised by another "
+            "program?): give the model as it was before that"
+        )
 
 
 def _holds_bytes_of(out: torch.Tensor | QuantizedTensor, place: Place) -> bool:

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 import string
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.bootstrap import Bootstrap
@@ -406,3 +408,29 @@ def test_wrong_usage_ends_with_2(model_folder, text_file, capsys, flags):
     if "--token_by_token" in flags:
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.endswith("--token_by_token decodes one window at a time: leave out --batch_size 8")
+
+
+def test_tokens_that_the_model_lacks_are_told(model_folder, tmp_path, text_file):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new{number}>" for number in range(200)])
+    tokenizer.save_pretrained(folder)
+    path = tmp_path / "rows.jsonl"
+    for row in ({"question": "a<new150>?", "answer": "b"}, {"question": "a?", "answer": "<new150>"}):
+        path.write_text(json.dumps({"question": "a?", "answer": "b"}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+        with pytest.raises(PartInferError, match="example 2 has token 2[0-9][0-9], but the model has embeddings for"):
+            main([f"--model_name={folder}", "--device=cpu", "--method=dense", f"--dataset={path}"])
+
+
+@pytest.mark.parametrize("options", [[], ["--token_by_token"]])
+def test_predictions_that_are_not_finite_are_told(options, model_folder, tmp_path, windows, monkeypatch):
+    """Weights so large that their products overflow."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    weights["model.layers.1.mlp.gate_proj.weight"] *= 1e30
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PartInferError, match="the model's logits are not finite"):
+        main([f"--model_name={folder}", "--device=cpu", "--method=dense", *map(str, windows), *options])

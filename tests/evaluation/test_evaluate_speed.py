@@ -22,6 +22,8 @@ from evaluation.speed.job import Job, Timing
 from evaluation.speed.rows import measured_row, speedup
 from tests.conftest import FAMILY_CONFIGS
 from tests.evaluation.conftest import SETTINGS
+from tests.tiny_gguf import write_tiny_gguf
+from transformers_patches import flags
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.safetensors_folder import Checkpoint
@@ -174,3 +176,17 @@ def test_the_script_runs_from_the_root_and_from_its_folder():
             [sys.executable, script, "--help"], cwd=folder, capture_output=True, text=True, check=True
         )
         assert "--random_weights" in done.stdout
+
+
+def test_processes_know_the_keys_that_are_ignored(tmp_path, monkeypatch):
+    """Each model has a process of its own, which reads the file again."""
+    monkeypatch.setattr(flags, "IGNORED_GGUF_KEYS", ignored := set())
+    for module in ("transformers_patches.weights.gguf_schema", "evaluation.speed.measure"):
+        monkeypatch.setattr(f"{module}.IGNORED_GGUF_KEYS", ignored)
+    write_tiny_gguf(tmp_path / "tiny.gguf", metadata={"llama.attention.unheard_of": 1})
+    run = [f"--checkpoint_path={tmp_path / 'tiny.gguf'}", "--method=dense", "--cpu_only", "--prompt_length=4"]
+    run += ["--num_tokens_to_generate=3", "--repetitions=1", f"--json={tmp_path / 'it.json'}"]
+    with pytest.raises(PartInferError, match="llama.attention.unheard_of, which is not understood"):
+        main(run)
+    assert main([*run, "--ignore_gguf_key=llama.attention.unheard_of"]) == 0
+    assert len(json.loads((tmp_path / "it.json").read_text(encoding="utf-8"))["rows"]) == 1

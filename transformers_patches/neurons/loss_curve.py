@@ -143,7 +143,9 @@ class LossCurve:
             held = {name: values.float() if values.is_floating_point() else values for name, values in tensors.items()}
             return cls(points, held["thresholds"], held.get("gate_size"))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise PartInferError(f"{source}: its loss curve is damaged ({' '.join(str(error).split())[:200]}): make the file again") from None
+            raise PartInferError(
+                f"{source}: its loss curve is damaged ({' '.join(str(error).split())[:200]}): make the file again"
+            ) from None
 
 
 def _interpolate(points: list[LossPoint], share: float) -> float | None:

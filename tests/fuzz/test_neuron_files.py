@@ -85,10 +85,11 @@ def fit_content() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def changed_content(tensors: dict, metadata: dict, source: random.Random) -> bytes:
     """A well-formed safetensors file that says or holds something else."""
+    original = metadata
     tensors, metadata = {name: values.clone() for name, values in tensors.items()}, dict(metadata)
     for _ in range(source.choice((1, 1, 2))):
-        if source.random() < 0.25 and "loss_points" in metadata:
-            metadata["loss_points"] = changed_json(json.loads(metadata["loss_points"]), source).replace("\\ud800", "?")
+        if source.random() < 0.25 and "loss_points" in original:
+            metadata["loss_points"] = changed_json(json.loads(original["loss_points"]), source).replace("\\ud800", "?")
             continue
         if source.random() < 0.4:
             key = source.choice(list(metadata))

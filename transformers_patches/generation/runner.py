@@ -32,11 +32,14 @@ from transformers_patches.load.paths import in_words, layer_paths
 from transformers_patches.plan.max_loss import DEFAULT_MAX_LOSS, SPOILS
 from transformers_patches.weights.model_files import load_tokenizer
 
+DEFAULT_LENGTH = 128  # tokens of an answer at most
+
 
 def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
     """The options in parsed arguments; PartInferError if they are out of range."""
+    length = arguments.num_tokens_to_generate
     return GenerationOptions(
-        max_new_tokens=arguments.num_tokens_to_generate,
+        max_new_tokens=DEFAULT_LENGTH if length is None else length,
         sampling=arguments.sampling_method,
         temperature=arguments.temperature,
         top_p=arguments.top_p,

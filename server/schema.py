@@ -109,10 +109,10 @@ def _as_list(given: object) -> object:
     return [given] if isinstance(given, str) else given
 
 
+StopText = Annotated[Text, Field(min_length=1, max_length=STOP_LENGTH)]
 Stop = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=STOP_LENGTH)]] | None,
+    Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None,
     BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None),
-    Field(max_length=MOST_STOPS),
 ]
 
 

@@ -123,7 +123,7 @@ class _Server(uvicorn.Server):
 def _run(service: Service, opened: socket.socket) -> int:
     config = uvicorn.Config(
         service.asgi,
-        log_level="error",
+        log_level="critical",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE,

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 
 POSTS = ["/v1/chat/completions", "/v1/completions"]
 GETS = ["/v1/models", "/v1/models/{name}", "/health", "/metrics"]
-FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

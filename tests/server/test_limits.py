@@ -66,6 +66,7 @@ def test_what_is_not_done_is_refused_by_name(server, fields, said):
 def test_what_is_not_used_may_be_said(server):
     unused = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "user": "me"}
     unused |= {"response_format": {"type": "text"}, "tool_choice": "none", "logprobs": False, "seed": None}
+    unused |= {"stop": None, "stream": None, "stream_options": None, "partinfer": None, "temperature": 0}
     assert server.chat("hi", **unused)["usage"]["completion_tokens"]
 
 

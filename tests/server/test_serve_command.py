@@ -44,8 +44,8 @@ def test_an_address_that_is_taken_is_one_line(tiny_chat, bounded):
         port = str(taken.getsockname()[1])
         with pytest.raises(PartInferError, match=f"port {port} can't be used .*give another --host or --port"):
             partinfer.main(["--function", "serve", "--port", port, "--checkpoint_path", str(tiny_chat), *bounded])
+    host = ["--host", "no.such.host.invalid"]
     with pytest.raises(PartInferError, match="host no.such.host.invalid"):
-        host = ["--host", "no.such.host.invalid"]
         partinfer.main(["--function", "serve", *host, "--checkpoint_path", str(tiny_chat), *bounded])
 
 

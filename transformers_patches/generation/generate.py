@@ -31,6 +31,8 @@ from transformers_patches.generation.token_logprobs import TokenLogprobs
 from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.token_ids import check_token_ids
 
+LOWEST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -54,6 +56,10 @@ class GenerationOptions:
             )
         if not math.isfinite(self.temperature):
             raise PartInferError(f"temperature must be a number, got {self.temperature}")
+        if self.temperature < LOWEST_TEMPERATURE:  # logits divided by it would overflow
+            raise PartInferError(
+                f"temperature must be at least {LOWEST_TEMPERATURE}, got {self.temperature}: greedy is --sampling-method greedy"
+            )
         if not 0 < self.top_p <= 1:
             raise PartInferError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 from transformers_patches.weights.config_file import check_config, one_line, read_config_file
+from transformers_patches.weights.file_kinds import what_it_is
 from transformers_patches.weights.gguf import GGUFCheckpoint
 from transformers_patches.weights.gguf_config import gguf_config
 from transformers_patches.weights.gguf_file import is_gguf
@@ -62,6 +63,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     path = Path(path)
     if is_gguf(path):
         return gguf_tokenizer(path)
+    described = read_config_file(path) if (path / "config.json").is_file() else {}  # which transformers reads as well
+    for file in (path / "tokenizer.json", path / "tokenizer_config.json"):
+        if (what := what_it_is(file)) is not None:
+            raise PartInferError(f"{file} is {what}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         tokenizer.decode(tokenizer("a \u0fff\ue000").input_ids)  # the only way to notice some settings of wrong types
@@ -70,8 +75,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except BaseException as error:  # tokenizers panics on some damaged files, and that is not an Exception
         _refuse_own_code(path, "tokenizer_config.json", error)
         raise PartInferError(f"{path} has no usable tokenizer: {one_line(error)}") from None
-    if (path / "config.json").is_file():
-        most = read_config_file(path).get("vocab_size")
+    if described:
+        most = described.get("vocab_size")
         size = tokenizer.vocab_size
         if not isinstance(size, int):
             raise PartInferError(f"{path} has no usable tokenizer: its vocab_size is no number")

@@ -146,7 +146,7 @@ def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
 
 def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
     """The settings for a model, with the neuron files that are looked up, and says which; a pack's own where it is one."""
-    from transformers_patches.plan.neuron_files import settings_for
+    from transformers_patches.plan.neuron_files import settings_for, why_dense
     from transformers_patches.weights.lookup import model_name
     from transformers_patches.weights.pack_description import is_pack
 
@@ -156,6 +156,10 @@ def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInf
     if any(paths) and not {"dataset_neurons_filepath", "model_neurons_filepath"} & given.keys() and not arguments.quiet:
         named = ", ".join(Path(path).name for path in paths if path)
         print(f"neuron files: {named} for {model_name(folder)}", file=sys.stderr)
+    if settings.method == "dense" and "method" not in given and not arguments.quiet:
+        print(
+            f"{model_name(folder)} can't be computed by neurons, and runs dense: {why_dense(folder)}", file=sys.stderr
+        )
     if settings.use_partial_loading and not any(paths) and not is_pack(folder) and not arguments.quiet:
         print(
             f"no neuron files for {model_name(folder)}: everything is loaded, and a token reads {settings.sparsity:.0%} of "

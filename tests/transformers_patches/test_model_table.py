@@ -29,6 +29,7 @@ from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.load.paths import EXPERTS, FFN, LINEAR, layer_paths
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear
+from transformers_patches.plan.neuron_files import settings_for, why_dense
 from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.experts import Experts
 
@@ -249,6 +250,17 @@ def test_it_is_profiled(made, model_type):
     collector.statistics.commit(3)
     means = collector.statistics.means()["mean_abs"][layer]
     torch.testing.assert_close(means.float(), seen[0][0].abs().mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3_moe", "bitnet", "gpt_oss"])
+def test_the_default_runs_everything(made, model_type):
+    one = made(model_type)
+    settings = settings_for(one.folder, {"device": "cpu", "dtype": "float32"}, "QA")
+    dense = model_type in ("bitnet", "gpt_oss")
+    assert (settings.method, why_dense(one.folder) is not None) == ("dense" if dense else "partinfer", dense)
+    loaded = load_model(one.folder, settings)
+    assert len(loaded.plan.layers) + len(loaded.plan.experts) == (0 if dense else LAYERS)
+    assert all(part.isfinite().all() for part in run(loaded.model, ONE))
 
 
 @pytest.mark.parametrize("model_type", [name for name, model in MODELS.items() if not model.sparse])

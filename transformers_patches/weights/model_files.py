@@ -29,24 +29,29 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise PartInferError(f"no model at {folder} (config.json is missing): fetch one with python download.py")
     path = folder / "config.json"
-    read_config_file(folder)
+    content = read_config_file(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # values of wrong types, or an architecture that transformers does not know either
         _refuse_own_code(folder, "config.json", error)
         raise PartInferError(f"{path} can't be used: {one_line(error)}; fetch the model again") from None
-    config = _of_text(config)
+    config = _of_text(config, content)
     if config.dtype is None and not is_pack(folder):
         config.dtype = _stored_type(folder)
     family_of(config)  # an unknown architecture is the first thing to say
     return check_config(config, path)
 
 
-def _of_text(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the language model in one that also sees or hears."""
+def _of_text(config: PretrainedConfig, content: dict) -> PretrainedConfig:
+    """The config of the language model in one that also sees or hears. content: of config.json."""
     text = config.get_text_config()
-    if text is not config and text.dtype is None:
+    if text is config:
+        return config
+    if text.dtype is None:
         text.dtype = config.dtype
+    own = content.get("text_config")
+    if "tie_word_embeddings" in content and "tie_word_embeddings" not in (own if isinstance(own, dict) else {}):
+        text.tie_word_embeddings = content["tie_word_embeddings"]
     return text
 
 

@@ -6,6 +6,7 @@ prefill computes all that is loaded, and what follows it is scored with the neur
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from profiler.loss_selections import Everything, InTurn, selection_at
 from transformers_patches.config import PartInferConfig, default_layers
+from transformers_patches.families import family_of
 from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.loss_curve import ALL, DEFAULT, LossCurve, LossPoint
@@ -126,10 +128,12 @@ class LossMeasurement:
         own = [ffn.selection for ffn in loaded.state.layers]
         known = self._thresholds(loaded, size)
         thresholds, sizes = known.thresholds(), known.gate_size()
-        for number, (ffn, selection) in enumerate(zip(loaded.state.layers, own, strict=True)):
+        for place, (number, ffn, selection) in enumerate(
+            zip(loaded.plan.layers, loaded.state.layers, own, strict=True)
+        ):
             ffn.selection = selection
-            gate_size = None if sizes is None else sizes[number][selection.plan.neurons]
-            priors = [selection.prior.choosing(gate_size, float(of_layers[number])) for of_layers in thresholds]
+            gate_size = None if sizes is None else sizes[place][selection.plan.neurons]
+            priors = [selection.prior.choosing(gate_size, float(of_layers[place])) for of_layers in thresholds]
             choices = [Everything(ffn.rows)]
             choices += [selection_at(ffn, size, *one, average=True) for one in zip(WHOLE, priors, strict=True)]
             some = [selection_at(ffn, size, share, average=False) for share in SOME_LAYERS]
@@ -142,7 +146,17 @@ class LossMeasurement:
             LossPoint("up", layers, 1.0, share, *loss)
             for (layers, share), loss in zip(settings, losses, strict=False)  # without default layers fewer settings
         ]
-        return points, thresholds, sizes
+        return (
+            points,
+            self._of_all_layers(loaded, thresholds.T).T,
+            None if sizes is None else self._of_all_layers(loaded, sizes),
+        )
+
+    def _of_all_layers(self, loaded: LoadedModel, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the sparse layers, and 0 for those that can't be computed by neurons."""
+        every = torch.zeros(self.neurons.num_layers, rows.shape[1])
+        every[list(loaded.plan.layers)] = rows
+        return every
 
     def _partly_loaded(self, bar: tqdm) -> list[LossPoint]:
         loaded = self._load(
@@ -203,13 +217,20 @@ class _Scored:
     """A text whose prompt is prefilled, and whose target can be scored several times over the same cache."""
 
     def __init__(self, model: PreTrainedModel, text: ScoredText) -> None:
-        self.model, self.cache = model, DynamicCache()  # without windows that would forget, so it can be cropped
+        # without windows that would forget, so it can be cropped; other layers may need caches of other kinds
+        self.crops = family_of(model.config).found is None
+        self.model, self.cache = model, DynamicCache() if self.crops else DynamicCache(config=model.config)
         self._prefilled = len(text.prompt) - 1
         self._pass(text.prompt[:-1], 0, kept=1)
         self._fed = text.prompt[-1:] + text.target[:-1]
 
     def logits(self) -> torch.Tensor:
         """[T, V], the predictions of the target's tokens."""
+        if not self.crops:
+            kept = copy.deepcopy(self.cache)
+            logits = self._pass(self._fed, self._prefilled)
+            self.cache = kept
+            return logits
         logits = self._pass(self._fed, self._prefilled)
         self.cache.crop(-len(self._fed))
         return logits

@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from profiler.collect import Collector
 from profiler.layerwise import FFNWeights, LayerwiseModel, make_batches
+from profiler.loss_measurement import LossMeasurement, ScoredText
 from tests.conftest import random_neuron_file
 from tests.model_table import LAYERS, MODELS, SIZE, tiny_model
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod
@@ -267,3 +268,17 @@ def test_the_default_runs_everything(made, model_type):
 def test_what_cannot_be_sparse_says_why(made, model_type):
     with pytest.raises(PartInferError, match=f"{model_type} can't be computed by neurons: .*use --method dense"):
         made(model_type).load(method="partinfer")
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "qwen3_5_text"])
+def test_its_loss_curve_is_measured(made, model_type):
+    """Layers that can't be computed by neurons have zeros in it; caches that can't be cut are copied."""
+    one, settings = made(model_type), {"device": "cpu", "dtype": "float32", "kernels": "torch"}
+    texts = [ScoredText(list(range(5, 17)), list(range(20, 26)))]
+    curve = LossMeasurement(one.folder, settings, BASE, texts).curve(quiet=True)
+    whole = MODELS[model_type].whole
+    assert curve.thresholds.shape[1] == LAYERS
+    assert curve.gate_size.shape == (LAYERS, SIZE)
+    assert [bool(row.any()) for row in curve.gate_size] == [layer not in whole for layer in range(LAYERS)]
+    by_share = {point.sparsity: point.kl for point in curve.points if point.loaded == 1 and point.layers == "all"}
+    assert 0 <= by_share[max(by_share)] < by_share[min(by_share)]

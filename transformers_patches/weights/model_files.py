@@ -35,18 +35,22 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     except Exception as error:  # values of wrong types, or an architecture that transformers does not know either
         _refuse_own_code(folder, "config.json", error)
         raise PartInferError(f"{path} can't be used: {one_line(error)}; fetch the model again") from None
-    config = _of_text(config, content)
+    config = _of_text(config, content, path)
     if config.dtype is None and not is_pack(folder):
         config.dtype = _stored_type(folder)
     family_of(config)  # an unknown architecture is the first thing to say
     return check_config(config, path)
 
 
-def _of_text(config: PretrainedConfig, content: dict) -> PretrainedConfig:
+def _of_text(config: PretrainedConfig, content: dict, path: Path) -> PretrainedConfig:
     """The config of the language model in one that also sees or hears. content: of config.json."""
     text = config.get_text_config()
     if text is config:
         return config
+    if not isinstance(text, PretrainedConfig):
+        raise PartInferError(
+            f"{path}: a {config.model_type} model has no text_config: remove it, or fetch the model again"
+        )
     if text.dtype is None:
         text.dtype = config.dtype
     own = content.get("text_config")

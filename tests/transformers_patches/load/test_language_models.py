@@ -64,3 +64,12 @@ def test_values_of_the_language_model_are_checked(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PartInferError, match='text_config is .*but its vocab_size is "many", expected a whole number'):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [7, {"hidden_size": 8}, [1]])
+def test_a_language_model_has_none_inside(tmp_path, value):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": value}))
+    with pytest.raises(PartInferError, match="text_config"):
+        read_config(tmp_path)

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", help="what is asked, in turn; the last one is compared")
     parser.add_argument("--tokens", default="96", help="length of an answer at most (96)")
     given = parser.parse_args()
-    prompts = given.prompt if given.prompt is not None else ["Write a haiku about rain.", "Why is the sky blue?"]
+    prompts = given.prompt if given.prompt is not None else ["What is the capital of France?", "What is it known for?"]
     width, height = SIZES[given.size]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])

@@ -49,6 +49,7 @@ def run(installed, *command: str, folder=None) -> str:
 
 
 LOOK = """
+from importlib.util import find_spec
 from pathlib import Path
 import transformers_patches
 from transformers_patches.catalog import fetch_command
@@ -64,6 +65,7 @@ print(len(predefined_prompts("QA")), len(few_shot_examples("Summarize", 1)))
 print(find_neuron_files(["SmolLM2-135M-Instruct"], "QA").dataset.is_relative_to(shipped("neuron_files")))
 print(*(sorted(path.name for path in folder.iterdir() if path.is_file()) for folder in (SOURCES, TASKS, BUILTIN_FOLDER)))
 print(fetch_command("opt-125m"))
+print(Path(find_spec("server").submodule_search_locations[0], "page.html").is_file())
 """
 
 
@@ -75,13 +77,14 @@ def names(folder) -> list[str]:
 def test_a_wheel_holds_all_that_the_commands_need(installed):
     assert run(installed, str(installed / "bin" / "partinfer"), "--version").strip() == f"PartInfer {VERSION}"
     assert "run " in run(installed, str(installed / "bin" / "partinfer-profile"), "--help")
-    place, prompts, neurons, files, fetch = run(installed, sys.executable, "-c", LOOK).splitlines()
+    place, prompts, neurons, files, fetch, page = run(installed, sys.executable, "-c", LOOK).splitlines()
     assert place == str(installed)
     assert prompts == f"{len(predefined_prompts('QA'))} 1"
     assert neurons == "True"
     folders = (ROOT / "transformers_patches/kernels/csrc", ROOT / "evaluation/tasks", ROOT / "profiler/builtin")
     assert files == " ".join(str(names(folder)) for folder in folders)
     assert fetch == "partinfer-download --model_name opt-125m"
+    assert page == "True"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,10 @@ def make_ladder(
     for number in tqdm(range(len(seen)), "options", unit=" layers", disable=quiet):
         with torch.no_grad():
             layer = float_layer(model, number, seen[number])
-            groups += layer_options(layer)
+            options = layer_options(layer)
+        if not all(math.isfinite(option.loss) for group in options for option in group):
+            raise PartInferError(f"no byte ladder: gradients of layer {number} are not finite: use --dtype bfloat16")
+        groups += options
         seen[number] = None  # frees the layer's part of the tokens
         for name in INPUTS:
             mean[name].append(layer.mean[name].cpu())

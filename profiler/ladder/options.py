@@ -21,7 +21,7 @@ INPUT_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # of the inputs of q, k
 UP_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3)  # of the inputs of up
 NEURON_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)  # of the neurons: rows of gate
 DOWN_SHARES = (1.0, 0.75, 0.55)  # of the rows of down of the chosen neurons
-_SAMPLE = 2**18  # values from which a quantile is estimated
+_SAMPLE = 2**16  # values from which a quantile is estimated
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def input_options(name: str, tokens: Tokens, norm: torch.Tensor, weights: int) -
     for share in INPUT_SHARES:
         threshold = threshold_for(scores, share)
         read = scores > threshold
-        errors = changes.masked_fill(read, 0.0).sum(1)
+        errors = torch.where(read, 0.0, changes).sum(1)
         options.append(Option(weights * _mean(read), _loss(errors), {name: threshold}))
     return options
 
@@ -82,13 +82,13 @@ def _with_inputs(layer: FloatLayer, share: float) -> Iterator[Option]:
     for neurons in NEURON_SHARES:
         neuron_threshold = threshold_for(scores, neurons)
         chosen = scores > neuron_threshold
-        of_chosen = sizes.masked_fill(~chosen, EVERYTHING) if neurons < 1 else sizes
+        of_chosen = torch.where(chosen, sizes, EVERYTHING) if neurons < 1 else sizes
         gate_read = _mean(chosen)
         for of_them in DOWN_SHARES:
             down_threshold = threshold_for(of_chosen, of_them * gate_read) if of_them < 1 else EVERYTHING
             kept = (of_chosen > down_threshold) if of_them < 1 else chosen
             read = layer.weights["matrix"] * (inputs_read + gate_read + _mean(kept))
-            loss = 0.0 if min(share, neurons, of_them) == 1 else _loss(changes.masked_fill(~kept, 0.0).sum(1) - whole)
+            loss = 0.0 if min(share, neurons, of_them) == 1 else _loss(torch.where(kept, changes, 0.0).sum(1) - whole)
             thresholds = {"ffn": input_threshold, "neurons": neuron_threshold, "down": down_threshold}
             yield Option(read, loss, thresholds, gate_read)
 

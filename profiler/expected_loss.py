@@ -12,13 +12,14 @@ import torch
 
 from profiler.arguments import count
 from profiler.collect import with_continuations
-from profiler.ladder.build import make_ladder, why_no_ladder
+from profiler.ladder.build import make_ladder
 from profiler.ladder.measurement import SetLayerChoices, measured
 from profiler.loss_measurement import SCORED_TOKENS, LossMeasurement, ScoredText, scored_texts
 from profiler.model_texts import text_sequences
 from profiler.placement import ProfiledModel
 from profiler.texts import ResolvedSource
 from transformers_patches import cli
+from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.byte_ladder import ByteLadder
 from transformers_patches.neurons.loss_curve import LossCurve
 from transformers_patches.neurons.neuron_file import NeuronFile
@@ -61,12 +62,12 @@ def measure(arguments: argparse.Namespace, neurons: NeuronFile, texts: list[Scor
 
 def ladder_of(arguments: argparse.Namespace, loaded: ProfiledModel, texts: list[ScoredText]) -> ByteLadder | None:
     """The byte ladder of a model, with predicted losses; None, and a note that says why, if it can't have one."""
-    reason = why_no_ladder(loaded.model)
-    if reason is not None:
+    try:
+        return make_ladder(loaded.model, [text.prompt + text.target for text in texts], quiet=arguments.quiet)
+    except PartInferError as error:  # what else was found out is worth keeping
         if not arguments.quiet:
-            print(f"no byte ladder: {reason}", file=sys.stderr)
+            print(error, file=sys.stderr)
         return None
-    return make_ladder(loaded.model, [text.prompt + text.target for text in texts], quiet=arguments.quiet)
 
 
 def measure_ladder(

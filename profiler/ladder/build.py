@@ -22,13 +22,15 @@ _GROUPS = 3  # of a layer: q, k and v; o; the FFN
 _APART = 1e-3  # the least difference of bytes between two rungs
 
 
-def why_no_ladder(model: PreTrainedModel) -> str | None:
-    """Why a model can't have a ladder; None if it can."""
+def _check(model: PreTrainedModel) -> None:
+    """Raise PartInferError if a model can't have a ladder."""
     if not family_of(model.config).gated:
-        return f"{model.config.model_type} has plain FFNs, whose neurons can't be chosen before they are computed"
+        kind = model.config.model_type
+        raise PartInferError(
+            f"no byte ladder: {kind} has plain FFNs, whose neurons can't be chosen before they are computed"
+        )
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        return "the model does not fit in memory as a whole"
-    return None
+        raise PartInferError("no byte ladder: the model does not fit in memory as a whole")
 
 
 def make_ladder(
@@ -37,14 +39,14 @@ def make_ladder(
     """The ladder of a model, with predicted losses for both NLL and KL.
 
     sequences: token ids of calibration texts, of which as many are used as are needed.
-    budgets: shares of bytes, falling. Raises PartInferError for plain FFNs, and where no text is long enough.
+    budgets: shares of bytes, falling.
+
+    Raises PartInferError for plain FFNs, where no text is long enough, and where numbers are not finite.
     """
-    reason = why_no_ladder(model)
-    if reason is not None:
-        raise PartInferError(f"no byte ladder: {reason}")
+    _check(model)
     texts = shortened(sequences)
     if not texts:
-        raise PartInferError("no text has the three tokens that a byte ladder needs")
+        raise PartInferError("no byte ladder: no text has three tokens")
     seen = capture(model, texts, quiet=quiet)
     groups, mean, norm = [], {name: [] for name in INPUTS}, {name: [] for name in INPUTS}
     for number in tqdm(range(len(seen)), "options", unit=" layers", disable=quiet):
@@ -52,7 +54,9 @@ def make_ladder(
             layer = float_layer(model, number, seen[number])
             options = layer_options(layer)
         if not all(math.isfinite(option.loss) for group in options for option in group):
-            raise PartInferError(f"no byte ladder: gradients of layer {number} are not finite: use --dtype bfloat16")
+            raise PartInferError(
+                f"no byte ladder: gradients of layer {number} are not finite, use --dtype bfloat16 or float32"
+            )
         groups += options
         seen[number] = None  # frees the layer's part of the tokens
         for name in INPUTS:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from transformers_patches.errors import PartInferError
 from transformers_patches.families import Family, family_of
 from transformers_patches.modules.fast_linear import FastLinear
 from transformers_patches.neurons.byte_ladder import INPUTS
@@ -89,6 +90,8 @@ def _skipped(ids: list[int]) -> int:
 def _backward(model: PreTrainedModel, ids: list[int], generator: torch.Generator) -> None:
     embedded = model.get_input_embeddings()(torch.tensor([ids], device=model.device)).detach().requires_grad_(True)
     logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+    if not bool(logits.isfinite().all()):
+        raise PartInferError("no byte ladder: the model's predictions are not finite: use --dtype bfloat16 or float32")
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
     F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
 

@@ -15,7 +15,9 @@ from profiler.ladder.capture import FFN, capture, shortened
 from profiler.ladder.layer import float_layer
 from profiler.ladder.options import Option, ffn_options, input_options, layer_options, threshold_for
 from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS
+from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.load.loader import load_model
 from transformers_patches.modules.fast_linear import FastLinear, replace_linears
 from transformers_patches.neurons.byte_ladder import INPUTS
 
@@ -161,3 +163,19 @@ def test_a_ladder_reads_no_more_than_its_budgets_and_costs_more_with_fewer_bytes
 def test_texts_of_two_tokens_make_no_ladder(tiny_checkpoints):
     with pytest.raises(PartInferError, match="three tokens"):
         make_ladder(load(tiny_checkpoints, "llama"), [[1, 2]], quiet=True)
+
+
+def test_models_from_the_projects_own_loading_have_gradients_too(tiny_checkpoints):
+    """As those of GGUF files are loaded."""
+    settings = PartInferConfig(method="dense", dtype="float32", device="cpu", kernels="torch")
+    own = make_ladder(load_model(tiny_checkpoints["llama"], settings).model, TEXTS, quiet=True)
+    plain = make_ladder(load(tiny_checkpoints, "llama"), TEXTS, quiet=True)
+    assert [rung.loss for rung in own.rungs] == pytest.approx([rung.loss for rung in plain.rungs], rel=0.05)
+
+
+def test_gradients_that_are_not_finite_are_said(tiny_checkpoints):
+    model = load(tiny_checkpoints, "llama")
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(PartInferError, match="no byte ladder: the model's predictions are not finite"):
+        make_ladder(model, TEXTS, quiet=True)

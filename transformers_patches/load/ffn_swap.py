@@ -12,7 +12,8 @@ from transformers_patches.neurons.fit_file import LayerFit
 from transformers_patches.plan.load_plan import LayerPlan
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.compensation import Compensation
-from transformers_patches.sparse.neuron_rows import NeuronRows
+from transformers_patches.sparse.layer_selection import LayerSelection
+from transformers_patches.sparse.neuron_rows import BY_INPUT, PAIRED, PLAIN, NeuronRows
 from transformers_patches.sparse.prior import Prior
 from transformers_patches.sparse.prompt_selection import PromptSelection
 from transformers_patches.sparse.request import RequestLayer, RequestState
@@ -35,7 +36,7 @@ def swap_ffns(model: PreTrainedModel, run: ResolvedRun, state: RequestState) -> 
 
 def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestState) -> SparseFFN:
     """What replaces a layer's FFN, still without memory. dense: the module with the layer's projections."""
-    family, plan, settings = run.family, run.plan.layers[layer], run.settings
+    family, plan = run.family, run.plan.layers[layer]
     up, down = getattr(dense, family.up), getattr(dense, family.down)
     prior = _prior(run, layer, plan)
     with init_empty_weights():
@@ -47,10 +48,16 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
             input_bias=up.bias is not None,
             weight_format=run.weight_format,
             native=run.native,
-            paired=settings.selection == "up",
+            layout=_layout(run),
         )
-        selection = _selection(run, rows, plan, prior)
+        selection = _selection(run, rows, layer, prior)
         return SparseFFN(rows, selection, state, output_bias=down.bias is not None).to(run.dtype)
+
+
+def _layout(run: ResolvedRun) -> str:
+    if run.layer_choices is not None:
+        return BY_INPUT
+    return PAIRED if run.settings.selection == "up" else PLAIN
 
 
 def _prior(run: ResolvedRun, layer: int, plan: LayerPlan) -> Prior:
@@ -61,9 +68,11 @@ def _prior(run: ResolvedRun, layer: int, plan: LayerPlan) -> Prior:
     return Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)
 
 
-def _selection(run: ResolvedRun, rows: NeuronRows, plan: LayerPlan, prior: Prior) -> Selection:
+def _selection(run: ResolvedRun, rows: NeuronRows, layer: int, prior: Prior) -> Selection:
     """What chooses the neurons of a layer."""
-    settings = run.settings
+    settings, plan = run.settings, run.plan.layers[layer]
+    if run.layer_choices is not None:
+        return LayerSelection(rows, plan, prior, run.layer_choices[layer])
     if settings.selection in TOKEN_SELECTIONS:
         return TokenSelection(rows, plan, prior, settings.selection, average=settings.token_count == "average")
     return PromptSelection(
@@ -85,7 +94,10 @@ def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source
         if projection is None:
             continue
         prefix = family.projection(layer, projection)
-        sources[f"rows.{row}"] = Source(f"{prefix}.weight", "rows", neurons)
+        by_input = row == "up" and run.layer_choices is not None
+        sources[f"rows.{row}"] = (
+            Source.by_input(f"{prefix}.weight", up.in_features) if by_input else Source(f"{prefix}.weight", "rows", neurons)
+        )
         if up.bias is not None:
             sources[f"rows.{row}_bias"] = Source(f"{prefix}.bias", "rows", neurons)
     prefix = family.projection(layer, family.down)
@@ -118,7 +130,7 @@ def _left_out(run: ResolvedRun, layer: int, hidden_size: int) -> WeightedSum | N
 
 def attach_compensation(layers: list[RequestLayer], sources: dict[str, Source], run: ResolvedRun) -> None:
     """Give the SparseFFNs, in the plan's order, what stands in for left-out neurons, once all weights are read."""
-    sums = [source.left_out for source in sources.values() if source.how == "columns"]
+    sums = [source.left_out for name, source in sources.items() if name.endswith(".rows.down")]
     for layer, ffn, left_out in zip(run.plan.layers, layers, sums, strict=True):
         if run.settings.compensation == "refit":
             fitted = run.fit.layers[layer]

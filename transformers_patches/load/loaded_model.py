@@ -11,6 +11,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.plan.load_plan import LoadPlan
 from transformers_patches.plan.run import ResolvedRun
+from transformers_patches.sparse.by_input_linear import ByInputLinear
 from transformers_patches.sparse.request import RequestLayer, RequestState
 
 
@@ -82,14 +83,19 @@ class LoadedModel:
         if embedding is not head.weight:
             total -= embedding.nbytes
         skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in self.state.layers)
+        skipped += sum(part.weight_bytes * (1 - part.read_share) for part in self._by_input())
         if isinstance(head, ScreenedHead):
             skipped += head.unread_bytes()
         return round(total - skipped)
 
     def reset_counters(self) -> None:
         head = self.model.get_output_embeddings()
-        for counting in (*self.state.layers, *([head] if isinstance(head, ScreenedHead) else [])):
+        heads = [head] if isinstance(head, ScreenedHead) else []
+        for counting in (*self.state.layers, *heads, *self._by_input()):
             counting.reset_counters()
+
+    def _by_input(self) -> list[ByInputLinear]:
+        return [module for module in self.model.modules() if isinstance(module, ByInputLinear)]
 
 
 def _read_share(layer: RequestLayer) -> float:

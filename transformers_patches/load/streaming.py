@@ -16,6 +16,7 @@ from transformers_patches.load.as_stored import names_in_model
 from transformers_patches.load.column_weights import column_weights
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedWeight, weight_places
 from transformers_patches.plan.run import ResolvedRun
+from transformers_patches.sparse.by_input_linear import ByInputLinear, Joined
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.weights.memory import WeightMemory
 from transformers_patches.weights.source import Source, WeightSource
@@ -80,7 +81,7 @@ def _wanted(
             raise PartInferError(f"{weights.source} lacks {source.name}: the checkpoint is incomplete, fetch it again")
         used.add(stored)
         if name not in tied:  # else the same tensor as its partner, which is read
-            _check_shape(weights, stored, place.shape, source.how, run.plan.intermediate_size)
+            _check_shape(weights, stored, _expected_shape(model, name, place, source, run.plan.intermediate_size))
             of_columns = important.get(source.name) if _has_weighted_errors(place, source) else None
             in_plan = name in sources and source.how != "whole"
             wanted.append(_Wanted(name, place, replace(source, name=stored, column_weights=of_columns), in_plan))
@@ -107,6 +108,13 @@ def _is_paired(model: PreTrainedModel, name: str) -> bool:
     return isinstance(module, NeuronRows) and leaf in module.paired_names
 
 
+def _joined(model: PreTrainedModel, name: str) -> Joined | None:
+    """Which weights have their rows next to this one's in memory."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    return module.joined if isinstance(module, ByInputLinear) and leaf == "weight" else None
+
+
 def _memory_for(
     model: PreTrainedModel, weight: _Wanted, weights: WeightSource, run: ResolvedRun, memory: WeightMemory
 ) -> torch.Tensor | QuantizedTensor:
@@ -115,6 +123,7 @@ def _memory_for(
     target = torch.device("cpu") if on_cpu else run.device
     pinned = target.type == "cpu" and run.device.type == "cuda"
     paired = target.type == "cpu" and not pinned and _is_paired(model, weight.name)
+    joined = None if paired or target.type != "cpu" or pinned else _joined(model, weight.name)
     like = weight.place.packed if isinstance(weight.place, QuantizedWeight) else weight.place
     if memory.huge_pages and target.type == "cpu":
         held = weights.mapped(weight.source, like, paired=paired)
@@ -124,6 +133,9 @@ def _memory_for(
     def empty(like: torch.Tensor) -> torch.Tensor:
         if paired:  # with the other paired weight of its module
             return memory.empty_paired((weight.name.rpartition(".")[0], like.dtype), like.shape, like.dtype)
+        if joined is not None:
+            widths = [like.shape[1] * outputs // joined.outputs[joined.number] for outputs in joined.outputs]
+            return memory.empty_joined((joined.group, like.dtype), like.shape[0], widths, joined.number, like.dtype)
         return memory.empty(like.shape, like.dtype, target)
 
     values = like.like(empty) if isinstance(like, QuantizedTensor) else empty(like)
@@ -141,15 +153,26 @@ def _hold(
     setattr(model.get_submodule(parent), leaf, nn.Parameter(values, requires_grad=False))
 
 
-def _check_shape(
-    weights: WeightSource, stored: str, expected: tuple[int, ...], how: str, intermediate_size: int
-) -> None:
+def _expected_shape(
+    model: PreTrainedModel, name: str, place: nn.Parameter | QuantizedWeight, source: Source, intermediate_size: int
+) -> tuple[int, ...]:
+    """The shape that the checkpoint must have a weight in."""
+    shape = tuple(place.shape)
+    if source.how == "rows":
+        return (intermediate_size, *shape[1:])
+    if source.how == "columns":
+        return (shape[1], shape[0] if _is_by_input(model, name) else intermediate_size)
+    return shape
+
+
+def _is_by_input(model: PreTrainedModel, name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    return isinstance(module, ByInputLinear) or (isinstance(module, NeuronRows) and module.up_by_input and leaf == "up")
+
+
+def _check_shape(weights: WeightSource, stored: str, expected: tuple[int, ...]) -> None:
     """Rows and columns were chosen by the config; a file of another size must not be read with them."""
-    expected = tuple(expected)
-    if how == "rows":
-        expected = (intermediate_size, *expected[1:])
-    elif how == "columns":
-        expected = (expected[1], intermediate_size)
     shape = weights.shape(stored)
     if shape != expected:
         raise PartInferError(f"{weights.source}: {stored} has shape {shape}, its config.json says {expected}")

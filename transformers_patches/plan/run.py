@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import Family, family_of
 from transformers_patches.kernels import FORMATS, WeightFormat
+from transformers_patches.neurons.byte_ladder import LayerChoice
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.decision import Decision
@@ -43,6 +44,7 @@ class ResolvedRun:
     weight_format: WeightFormat | None  # of quantised weights; None: none are quantised
     head_format: WeightFormat | None  # the same of embeddings and output projection
     predicted_loss: float | None  # nats per decoded token over dense; None: nothing near was measured
+    layer_choices: list[LayerChoice] | None = None  # what tokens read of every layer; None: only FFNs are sparse
 
     @property
     def native(self) -> bool:
@@ -68,6 +70,11 @@ class ResolvedRun:
         names = max(map(len, self.decisions))
         values = max(len(decision.value) for decision in self.decisions.values())
         return "\n".join(f"{name:{names}}  {d.value:{values}}  {d.why}" for name, d in self.decisions.items())
+
+
+def with_layer_choices(run: ResolvedRun, choices: list[LayerChoice]) -> ResolvedRun:
+    """The same run with what tokens read of every layer; it must load everything and choose by up."""
+    return replace(run, layer_choices=choices, plan=run.plan.in_order())
 
 
 def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunFiles) -> ResolvedRun:

@@ -53,6 +53,11 @@ class Source:
     column_weights: torch.Tensor | None = None
     largest: torch.Tensor | None = None
 
+    @classmethod
+    def by_input(cls, name: str, inputs: int) -> Source:
+        """All columns of a linear layer's weight, as the rows of one that is stored by input."""
+        return cls(name, "columns", torch.arange(inputs))
+
 
 class WeightSource(ABC):
     """The tensors of a model.

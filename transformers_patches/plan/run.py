@@ -13,6 +13,7 @@ from transformers_patches.kernels import FORMATS, WeightFormat
 from transformers_patches.neurons.byte_ladder import LayerChoice
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.plan.block_bytes import decide_block_bytes, layer_choices, predicted_share, reading_blocks
 from transformers_patches.plan.decision import Decision
 from transformers_patches.plan.load_plan import LoadPlan, build_load_plan
 from transformers_patches.plan.machine import (
@@ -34,7 +35,7 @@ class ResolvedRun:
     config: PretrainedConfig  # the model's
     family: Family  # the model's
     settings: PartInferConfig  # without `auto`
-    decisions: dict[str, Decision]  # by the name of the setting, for all settings that take `auto`
+    decisions: dict[str, Decision]  # by the name of the setting, for block_bytes and all settings that take `auto`
     files: RunFiles  # as given and found
     base: NeuronFile | None  # the one of `files` whose statistics are used
     fit: FitFile | None  # the one of `files`, if it is used
@@ -77,14 +78,18 @@ def with_layer_choices(run: ResolvedRun, choices: list[LayerChoice]) -> Resolved
     return replace(run, layer_choices=choices, plan=run.plan.in_order())
 
 
-def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunFiles) -> ResolvedRun:
+def resolve_run(
+    settings: PartInferConfig, config: PretrainedConfig, files: RunFiles, *, packed: bool = False
+) -> ResolvedRun:
     """Decide everything that the settings leave open.
 
-    Raises PartInferError for an unknown architecture, and for settings that model, files or machine can't meet.
+    packed: the weights come from a pack, or will be one. Raises PartInferError for an unknown architecture, and for
+        settings that model, files or machine can't meet.
     """
     family, layers = family_of(config), config.num_hidden_layers
     base = files.base(settings)
-    settings = within_max_loss(settings, base, layers)
+    share, block_bytes = decide_block_bytes(settings, base, packed=packed)
+    settings = within_max_loss(settings, base, layers) if share is None else reading_blocks(settings, layers, share)
     decisions, fit = resolve_by_files(settings, files, layers)
     decisions["device"] = decide_device(settings)
     dtype = decisions["dtype"] = decide_dtype(settings, config)
@@ -94,8 +99,10 @@ def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunF
     native = decisions["kernels"].value == "native"
     decisions["screen_head"] = decide_screening(settings, native=native, head_dtype=head.value)
     resolved = replace(settings, **{name: decision.value for name, decision in decisions.items()})
+    decisions["block_bytes"] = block_bytes
     arithmetic, weight_format = types_of(dtype.value)
-    return ResolvedRun(
+    ladder, curve = (None, None) if base is None else (base.ladder, base.loss)
+    run = ResolvedRun(
         config=config,
         family=family,
         settings=resolved,
@@ -108,5 +115,7 @@ def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunF
         dtype=arithmetic,
         weight_format=weight_format,
         head_format=FORMATS.get(head.value),
-        predicted_loss=predicted_loss(resolved, None if base is None else base.loss, layers),
+        predicted_loss=predicted_loss(resolved, curve, layers) if share is None else predicted_share(share, ladder),
     )
+    choices = layer_choices(share, ladder, layers)
+    return run if choices is None else with_layer_choices(run, choices)

@@ -40,7 +40,10 @@ def one_token_pass(model: PreTrainedModel) -> OneTokenPass | None:
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache of the kind that suits the model's decoder best."""
-    return DynamicCache() if one_token_pass(model) is None else GrowingCache()
+    if one_token_pass(model) is not None:
+        return GrowingCache()
+    known = family_of(model.config).found is None
+    return DynamicCache() if known else DynamicCache(config=model.config)  # its layers may need caches of other kinds
 
 
 class OneTokenPass:

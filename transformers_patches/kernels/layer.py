@@ -105,7 +105,7 @@ class ActiveNeurons:
 
     projections: gate, up and down of a gated FFN, fc1 and fc2 of a plain one, [L, H] each, neuron-major (down and fc2
         are stored transposed). A bias of down or fc2 belongs to no neuron: it goes into `added`.
-    activation: silu, gelu, gelu_tanh or relu; or a function of a tensor, and PyTorch then computes everything.
+    activation: silu, gelu, gelu_tanh, relu or relu2 (its square); or a function of a tensor, and PyTorch then computes everything.
     prefix: the first `prefix` neurons are active.
     index: int32, more active neurons, each >= prefix, in any order; or None.
     size: float32 [L]; None: all active neurons are computed. With it, the active neurons are candidates. Every token
@@ -135,7 +135,7 @@ class ActiveNeurons:
     down_threshold: float = -1.0
 
     # Whether the native kernels can compute this. PyTorch computes by_gate, biases of a gated FFN that chooses per
-    # token, activations other than the four by name, and weight formats without a native kernel.
+    # token, activations other than these by name, and weight formats without a native kernel.
     native: bool = field(init=False, repr=False)
     # What native.py has prepared for all calls.
     native_call: tuple | None = field(default=None, init=False, repr=False)

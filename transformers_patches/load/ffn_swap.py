@@ -20,6 +20,7 @@ from transformers_patches.sparse.request import RequestLayer, RequestState
 from transformers_patches.sparse.selection import Selection
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 from transformers_patches.sparse.token_selection import TokenSelection
+from transformers_patches.weights.parts import part_name
 from transformers_patches.weights.source import Source, WeightedSum
 
 
@@ -38,12 +39,12 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
     """What replaces a layer's FFN, still without memory. dense: the module with the layer's projections."""
     family, plan = run.family, run.plan.layers[layer]
     up, down = getattr(dense, family.up), getattr(dense, family.down)
-    prior = _prior(run, layer, plan)
+    prior, activation = _prior(run, layer, plan), family.activation_of(dense, run.config)
     with init_empty_weights():
         rows = NeuronRows(
             plan.loaded_count,
             up.in_features,
-            family.activation(run.config),
+            activation,
             gated=family.gated,
             input_bias=up.bias is not None,
             weight_format=run.weight_format,
@@ -88,18 +89,16 @@ def _selection(run: ResolvedRun, rows: NeuronRows, layer: int, prior: Prior) -> 
 def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source]:
     """Where the parameters of a layer's SparseFFN come from, by their names in it."""
     family, neurons = run.family, run.plan.layers[layer].neurons
-    up, down = getattr(dense, family.up), getattr(dense, family.down)
+    up, down, size = getattr(dense, family.up), getattr(dense, family.down), run.plan.intermediate_size
     sources = {}
-    for row, projection in {"up": family.up, "gate": family.gate}.items():
-        if projection is None:
-            continue
-        prefix = family.projection(layer, projection)
-        by_input = row == "up" and run.layer_choices is not None
-        sources[f"rows.{row}"] = (
-            Source.by_input(f"{prefix}.weight", up.in_features) if by_input else Source(f"{prefix}.weight", "rows", neurons)
-        )
-        if up.bias is not None:
-            sources[f"rows.{row}_bias"] = Source(f"{prefix}.bias", "rows", neurons)
+    for row, (projection, first) in family.row_ranges(run.config).items():
+        for kind in ("weight",) if up.bias is None else ("weight", "bias"):
+            name = f"{family.projection(layer, projection)}.{kind}"
+            own = row if kind == "weight" else f"{row}_bias"
+            part = name if first is None else part_name(name, first, first + size)
+            by_input = own == "up" and run.layer_choices is not None
+            sources[f"rows.{own}"] = Source.by_input(part, up.in_features) if by_input else Source(part, "rows", neurons)
+    sources |= _activation_sources(run, layer, dense)
     prefix = family.projection(layer, family.down)
     fitted = run.settings.compensation == "refit"
     sources["rows.down"] = Source(
@@ -112,6 +111,17 @@ def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source
     if down.bias is not None:
         sources["output_bias"] = Source(f"{prefix}.bias")
     return sources
+
+
+def _activation_sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source]:
+    """Where the numbers of an activation come from that has some, as xIELU."""
+    activation = run.family.activation_of(dense, run.config)
+    if isinstance(activation, str):
+        return {}
+    child = run.family.found.layout.activation[1:]
+    prefix = run.family.projection(layer, child)
+    names = [name for name, _ in (*activation.named_parameters(), *activation.named_buffers())]
+    return {f"rows.act_fn.{name}": Source(f"{prefix}.{name.removeprefix('activation.')}") for name in names}
 
 
 def _fit_of(run: ResolvedRun, layer: int) -> LayerFit | None:
@@ -130,7 +140,7 @@ def _left_out(run: ResolvedRun, layer: int, hidden_size: int) -> WeightedSum | N
 
 def attach_compensation(layers: list[RequestLayer], sources: dict[str, Source], run: ResolvedRun) -> None:
     """Give the SparseFFNs, in the plan's order, what stands in for left-out neurons, once all weights are read."""
-    sums = [source.left_out for name, source in sources.items() if name.endswith(".rows.down")]
+    sums = [source.left_out for source in sources.values() if source.how == "columns" and source.size is None]
     for layer, ffn, left_out in zip(run.plan.layers, layers, sums, strict=True):
         if run.settings.compensation == "refit":
             fitted = run.fit.layers[layer]

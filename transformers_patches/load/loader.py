@@ -80,7 +80,7 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
     attach_compensation(state.layers, sources, run)
     state.attach(model)
     if isinstance(weights, Pack):
-        state.before_prompt = weights.check_unchanged
+        state.check_weights = weights.check_unchanged
     if run.layer_choices is not None:
         choose_inputs(model, state, run.family, run.layer_choices)
     if run.native:

@@ -26,6 +26,7 @@ KERNEL_ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 # How rows lie in memory: each weight by itself; those of gate and down interleaved; and beside that, `up` stored by
@@ -64,7 +65,7 @@ class NeuronRows(nn.Module):
         self,
         count: int,
         hidden_size: int,
-        activation: str,
+        activation: str | nn.Module,
         *,
         gated: bool,
         input_bias: bool,
@@ -75,7 +76,7 @@ class NeuronRows(nn.Module):
         """Rows without values, for a loader to fill.
 
         count: L.
-        activation: transformers' name.
+        activation: transformers' name, or a module; PyTorch computes then.
         gated, input_bias: whether there is a gate, and whether the input projections have biases.
         weight_format: of quantised weights; None for floats.
         native: whether few tokens go through the native kernels.
@@ -85,8 +86,9 @@ class NeuronRows(nn.Module):
         self.up_by_input = layout == BY_INPUT  # then neurons can't be taken apart: `first` and `gathered` are for others
         self.count, self.hidden_size = count, hidden_size
         self.gated, self.input_bias = gated, input_bias
-        self.act_fn = ACT2FN[activation]
-        self.kernel_activation = KERNEL_ACTIVATIONS.get(activation) if native else None
+        named = isinstance(activation, str)
+        self.act_fn = ACT2FN[activation] if named else activation
+        self.kernel_activation = KERNEL_ACTIVATIONS.get(activation) if native and named else None
         inputs = ("gate", "up") if gated else ("up",)
         self.weight_names = [*inputs, "down"]
         self.row_names = self.weight_names + ([f"{name}_bias" for name in inputs] if input_bias else [])

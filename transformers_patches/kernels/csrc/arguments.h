@@ -134,9 +134,10 @@ inline Vector vector_of(const optional<Tensor>& tensor, const char* name, int64_
 inline Activation activation_of(c10::string_view name) {
   if (name == "silu") return Activation::SILU;
   if (name == "relu") return Activation::RELU;
+  if (name == "relu2") return Activation::RELU2;
   if (name == "gelu") return Activation::GELU;
   if (name == "gelu_tanh") return Activation::GELU_TANH;
-  TORCH_CHECK_VALUE(false, "activation must be silu, gelu, gelu_tanh or relu, got ", name);
+  TORCH_CHECK_VALUE(false, "activation must be silu, gelu, gelu_tanh, relu or relu2, got ", name);
 }
 
 inline ActiveRows active_rows(int64_t prefix, const optional<Tensor>& index, int64_t rows) {

@@ -13,7 +13,7 @@ constexpr int RUN_BLOCK = 128;  // neurons computed before their rows of down ar
 
 // Whether h is 0 for most neurons, so that it pays to compute many before reading any row of down.
 inline bool skips_rows(const FfnTask& task) {
-  return task.activation == Activation::RELU || task.down_size != nullptr;
+  return task.activation == Activation::RELU || task.activation == Activation::RELU2 || task.down_size != nullptr;
 }
 
 // Sets h of one token to 0 where it is small.

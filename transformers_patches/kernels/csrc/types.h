@@ -7,7 +7,7 @@
 namespace partinfer {
 
 enum class Type : int32_t { F32, BF16, F16, Q8, Q4 };
-enum class Activation : int32_t { SILU, GELU, GELU_TANH, RELU };
+enum class Activation : int32_t { SILU, GELU, GELU_TANH, RELU, RELU2 };
 
 struct bf16_t {
   uint16_t bits;

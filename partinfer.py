@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from transformers_patches import VERSION, cli, flags
@@ -79,7 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     runner = Runner(folder, settings, options, arguments)
     if arguments.mask_filepath:
         runner.loaded.plan.save(arguments.mask_filepath)
-    code = getattr(runner, arguments.function)()
+    try:
+        code = getattr(runner, arguments.function)()
+    except BaseException:
+        if arguments.json and runner.results:  # what was answered before
+            with suppress(OSError):
+                cli.write_json(arguments.json, runner.report())
+        raise
     if arguments.json:
         cli.write_json(arguments.json, runner.report())
     return code

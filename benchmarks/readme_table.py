@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from transformers_patches.files import scratch_folder, write_text_atomic  # noqa
 
 BEGIN, END = "<!-- readme_table: begin -->", "<!-- readme_table: end -->"
 METHODS = {"dense": "`--method dense`", "partinfer": "`partinfer`, the default", "original": "the original's method"}
-LLAMA_CPP_NLL = re.compile(r"^llama\.cpp \S+: NLL (\S+),", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         print("llama.cpp is left out: pip install llama-cpp-python adds it", file=sys.stderr)
     with scratch_folder("table") as scratch:
         speed = _json_of(speed_command(options, compare), scratch / "speed.json")
-        quality = _json_of(quality_command(options), scratch / "quality.json")
-    nll = None
-    if compare:
-        nll = llama_cpp_nll(_output_of(llama_cpp_command(options, str(speed["rows"][0]["dtype"]))))
-    text = f"{table(lines(speed['rows'], quality['rows'], nll))}\n\n{caption(speed, quality)}"
+        quality = _json_of(quality_command(options, compare), scratch / "quality.json")
+    text = f"{table(lines(speed['rows'], quality['rows']))}\n\n{caption(speed, quality)}"
     print(text)
     if options.update:
         write_text_atomic(options.update, replaced(_read(options.update), text))
@@ -83,58 +78,39 @@ def speed_command(options: argparse.Namespace, compare: bool) -> list[str]:
     return [*command, "--compare", "llama.cpp"] if compare else command
 
 
-def quality_command(options: argparse.Namespace) -> list[str]:
+def quality_command(options: argparse.Namespace, compare: bool) -> list[str]:
     """evaluate_perplexity.py with the same settings."""
     command = ["evaluation/evaluate_perplexity.py", "--method", ",".join(METHODS), *_common(options)]
-    return [*command, "--dataset", options.dataset, "--limit", str(options.limit)]
-
-
-def llama_cpp_command(options: argparse.Namespace, dtype: str) -> list[str]:
-    """benchmarks/llama_cpp_perplexity.py on the same windows, with weights of the same type."""
-    command = ["benchmarks/llama_cpp_perplexity.py", "--model_name", options.model_name, "--types", dtype]
-    return [*command, "--dataset", options.dataset, "--limit", str(options.limit)]
+    command += ["--dataset", options.dataset, "--limit", str(options.limit)]
+    return [*command, "--compare", "llama.cpp"] if compare else command
 
 
 def _common(options: argparse.Namespace) -> list[str]:
     return ["--model_name", options.model_name, "--task_type", options.task_type]
 
 
-def _output_of(command: Sequence[str]) -> str:
-    """What a script of the repository prints; PartInferError if it fails, having printed the reason itself."""
-    print("running", " ".join(command), file=sys.stderr)
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise PartInferError(f"{command[0]} ended with code {done.returncode}: see above")
-    return done.stdout
-
-
 def _json_of(command: Sequence[str], path: Path) -> dict:
-    _output_of([*command, "--json", str(path)])
+    """What a script of the repository writes; PartInferError if it fails, having printed the reason itself."""
+    print("running", " ".join(command), file=sys.stderr)
+    command = [sys.executable, *command, "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise PartInferError(f"{command[1]} ended with code {done.returncode}: see above")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def llama_cpp_nll(printed: str) -> float:
-    """Nats per token, from what benchmarks/llama_cpp_perplexity.py prints for one type."""
-    found = LLAMA_CPP_NLL.search(printed)
-    if found is None:
-        raise PartInferError(f"llama_cpp_perplexity.py printed no NLL: {printed.strip()[:200]!r}")
-    return float(found[1])
-
-
-def lines(speed: Sequence[dict], quality: Sequence[dict], llama_cpp: float | None) -> list[Line]:
-    """The lines of the table, from the rows of the two scripts and llama.cpp's NLL, if it was measured.
+def lines(speed: Sequence[dict], quality: Sequence[dict]) -> list[Line]:
+    """The lines of the table, from the rows of the two scripts.
 
     Of transformers the faster of its two rows is taken. Raises PartInferError if a row is missing.
     """
-    dense = _one(quality, "dense")
     found = []
     plain = [row for row in speed if row["method"] == "transformers"]
     if plain:
         best = max(plain, key=lambda row: row["decode_tokens_per_second"])
         found.append(_line("transformers, at its best", best, None))
-    compared = [row for row in speed if row["method"] == "llama.cpp"]
-    found += [_line("llama.cpp", row, None if llama_cpp is None else llama_cpp - dense["nll"]) for row in compared]
-    for method, name in METHODS.items():
+    compared = {"llama.cpp": "llama.cpp"} if any(row["method"] == "llama.cpp" for row in speed) else {}
+    for method, name in {**compared, **METHODS}.items():
         found.append(_line(name, _one(speed, method), _one(quality, method)["excess_nll"]))
     return found
 

@@ -22,7 +22,7 @@ class AnswerLog:
         self._run = json.dumps(run, sort_keys=True, default=str)
         self._answers: dict[str, str] = {}
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").split("\n"):
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     entry = json.loads(line)
                     self._answers[entry["key"]] = entry["answer"]

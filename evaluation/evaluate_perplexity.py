@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a file: imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from evaluation.compared.kinds import HELP, parse_compared
 from evaluation.methods import Configuration, add_dtypes_argument, add_method_arguments, build_typed_grid
 from evaluation.tables import markdown_table
 from evaluation.windows import HALVES, PREFILL_TOKENS, SCORED_TOKENS, Example, Source, read_examples
 from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
+from transformers_patches.files import scratch_folder
 
 DEFAULT_METHODS = "dense,dense+partial,partinfer,coreinfer"
 BATCH_SIZE = 4
@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score as decoding computes: one token at a time, through the kernels of generation (slower, exact)",
     )
+    add("--compare", default="", metavar="LIST", help=f"also measure {HELP}")
     add("--bootstrap_iters", type=int, default=1000, help="resamples of the confidence intervals (1000)")
     add("--seed", type=int, default=0, help="of the sample, the bootstrap, and random rankings without a file (0)")
     flags.add_json(parser)
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         grid, source = build_typed_grid(arguments), _source(arguments)
         batch_size = _batch_size(arguments)
         flags.check_model(arguments)
+        parse_compared(arguments.compare)
         if arguments.bootstrap_iters < 1:
             raise PartInferError(f"bootstrap_iters must be at least 1, got {arguments.bootstrap_iters}")
     except PartInferError as error:
@@ -111,51 +113,29 @@ def _measure(
     batch_size: int | None,
     arguments: argparse.Namespace,
 ) -> list[dict]:
-    """A row per configuration. The first dense model goes first: the others are compared to its logits.
+    """A row per configuration and per type of llama.cpp. batch_size: all rows, the dense ones too, are scored alike."""
+    from evaluation.compared.files import ComparedFiles, own_kind
+    from evaluation.perplexity import dense_logits
+    from evaluation.perplexity_rows import PerplexityRows, first_dense, measure
+    from transformers_patches.weights.model_files import open_weights, read_config
 
-    batch_size: as score_examples takes it; all rows, the dense ones too, are scored alike.
-    With several types, each method is also compared to itself in the first of them.
-    """
-    from evaluation.bootstrap import Bootstrap
-    from evaluation.models import load_configuration
-    from evaluation.perplexity import dense_logits, result_row, score_examples
-
-    bootstrap = Bootstrap(len(examples), arguments.bootstrap_iters, arguments.seed)
-    first_dense = next((configuration for configuration in grid if configuration.method == "dense"), None)
-    rows, tables = {}, {}
-    with dense_logits() as store:
-        reference = store if first_dense is not None else None
-        for configuration in sorted(grid, key=lambda c: c is not first_dense):
-            how = "" if batch_size else ", token by token"
-            if not arguments.quiet:
-                print(f"{configuration.label}: {len(examples)} examples{how}", file=sys.stderr)
-            loaded = load_configuration(configuration, folder, arguments)
-            is_dense = configuration is first_dense
-            table = score_examples(loaded, examples, batch_size, reference, is_dense=is_dense)
-            tables[configuration.label] = table
-            dense_table = None if first_dense is None else tables[first_dense.label]
-            same = _in_first_type(configuration, grid) if arguments.dtypes else None
-            rows[configuration.label] = result_row(
-                configuration, loaded, table, dense_table, None if same is None else tables[same.label], bootstrap
-            )
-            del loaded  # one model at a time in memory
-            gc.collect()
-    return [rows[configuration.label] for configuration in grid]
-
-
-def _in_first_type(configuration: Configuration, grid: list[Configuration]) -> Configuration:
-    """The same settings in the first type of the grid."""
-    return next(
-        other for other in grid if replace(other.settings, dtype=configuration.settings.dtype) == configuration.settings
-        and other.method == configuration.method
-    )  # fmt: skip
+    compared = parse_compared(arguments.compare)
+    with dense_logits() as store, scratch_folder("compared") as scratch:
+        files, config = None, read_config(folder)
+        if compared:
+            files = ComparedFiles(folder, lambda: open_weights(folder), config, own_kind(config), scratch)
+        own = own_kind(config, arguments.dtype)
+        rows = PerplexityRows(folder, examples, batch_size, arguments, store if first_dense(grid) else None)
+        return measure(rows, grid, files, [kind or own for kind in compared])
 
 
 def _table(rows: list[dict]) -> str:
     columns = ["label", "nll", "perplexity", "excess_nll", "kl_to_dense", "top1_agreement", "ffn_bytes_fraction"]
+    columns += ["block_bytes_fraction", "token_bytes"]
     if any(row["perplexity_ratio"] is not None for row in rows):
         columns.insert(3, "perplexity_ratio")
-    return markdown_table(rows, columns)
+    notes = [f"{row['label']}: {row['settings']}" for row in rows if row.get("settings")]
+    return "\n".join([markdown_table(rows, columns), *([""] if notes else []), *notes])
 
 
 def run() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 if not __package__:  # run as a file: imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from evaluation.compared import kinds
 from evaluation.methods import Configuration, add_dtypes_argument, add_method_arguments, build_typed_grid
 from evaluation.tables import csv_text
 from transformers_patches import cli, flags
@@ -27,9 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--random_weights", metavar="NAME", help="random weights instead of a model: a known shape, or a config.json")
     add_dtypes_argument(parser)
-    add(
-        "--compare", default="", help="llama.cpp, or with its own weights llama.cpp:q8_0, llama.cpp:q4_0; may be a list"
-    )
+    add("--compare", default="", metavar="LIST", help=kinds.HELP)
     add("--prompt", help="text that is prefilled (random tokens)")
     add("--prompt_length", type=int, default=128, help="tokens that are prefilled without --prompt (128)")
     add("--num_tokens_to_generate", type=int, default=64, help="tokens that are decoded, the first one included (64)")
@@ -87,15 +86,10 @@ def _methods(arguments: argparse.Namespace) -> tuple[bool, list[Configuration]]:
 
 def _compared(arguments: argparse.Namespace) -> list[str | None]:
     """The types of llama.cpp's weights: None for the model's own."""
-    types = []
-    for given in filter(None, (name.strip() for name in arguments.compare.split(","))):
-        program, _, kind = given.partition(":")
-        if program != "llama.cpp" or kind not in ("", "q8_0", "q4_0"):
-            raise PartInferError(f"--compare takes llama.cpp, llama.cpp:q8_0 and llama.cpp:q4_0, got {given!r}")
-        types.append(kind or None)
-    if types and arguments.batch_size != 1:
+    compared = kinds.parse_compared(arguments.compare)
+    if compared and arguments.batch_size != 1:
         raise PartInferError(f"llama.cpp is compared at --batch_size 1, got {arguments.batch_size}")
-    return types
+    return compared
 
 
 def _report(rows: list[dict], conditions: dict) -> str:

@@ -11,6 +11,7 @@ Every field of PartInferConfig is a model argument. Plain lm-eval use, with all 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -36,6 +37,7 @@ from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.machine import resolve_device
+from transformers_patches.token_ids import NOT_FINITE, check_token_ids
 from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.lookup import find_model
 from transformers_patches.weights.model_files import load_tokenizer, read_config
@@ -144,8 +146,20 @@ class PartInferLM(HFLM):
 
         The whole model computes the same neurons in prefill and decoding, so it takes HFLM's own single pass.
         """
-        if not (self.settings.computes_sparsely or self.settings.use_partial_loading):
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        for _, context, continuation in requests:
+            check_token_ids(context + continuation, self.config.vocab_size, "a request")
+        if self.settings.computes_sparsely or self.settings.use_partial_loading:
+            results = self._scores_over_cache(requests, disable_tqdm, override_bs)
+        else:
+            results = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        self.loaded.check_weights()
+        if any(math.isnan(score) for score, _ in results):
+            raise PartInferError(NOT_FINITE)
+        return results
+
+    def _scores_over_cache(
+        self, requests: list[TokenRequest], disable_tqdm: bool, override_bs: int | None
+    ) -> list[tuple[float, bool]]:
         grouped, places = self._group_by_context(requests)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         size = override_bs or (self.batch_size if self.batch_size != "auto" else self._detect_batch_size())
@@ -161,6 +175,12 @@ class PartInferLM(HFLM):
                 progress.update(len(places[indices[row]][slot]))
         progress.close()
         return results
+
+    def _model_generate(self, context: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        check_token_ids(context.flatten().tolist(), self.config.vocab_size, "a request")
+        answers = super()._model_generate(context, *arguments, **options)
+        self.loaded.check_weights()
+        return answers
 
     def _score(self, logits: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
         log_probs = torch.log_softmax(logits.float(), dim=-1)  # [T, V]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,13 +14,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from evaluation.bootstrap import Bootstrap
-from evaluation.methods import Configuration
 from evaluation.scoring import batches, continuation_logits, decoded_logits
-from evaluation.weights import weight_counts
 from evaluation.windows import Example
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import scratch_folder
-from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.token_ids import check_finite, check_token_ids
 
 COLUMNS = ("nll", "tokens", "kl", "agreement")
 _BLOCK = 16  # tokens whose float32 distributions are in memory at a time
@@ -60,33 +58,37 @@ def dense_logits() -> Iterator[DenseLogits]:
 
 
 def score_examples(
-    loaded: LoadedModel, examples: list[Example], batch_size: int | None, dense: DenseLogits | None, *, is_dense: bool
+    logits: Iterable[tuple[int, torch.Tensor]], examples: list[Example], dense: DenseLogits | None, *, is_dense: bool
 ) -> dict[str, np.ndarray]:
     """Sums over each example's scored tokens: float64 [examples] for each name in COLUMNS.
 
-    batch_size: how many examples to score together, in one pass; None: one example at a time, token by token, as
-        decoding computes
+    logits: for each example, its index and the logits [T, V] of its target
     dense: the dense model's logits, written if is_dense, else read; None: `kl` and `agreement` are NaN
     """
     table = {name: np.full(len(examples), np.nan) for name in COLUMNS}
-    if is_dense and dense is not None:
-        dense.check_space(examples, loaded.model.config.vocab_size, loaded.model.dtype.itemsize)
-    loaded.reset_counters()
     with tqdm(total=len(examples), desc="Scoring", leave=False) as progress:
-        for index, logits in _logits(loaded.model, examples, batch_size):
+        for index, own in logits:
             if is_dense and dense is not None:
-                dense.save(index, logits)
-            reference = None if dense is None else dense.load(index, logits.device)
-            for name, value in _sums(logits, examples[index].target, reference).items():
+                dense.save(index, own)
+            reference = None if dense is None else dense.load(index, own.device)
+            for name, value in _sums(own, examples[index].target, reference).items():
                 table[name][index] = value
             progress.update()
     return table
 
 
-def _logits(
+def method_logits(
     model: PreTrainedModel, examples: list[Example], batch_size: int | None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """For each example, its index and the logits [T, V] of its target."""
+    """For each example, its index and the logits [T, V] of its target.
+
+    batch_size: how many examples to score together, in one pass; None: one example at a time, token by token, as
+        decoding computes
+
+    Raises PartInferError for tokens that the model does not have.
+    """
+    for number, example in enumerate(examples, start=1):
+        check_token_ids(example.context + example.target, model.config.vocab_size, f"example {number}")
     if batch_size is None:
         for index, example in enumerate(examples):
             yield index, decoded_logits(model, example.context, example.target)
@@ -98,7 +100,11 @@ def _logits(
 
 
 def _sums(logits: torch.Tensor, target: list[int], dense: torch.Tensor | None) -> dict[str, float]:
-    """logits, dense: [T, V]. KL(dense || method) as in Kullback and Leibler 1951, in nats."""
+    """Sums over the target's tokens; PartInferError for logits that are not finite.
+
+    logits, dense: [T, V]. KL(dense || method) as in Kullback and Leibler 1951, in nats.
+    """
+    check_finite(logits)
     sums = {"nll": 0.0, "tokens": float(len(target))} | ({} if dense is None else {"kl": 0.0, "agreement": 0.0})
     for start in range(0, len(target), _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -113,8 +119,7 @@ def _sums(logits: torch.Tensor, target: list[int], dense: torch.Tensor | None) -
 
 
 def result_row(
-    configuration: Configuration,
-    loaded: LoadedModel,
+    what: dict,
     table: dict[str, np.ndarray],
     dense: dict[str, np.ndarray] | None,
     same: dict[str, np.ndarray] | None,
@@ -122,21 +127,11 @@ def result_row(
 ) -> dict:
     """One row of the result: means per scored token, each with its 95 % interval as `<name>_ci`.
 
+    what: the row's label, settings and weights
     dense: the dense model's table
     same: the table of the same settings in the first type of weights, for perplexity_ratio
     """
-    settings, tokens = configuration.settings, table["tokens"]
-    row = {
-        "label": configuration.label,
-        "method": configuration.method,
-        "sparsity": settings.sparsity if settings.computes_sparsely else None,
-        "loaded_neurons_percent": settings.loaded_neurons_percent if settings.use_partial_loading else 1.0,
-        "base_neurons_percent": settings.base_neurons_percent if settings.use_partial_loading else None,
-        "dtype": loaded.settings.dtype,
-        "token_sparsity": settings.token_sparsity if settings.computes_sparsely else None,
-        "selection": loaded.settings.selection if settings.computes_sparsely else None,
-        "compensation": loaded.settings.compensation,
-    }
+    row, tokens = dict(what), table["tokens"]
 
     def put(name: str, sums: np.ndarray, transform=np.asarray) -> None:
         if np.isnan(sums).any():
@@ -151,4 +146,4 @@ def result_row(
     put("perplexity_ratio", table["nll"] - (np.nan if same is None else same["nll"]), np.exp)
     put("kl_to_dense", table["kl"])
     put("top1_agreement", table["agreement"])
-    return row | weight_counts(loaded) | {"examples": len(tokens), "scored_tokens": int(tokens.sum())}
+    return row | {"examples": len(tokens), "scored_tokens": int(tokens.sum())}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import random
@@ -24,7 +23,6 @@ from evaluation.partinfer_lm import PartInferLM
 from evaluation.results import is_finished, result_path, write_result
 from evaluation.task_groups import task_type_of
 from transformers_patches.errors import PartInferError
-from transformers_patches.files import write_text_atomic
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 DATA_DIR_VARIABLE = "PARTINFER_DATA_DIR"
@@ -83,8 +81,7 @@ class TaskRunner:
             if not self.arguments.skip_finished:
                 model.answer_log.forget()
             result, samples = self._run_task(model, configuration, objects, leaves)
-            write_result(path, result | {"task": task, "run": run})
-            _write_samples(path, samples)
+            write_result(path, result | {"task": task, "run": run}, samples)
             model.answer_log.forget()  # the result holds what counts
             shared = {
                 "configuration": configuration.label,
@@ -206,13 +203,6 @@ def _find_tasks(names: list[str], include_path: str | None) -> tuple[TaskManager
             f"{TASKS.parent.name}/tasks ({', '.join(local)})"
         )
     return manager, [task for name in names for task in sorted(manager.match_tasks([name]))]
-
-
-def _write_samples(path: Path, samples: dict[str, list]) -> None:
-    """Every answer, as <task>.samples.jsonl beside a result."""
-    for name, answers in samples.items():
-        lines = [json.dumps(answer, ensure_ascii=False, default=str) for answer in answers]
-        write_text_atomic(path.with_name(f"{name}.samples.jsonl"), "\n".join(lines) + "\n")
 
 
 def _metrics(results: dict[str, dict]) -> list[dict]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from transformers_patches.families import family_of
 from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.modules.quantized import weight_bytes
+from transformers_patches.modules.screened_head import ScreenedHead
 
 
 def weight_counts(loaded: LoadedModel) -> dict:
@@ -15,9 +18,10 @@ def weight_counts(loaded: LoadedModel) -> dict:
     weight_bytes_read: bytes read from disk
     weight_bytes_dense: bytes of the whole checkpoint
     weight_bytes_resident: bytes in memory
-    bytes_per_token: bytes read for one token, see LoadedModel.token_bytes
+    token_bytes: bytes read for one token, see LoadedModel.token_bytes
+    block_bytes_fraction: see there
     """
-    layers = loaded.state.layers
+    layers = [*loaded.state.layers, *loaded.state.experts]
     return {
         "loaded_fraction": loaded.plan.loaded_fraction,
         "ffn_bytes_fraction": loaded.bytes_fraction(),
@@ -26,5 +30,24 @@ def weight_counts(loaded: LoadedModel) -> dict:
         "weight_bytes_read": loaded.report.bytes_read,
         "weight_bytes_dense": loaded.report.bytes_dense,
         "weight_bytes_resident": loaded.report.bytes_resident,
-        "bytes_per_token": loaded.token_bytes(),
+        "token_bytes": loaded.token_bytes(),
+        "block_bytes_fraction": block_bytes_fraction(loaded),
     }
+
+
+def block_bytes_fraction(loaded: LoadedModel) -> float:
+    """Weight bytes of all decoder layers that a decoded token reads, over those of the whole layers in the same format.
+
+    Attention and FFNs of all layers count, sparse or not; the embeddings and the lm_head do not. Of experts those count
+    that a token's router chooses.
+    """
+    model = loaded.model
+    in_memory = weight_bytes(family_of(model.config).decoder_layers(model))
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    beside = loaded.report.bytes_resident - in_memory - (0 if embedding is head.weight else embedding.nbytes)
+    if isinstance(head, ScreenedHead):
+        beside -= head.unread_bytes()
+    left_out = sum(
+        layer.rows.row_bytes * (loaded.plan.intermediate_size / layer.rows.count - 1) for layer in loaded.state.layers
+    )
+    return (loaded.token_bytes() - beside) / (in_memory - loaded.unchosen_expert_bytes() + left_out)

@@ -55,8 +55,9 @@ class Collector:
     def _watched(self) -> Iterator[None]:
         handles = []
         for layer, linears in enumerate(self._linears):
-            down = self._family.down_projection(self.model, layer)
-            handles.append(down.register_forward_pre_hook(self._hook(layer)))
+            if self._family.has_neurons(layer):
+                down = self._family.down_projection(self.model, layer)
+                handles.append(down.register_forward_pre_hook(self._hook(layer)))
             for name, linear in linears.items():
                 if name in self.statistics.inputs:
                     handles.append(linear.register_forward_pre_hook(self._input_hook(name, layer)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from profiler.collect import pad
 from transformers_patches.families import family_of
@@ -55,14 +56,16 @@ class LayerwiseModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.family = model.eval(), family_of(model.config)
         self.layers = self.family.decoder_layers(model)
-        self._arguments: dict[int, list[dict]] = {}  # text length -> the keyword arguments of every layer
+        self._arguments: dict[
+            int, list
+        ] = {}  # text length -> the further arguments of every layer, by place and by name
 
     @torch.no_grad()
     def inputs(self, batch: Batch) -> torch.Tensor:
         """[B, T, H], on the CPU: the input of the first layer."""
         length = batch.ids.shape[1]
         if length not in self._arguments:
-            self._arguments[length] = [kwargs for _, kwargs in self._calls(batch.ids[:1])]
+            self._arguments[length] = [given for _, *given in self._calls(batch.ids[:1])]
         return self._calls(batch.ids)[0][0].cpu()
 
     @torch.no_grad()
@@ -70,7 +73,9 @@ class LayerwiseModel:
         """Run one layer: [B, T, H] -> [B, T, H], both on the CPU."""
         module = self.layers[layer]
         device = next(module.parameters()).device
-        return module(hidden.to(device), **self._arguments[hidden.shape[1]][layer]).cpu()
+        places, names = self._arguments[hidden.shape[1]][layer]
+        output = module(hidden.to(device), *places, **names)
+        return (output[0] if isinstance(output, tuple) else output).cpu()
 
     def ffn_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """[B*T, H], on the CPU: the input of the layer's FFN."""
@@ -102,12 +107,12 @@ class LayerwiseModel:
             for name, original in originals.items():
                 module.set_submodule(name, original)
 
-    def _calls(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, dict]]:
-        """The hidden states and keyword arguments that the model passes to each layer; the layers do nothing."""
+    def _calls(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, tuple, dict]]:
+        """The hidden states and further arguments that the model passes to each layer; the layers do nothing."""
         calls = []
 
-        def record(hidden: torch.Tensor, **kwargs) -> torch.Tensor:
-            calls.append((hidden, kwargs))
+        def record(hidden: torch.Tensor, *places, **names) -> torch.Tensor:
+            calls.append((hidden, places, names))
             return hidden
 
         with _forward_is(self.layers, record):
@@ -157,18 +162,21 @@ class FFNWeights:
     def of(cls, model: PreTrainedModel, layer: int) -> FFNWeights:
         """The FFN of a model's layer."""
         family = family_of(model.config)
-        module = family.ffn_module(model, layer)
-        up, down = getattr(module, family.up), getattr(module, family.down)
-        gate = getattr(module, family.gate) if family.gated else None
-        activation = getattr(module, family.activation_module)
+        module, size = family.ffn_module(model, layer), family.intermediate_size(model.config)
+        down, activation = getattr(module, family.down), family.activation_of(module, model.config)
+        rows = {}
+        for name, (projection, first) in family.row_ranges(model.config).items():
+            linear, part = getattr(module, projection), slice(first or 0, (first or 0) + size)
+            rows[name] = linear.weight[part], None if linear.bias is None else linear.bias[part]
+        gate, gate_bias = rows.get("gate", (None, None))
         return cls(
-            None if gate is None else gate.weight,
-            up.weight,
+            gate,
+            rows["up"][0],
             down.weight.t().contiguous(),
-            None if gate is None else gate.bias,
-            up.bias,
+            gate_bias,
+            rows["up"][1],
             down.bias,
-            activation,
+            ACT2FN[activation] if isinstance(activation, str) else activation,
         )
 
     def of_neurons(self, neurons: torch.Tensor) -> FFNWeights:

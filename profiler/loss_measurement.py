@@ -22,6 +22,7 @@ from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.loss_curve import ALL, DEFAULT, LossCurve, LossPoint
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.sparse.sparse_ffn import SparseFFN
+from transformers_patches.token_ids import check_finite
 
 WHOLE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the FFN bytes of all layers, everything loaded
 SOME_LAYERS = (0.7, 0.55, 0.4)  # the same for the default layers, everything loaded or PARTIAL of it
@@ -188,6 +189,7 @@ class LossMeasurement:
                 kl[setting] += divergence
             tokens += len(target)
             bar.update()
+        loaded.check_weights()
         return list(zip((nll / tokens).tolist(), (kl / tokens).tolist(), strict=True))
 
 
@@ -228,6 +230,7 @@ class Scored:
 
 def difference(logits: torch.Tensor, dense: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
     """Excess NLL and KL(dense || logits), sums over tokens. logits, dense: [T, V]; target: int64 [T]."""
+    check_finite(logits)
     ours, theirs = logits.float().log_softmax(-1), dense.float().log_softmax(-1)
     more = F.nll_loss(ours, target, reduction="sum") - F.nll_loss(theirs, target, reduction="sum")
     divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True)

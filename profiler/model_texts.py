@@ -11,10 +11,14 @@ from profiler.own_texts import OwnTexts
 from profiler.placement import ProfiledModel
 from profiler.sequences import Encoder
 from profiler.texts import SELF, ResolvedSource
+from transformers_patches.token_ids import check_token_ids
 
 
 def text_sequences(arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel) -> Iterator[list[int]]:
-    """Token ids of the source's texts, from the first on; without end where the model writes its own."""
+    """Token ids of the source's texts, from the first on; without end where the model writes its own.
+
+    Raises PartInferError for a text with a token that the model does not have.
+    """
     if source.dataset == SELF:
         return own_texts(arguments, source, loaded, PartialState()).sequences()
     encoder = Encoder(
@@ -23,7 +27,13 @@ def text_sequences(arguments: argparse.Namespace, source: ResolvedSource, loaded
         chat_template=arguments.chat_template,
         split=source.language_modelling,
     )
-    return encoder.sequences(source.prompts())
+    return _known(encoder.sequences(source.prompts()), loaded.model.config.vocab_size)
+
+
+def _known(sequences: Iterator[list[int]], vocab_size: int) -> Iterator[list[int]]:
+    for number, ids in enumerate(sequences, start=1):
+        check_token_ids(ids, vocab_size, f"text {number}")
+        yield ids
 
 
 def own_texts(

@@ -66,10 +66,16 @@ def rank(
 
 
 def down_norms(model: nn.Module) -> torch.Tensor:
-    """||W_down[:, i]||_2 of every neuron: float32 [layers, N] on the CPU. Offloaded weights are fetched."""
+    """||W_down[:, i]||_2 of every neuron: float32 [layers, N] on the CPU. Offloaded weights are fetched.
+
+    0 in layers that can't be computed by neurons.
+    """
     family = family_of(model.config)
     norms = []
     for layer in range(model.config.num_hidden_layers):
+        if not family.has_neurons(layer):
+            norms.append(torch.zeros(family.intermediate_size(model.config)))
+            continue
         down = family.down_projection(model, layer)
         with align_module_device(down):
             weight = down.weight.detach()  # [H, N]

@@ -99,6 +99,29 @@ def test_base_models_get_worked_examples(run):
     assert few["prompt_tokens"] > none["prompt_tokens"] + 20
 
 
+@pytest.mark.parametrize("function", ["predefined_prompts", "compare"])
+def test_answers_beside_a_prompt_that_fails_are_kept(function, run, monkeypatch):
+    texts = ["one", "two " * 9999, "three"]  # longer than the context
+    monkeypatch.setattr("transformers_patches.generation.runner.predefined_prompts", lambda _: texts)
+    code, out, err = run("--function", function, "--json", "--quiet")
+    report = json.loads(out)
+    assert code == 1
+    assert [result["prompt"] for result in report["results"]] == ["one", "three"]
+    assert [failed["prompt"] for failed in report["failed"]] == texts[1:2]
+    assert err.count("error: ") == 1
+
+
+def test_answers_before_the_end_of_a_run_are_kept(run, monkeypatch, tmp_path):
+    def texts(_):
+        yield "one"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers_patches.generation.runner.predefined_prompts", texts)
+    with pytest.raises(KeyboardInterrupt):
+        run("--function", "predefined_prompts", "--json", str(tmp_path / "out.json"))
+    assert json.loads((tmp_path / "out.json").read_text())["generated_tokens"] == 6
+
+
 def test_predefined_prompts_are_all_answered(run):
     report = json.loads(
         run("--function", "predefined_prompts", "--task_type", "translate_de_en", "--json", "--quiet")[1]

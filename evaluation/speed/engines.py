@@ -66,7 +66,7 @@ class PartInferEngine:
             "neurons_per_layer_and_token": counts["computed_neurons"] / steps if steps else plan.intermediate_size,
             "sparse_layers": len(plan.layers),
             "weight_bytes_resident": counts["weight_bytes_resident"],
-            "weight_bytes_per_token": counts["bytes_per_token"],
+            "weight_bytes_per_token": counts["token_bytes"],
         }
 
 

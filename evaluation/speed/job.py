@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from evaluation.compared.files import ComparedFile
 from evaluation.methods import Configuration
 
 
@@ -23,11 +24,11 @@ class Job:
     threads: int  # of the computation
     device: str  # as PyTorch names it
     seed: int  # of random weights and rankings
+    ignored_gguf_keys: frozenset[str] = frozenset()  # what --ignore_gguf_key named: a new process knows no flags
     configuration: Configuration | None = None  # for partinfer: method and settings
     task_type: str | None = None  # for partinfer: whose neuron file is looked up
     random_neurons_filepath: str | None = None  # for partinfer: the random ranking; None: a seeded one
-    gguf: Path | None = None  # the file that llama.cpp reads
-    gguf_bytes_per_token: int | None = None  # how much of it one token reads
+    compared: ComparedFile | None = None  # for llama.cpp: what it reads
 
 
 @dataclass(frozen=True)

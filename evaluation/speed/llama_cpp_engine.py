@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import time
 
 import llama_cpp
 import numpy as np
 
+from evaluation.compared.files import silence
 from evaluation.speed.job import Job, Timing
 from transformers_patches.errors import PartInferError
 
@@ -16,16 +16,11 @@ CONTEXT_TOKENS = 4096
 TUNING_TOKENS = 8
 
 
-@llama_cpp.llama_log_callback
-def _silent(level, text, user_data) -> None:
-    pass
-
-
 class LlamaCppEngine:
     """A GGUF file in llama.cpp, with memory mapping and flash attention on or off, whichever decodes fastest."""
 
     def __init__(self, job: Job) -> None:
-        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+        silence()
         llama_cpp.llama_backend_init()
         self.job, self.variants = job, [job.label]
         self.generated: list[int] = []  # of the last run
@@ -46,9 +41,9 @@ class LlamaCppEngine:
         self._close()
         options = llama_cpp.llama_model_default_params()
         options.use_mmap, options.n_gpu_layers = mapped, 0
-        self._model = llama_cpp.llama_model_load_from_file(str(self.job.gguf).encode(), options)
+        self._model = llama_cpp.llama_model_load_from_file(str(self.job.compared.path).encode(), options)
         if not self._model:
-            raise PartInferError(f"llama.cpp can't load {self.job.gguf}")
+            raise PartInferError(f"llama.cpp can't load {self.job.compared.path}")
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT_TOKENS, 2048, 512
         settings.n_threads = settings.n_threads_batch = self.job.threads
@@ -56,7 +51,7 @@ class LlamaCppEngine:
         settings.no_perf = True
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
-            raise PartInferError(f"llama.cpp can't run {self.job.gguf}")
+            raise PartInferError(f"llama.cpp can't run {self.job.compared.path}")
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def _close(self) -> None:
@@ -91,6 +86,7 @@ class LlamaCppEngine:
             "sparse_layers": 0,
             "neurons_per_layer_and_token": None,
             "weight_bytes_resident": total,
-            "weight_bytes_per_token": self.job.gguf_bytes_per_token,
-            "settings": f"llama.cpp {llama_cpp.__version__}, mmap {mapping}, flash attention {flash}",
+            "weight_bytes_per_token": self.job.compared.token_bytes,
+            "settings": f"{self.job.compared.note}; mmap {mapping}, flash attention {flash}; "
+            f"llama-cpp-python {llama_cpp.__version__}",
         }

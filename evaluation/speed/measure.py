@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import statistics
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from evaluation.compared.files import ComparedFiles
+from evaluation.compared.kinds import SAME_BITS
 from evaluation.methods import Configuration
 from evaluation.models import model_label, settled
 from evaluation.speed.job import Job, Timing
@@ -23,14 +24,15 @@ from evaluation.speed.workers import Worker
 from transformers_patches import kernels
 from transformers_patches.config import QUANTIZED_DTYPES
 from transformers_patches.errors import PartInferError
+from transformers_patches.flags import IGNORED_GGUF_KEYS
 from transformers_patches.load.meta_model import build_on_meta
 from transformers_patches.plan.machine import resolve_device
+from transformers_patches.token_ids import check_token_ids
 from transformers_patches.weights.lookup import find_model
 from transformers_patches.weights.memory import free_memory
 from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config
 from transformers_patches.weights.pack_description import is_pack, pack_type
 
-LLAMA_CPP_TYPES = {"int8": "q8_0", "int4": "q4_0"}  # llama.cpp's types with as many bits as ours
 MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of each process, for PyTorch, the cache and activations
 
 
@@ -40,10 +42,11 @@ class Measurement:
     Raises PartInferError if there is no such model, if the prompt is empty or too long, or if memory is short.
 
     scratch: a folder for GGUF files
+    files: those files, if they are shared with others
     """
 
-    def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
-        self.arguments, self.scratch = arguments, scratch
+    def __init__(self, arguments: argparse.Namespace, scratch: Path, files: ComparedFiles | None = None) -> None:
+        self.arguments, self.scratch, self.files = arguments, scratch, files
         self.folder = None
         if not arguments.random_weights:
             self.folder = find_model(arguments.model_name, arguments.checkpoint_path)
@@ -71,6 +74,7 @@ class Measurement:
             tokens = load_tokenizer(self.folder).encode(arguments.prompt)
             if not tokens:
                 raise PartInferError("the prompt has no tokens: give a text with --prompt")
+            check_token_ids(tokens, self.config.vocab_size)
             prompts = [tokens] * arguments.batch_size
         else:
             generator = torch.Generator().manual_seed(arguments.seed)
@@ -113,6 +117,7 @@ class Measurement:
             self.conditions["threads"],
             str(self.device),
             arguments.seed,
+            frozenset(IGNORED_GGUF_KEYS),
             task_type=arguments.task_type,
             random_neurons_filepath=arguments.random_neurons_filepath,
             **options,
@@ -132,19 +137,17 @@ class Measurement:
     def _llama_cpp_jobs(self, compared: list[str | None]) -> list[Job]:
         if not compared:
             return []
-        if importlib.util.find_spec("llama_cpp") is None:
-            raise PartInferError("llama.cpp is not installed: pip install llama-cpp-python, or leave out --compare")
-        from evaluation.speed.gguf_model import write_gguf
-
-        jobs = []
-        for kind in compared:
-            own = self._dtype(self.arguments.dtype or "auto")
-            dtype = kind or LLAMA_CPP_TYPES.get(own, own)
-            path = self.scratch / f"{dtype}.gguf"
-            weights = open_weights(self.folder) if self.folder else self._random_weights()
-            per_token = write_gguf(path, weights, self.config, dtype)
-            jobs.append(self._job("llama.cpp", f"llama.cpp {dtype}", dtype, gguf=path, gguf_bytes_per_token=per_token))
-        return jobs
+        if self.files is None:
+            self.files = ComparedFiles(
+                self.folder,
+                lambda: open_weights(self.folder) if self.folder else self._random_weights(),
+                self.config,
+                self._float_dtype(),
+                self.scratch,
+            )
+        own = self._dtype(self.arguments.dtype or "auto")
+        files = [self.files.file(kind or SAME_BITS.get(own, own)) for kind in compared]
+        return [self._job("llama.cpp", file.label, file.kind, compared=file) for file in files]
 
     def _random_weights(self) -> RandomWeights:
         return RandomWeights(self.config, getattr(torch, self._float_dtype()), self.arguments.seed)
@@ -218,8 +221,8 @@ def _check_memory(job: Job, loaded: int) -> None:
     """Raise PartInferError if the model does not fit into free memory: swapping would be measured instead."""
     if job.device != "cpu":
         return
-    if job.gguf is not None:
-        needed = os.path.getsize(job.gguf)
+    if job.compared is not None:
+        needed = os.path.getsize(job.compared.path)
     else:
         needed = _weight_bytes(read_config(job.folder) if job.folder else shape_config(job.shape), job.float_dtype)
     free = free_memory()

@@ -7,7 +7,9 @@ import signal
 import sys
 
 from evaluation.speed.job import Engine, Job, Timing
+from transformers_patches.cli import explained
 from transformers_patches.errors import PartInferError
+from transformers_patches.flags import IGNORED_GGUF_KEYS
 
 
 class Worker:
@@ -53,6 +55,7 @@ class Worker:
 def _serve(pipe, job: Job) -> None:
     """The process: load, then answer until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    IGNORED_GGUF_KEYS.update(job.ignored_gguf_keys)
     try:
         engine = _engine(job)
         pipe.send((True, engine.variants))
@@ -61,8 +64,8 @@ def _serve(pipe, job: Job) -> None:
             pipe.send((True, _do(engine, command, arguments)))
     except EOFError:
         sys.exit(0)
-    except (PartInferError, MemoryError, RuntimeError) as error:
-        pipe.send((False, f"{type(error).__name__}: {error}" if not str(error) else str(error).splitlines()[0]))
+    except Exception as error:  # of any library: the parent says it in one line
+        pipe.send((False, explained(error)))
 
 
 def _engine(job: Job) -> Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import readme_table
-from benchmarks.readme_table import BEGIN, END, Line, caption, lines, llama_cpp_nll, replaced, table
+from benchmarks.readme_table import BEGIN, END, Line, caption, lines, replaced, table
 from evaluation.methods import build_grid
 from transformers_patches.errors import PartInferError
 
@@ -32,11 +32,12 @@ QUALITY = [
     {"method": "dense", "label": "dense", "nll": 3.1, "excess_nll": 0.0},
     {"method": "partinfer", "label": "partinfer", "nll": 3.105, "excess_nll": 0.005},
     {"method": "original", "label": "original", "nll": 3.666, "excess_nll": 0.566},
+    {"method": "llama.cpp", "label": "llama.cpp bfloat16", "nll": 3.1021, "excess_nll": 0.0021},
 ]
 
 
 def test_each_way_to_run_gets_its_own_line():
-    assert table(lines(SPEED, QUALITY, 3.1021)).splitlines() == [
+    assert table(lines(SPEED, QUALITY)).splitlines() == [
         "| | tokens/s | MB of weights | loss, nats/token |",
         "|---|---|---|---|",
         "| transformers, at its best | 46.6 | 269 | – |",
@@ -48,25 +49,19 @@ def test_each_way_to_run_gets_its_own_line():
 
 
 def test_without_llama_cpp_its_line_is_left_out():
-    names = [line.name for line in lines(SPEED[:-1], QUALITY, None)]
+    names = [line.name for line in lines(SPEED[:-1], QUALITY[:-1])]
     assert len(names) == 4
     assert not any("llama" in name for name in names)
 
 
 def test_a_missing_row_is_an_error_that_names_it():
     with pytest.raises(PartInferError, match="no row of original among"):
-        lines(SPEED, QUALITY[:-1], None)
+        lines(SPEED, [QUALITY[0], QUALITY[1], QUALITY[3]])
 
 
 def test_small_negative_losses_are_zero():
     assert table([Line("x", 5.229, 10**6, -0.0001)]).splitlines()[-1] == "| x | 5.23 | 1 | 0.000 |"
     assert table([Line("x", 5.229, 10**6, -0.02)]).splitlines()[-1] == "| x | 5.23 | 1 | -0.020 |"
-
-
-def test_llama_cpp_nll_is_read_from_what_the_benchmark_prints():
-    assert llama_cpp_nll("llama.cpp bfloat16: NLL 3.0762, perplexity 21.675\n") == 3.0762
-    with pytest.raises(PartInferError, match="printed no NLL"):
-        llama_cpp_nll("nothing\n")
 
 
 def test_only_what_is_between_the_markers_is_replaced():
@@ -96,13 +91,13 @@ def test_the_scripts_understand_the_commands_and_label_their_rows_as_expected():
 
     options = readme_table.build_parser().parse_args(["--dataset", "text.txt", "--task_type", "QA"])
     speed = evaluate_speed.build_parser().parse_args(readme_table.speed_command(options, True)[1:])
-    quality = evaluate_perplexity.build_parser().parse_args(readme_table.quality_command(options)[1:])
-    assert speed.compare == "llama.cpp"
+    quality = evaluate_perplexity.build_parser().parse_args(readme_table.quality_command(options, True)[1:])
+    assert speed.compare == quality.compare == "llama.cpp"
     assert (quality.dataset, quality.limit) == ("text.txt", 40)
     speed.method = quality.method  # without transformers, which has no point in the grid
     for arguments in (speed, quality):
         labels = {point.label for point in build_grid(arguments)}
-        assert labels == {row["label"] for row in QUALITY}
+        assert labels == {row["label"] for row in QUALITY[:-1]}
 
 
 def test_the_caption_tells_the_conditions():

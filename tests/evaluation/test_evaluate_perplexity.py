@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 import string
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.bootstrap import Bootstrap
@@ -63,11 +65,32 @@ def test_every_method_on_the_same_windows(model_folder, ranking_paths, windows, 
         if label != "dense":
             assert row["kl_to_dense"] > 0
     assert rows["coreinfer_random_loading"]["nll"] != rows["coreinfer+partial"]["nll"]
-    assert (
-        rows["dense"]["bytes_per_token"]
-        > rows["dense+partial"]["bytes_per_token"]
-        > rows["partinfer"]["bytes_per_token"]
-    )
+    assert rows["dense"]["token_bytes"] > rows["dense+partial"]["token_bytes"] > rows["partinfer"]["token_bytes"]
+
+
+def test_block_bytes_are_those_of_all_layers(model_folder, ranking_paths, windows, tmp_path):
+    rows = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, "--method", ALL)["rows"]
+    fractions = {row["label"]: row["block_bytes_fraction"] for row in rows}
+    state = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    blocks = sum(value.nbytes for name, value in state.items() if name.startswith("model.layers."))
+    ffn = sum(value.nbytes for name, value in state.items() if ".mlp." in name and ".layers.0." in name)
+    for label, share in (("dense", 1.0), ("dense+partial", 0.7), ("coreinfer", 0.4), ("coreinfer+partial", 0.4)):
+        assert fractions[label] == pytest.approx(1 - 4 * ffn * (1 - share) / blocks, abs=2e-3), label
+    head = sum(value.nbytes for name, value in state.items() if name in ("model.norm.weight", "lm_head.weight"))
+    assert rows[0]["token_bytes"] == blocks + head
+
+
+def test_llama_cpp_on_the_same_windows(model_folder, ranking_paths, windows, tmp_path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    flags = ["--method", "dense,partinfer", "--compare", "llama.cpp:q8_0,q4_0,llama.cpp"]
+    rows = run(model_folder, ranking_paths, tmp_path / "out.json", *windows, *flags)["rows"]
+    rows = {row["label"]: row for row in rows}
+    assert list(rows) == ["dense", "partinfer", "llama.cpp q8_0", "llama.cpp q4_0", "llama.cpp float32"]
+    same = rows["llama.cpp float32"]
+    assert same["nll"] == pytest.approx(rows["dense"]["nll"], abs=0.02)
+    assert same["kl_to_dense"] < 0.01
+    assert same["token_bytes"] == pytest.approx(rows["dense"]["token_bytes"], rel=0.01)
+    assert rows["llama.cpp q8_0"]["token_bytes"] > rows["llama.cpp q4_0"]["token_bytes"]
 
 
 def test_the_flags_that_all_scripts_share(model_folder, windows):
@@ -143,7 +166,7 @@ def test_selections_and_compensations_are_variants_and_original_is_a_preset(
     assert len({row["nll"] for row in rows}) == 4
     assert [row["ffn_bytes_fraction"] for row in rows[1:]] == pytest.approx([0.4] * 4)
     _, *others = rows
-    assert max(row["bytes_per_token"] for row in others) == min(row["bytes_per_token"] for row in others)
+    assert max(row["token_bytes"] for row in others) == min(row["token_bytes"] for row in others)
 
 
 def test_questions_are_prefilled_and_answers_scored(model_folder, ranking_paths, tmp_path):
@@ -385,3 +408,29 @@ def test_wrong_usage_ends_with_2(model_folder, text_file, capsys, flags):
     if "--token_by_token" in flags:
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.endswith("--token_by_token decodes one window at a time: leave out --batch_size 8")
+
+
+def test_tokens_that_the_model_lacks_are_told(model_folder, tmp_path, text_file):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new{number}>" for number in range(200)])
+    tokenizer.save_pretrained(folder)
+    path = tmp_path / "rows.jsonl"
+    for row in ({"question": "a<new150>?", "answer": "b"}, {"question": "a?", "answer": "<new150>"}):
+        path.write_text(json.dumps({"question": "a?", "answer": "b"}) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+        with pytest.raises(PartInferError, match="example 2 has token 2[0-9][0-9], but the model has embeddings for"):
+            main([f"--model_name={folder}", "--device=cpu", "--method=dense", f"--dataset={path}"])
+
+
+@pytest.mark.parametrize("options", [[], ["--token_by_token"]])
+def test_predictions_that_are_not_finite_are_told(options, model_folder, tmp_path, windows, monkeypatch):
+    """Weights so large that their products overflow."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    weights["model.layers.1.mlp.gate_proj.weight"] *= 1e30
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PartInferError, match="the model's logits are not finite"):
+        main([f"--model_name={folder}", "--device=cpu", "--method=dense", *map(str, windows), *options])

@@ -9,19 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from evaluation.compared.files import ComparedFile
+from evaluation.compared.gguf_model import write_gguf
 from evaluation.evaluate_speed import main
 from evaluation.methods import Configuration
 from evaluation.speed.engines import BEST, DEFAULT, PartInferEngine, TransformersEngine
-from evaluation.speed.gguf_model import write_gguf
 from evaluation.speed.job import Job, Timing
 from evaluation.speed.rows import measured_row, speedup
-from tests.conftest import FAMILY_CONFIGS, LAYERS
+from tests.conftest import FAMILY_CONFIGS
 from tests.evaluation.conftest import SETTINGS
+from tests.tiny_gguf import write_tiny_gguf
+from transformers_patches import flags
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.safetensors_folder import Checkpoint
@@ -130,17 +132,6 @@ def test_a_row_is_made_of_medians():
     assert several["gigabytes_per_second"] is None
 
 
-def test_a_gguf_file_holds_the_same_weights(model_folder, tmp_path):
-    weights, config = Checkpoint(model_folder), AutoConfig.from_pretrained(model_folder)
-    per_token = write_gguf(tmp_path / "it.gguf", weights, config, "float32")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "it.gguf").tensors}
-    assert len(tensors) == len(weights.names()) == 2 + 1 + 9 * LAYERS
-    stored = torch.empty(weights.shape("model.layers.0.mlp.up_proj.weight"))
-    weights.read_into("model.layers.0.mlp.up_proj.weight", stored)
-    assert torch.equal(torch.from_numpy(tensors["blk.0.ffn_up.weight"].data.copy()), stored)
-    assert per_token == sum(t.n_bytes for t in tensors.values()) - tensors["token_embd.weight"].n_bytes
-
-
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_llama_cpp_generates_the_same_tokens(tiny_checkpoints, family, tmp_path):
@@ -148,17 +139,11 @@ def test_llama_cpp_generates_the_same_tokens(tiny_checkpoints, family, tmp_path)
 
     folder = tiny_checkpoints[family]
     write_gguf(tmp_path / "it.gguf", Checkpoint(folder), AutoConfig.from_pretrained(folder), "float32")
-    engine = LlamaCppEngine(job("llama.cpp", gguf=tmp_path / "it.gguf", gguf_bytes_per_token=1))
+    engine = LlamaCppEngine(job("llama.cpp", compared=ComparedFile(tmp_path / "it.gguf", "float32", "", 1)))
     assert len(engine.run("it", PROMPT, 12).token_seconds) == 12
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = model.generate(torch.tensor(PROMPT), max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert engine.generated == expected[0, len(PROMPT[0]) :].tolist()
-
-
-def test_llama_cpp_does_not_know_every_family(tiny_checkpoints, tmp_path):
-    folder = tiny_checkpoints["opt"]
-    with pytest.raises(PartInferError, match="this one is opt"):
-        write_gguf(tmp_path / "it.gguf", Checkpoint(folder), AutoConfig.from_pretrained(folder), "float32")
 
 
 def test_one_line_without_llama_cpp(monkeypatch):
@@ -191,3 +176,17 @@ def test_the_script_runs_from_the_root_and_from_its_folder():
             [sys.executable, script, "--help"], cwd=folder, capture_output=True, text=True, check=True
         )
         assert "--random_weights" in done.stdout
+
+
+def test_processes_know_the_keys_that_are_ignored(tmp_path, monkeypatch):
+    """Each model has a process of its own, which reads the file again."""
+    monkeypatch.setattr(flags, "IGNORED_GGUF_KEYS", ignored := set())
+    for module in ("transformers_patches.weights.gguf_schema", "evaluation.speed.measure"):
+        monkeypatch.setattr(f"{module}.IGNORED_GGUF_KEYS", ignored)
+    write_tiny_gguf(tmp_path / "tiny.gguf", metadata={"llama.attention.unheard_of": 1})
+    run = [f"--checkpoint_path={tmp_path / 'tiny.gguf'}", "--method=dense", "--cpu_only", "--prompt_length=4"]
+    run += ["--num_tokens_to_generate=3", "--repetitions=1", f"--json={tmp_path / 'it.json'}"]
+    with pytest.raises(PartInferError, match="llama.attention.unheard_of, which is not understood"):
+        main(run)
+    assert main([*run, "--ignore_gguf_key=llama.attention.unheard_of"]) == 0
+    assert len(json.loads((tmp_path / "it.json").read_text(encoding="utf-8"))["rows"]) == 1

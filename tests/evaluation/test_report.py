@@ -21,7 +21,7 @@ def put_task(folder, configuration: str, method: str, task: str, metric: str, va
         "ffn_bytes_fraction": fraction,
         "decoded_tokens": 9,
         "weight_bytes_resident": 1000 * fraction,
-        "bytes_per_token": 500 * fraction,
+        "token_bytes": 500 * fraction,
     }
     result = {
         "model": "m",
@@ -47,7 +47,7 @@ def folder(tmp_path):
         put_task(tmp_path, "dense", "dense", task, metric, dense, 1.0)
         put_task(tmp_path, "partinfer", "partinfer", task, metric, sparse, 0.4)
     shared = {"examples": 6, "kl_to_dense": 0.1, "top1_agreement": 0.9, "perplexity": 9.0, "nll_ci": [1.0, 3.0]}
-    sizes = {"ffn_bytes_fraction": 0.4, "weight_bytes_resident": 700, "bytes_per_token": 300}
+    sizes = {"ffn_bytes_fraction": 0.4, "weight_bytes_resident": 700, "token_bytes": 300}
     rows = [
         {"label": label, "method": label, "nll": nll, "excess_nll": nll - 2.0, **shared, **sizes}
         for label, nll in (("dense", 2.0), ("partinfer", 2.5))

@@ -112,7 +112,7 @@ def fitting_arguments(name: str, source: random.Random) -> list:
         "scale": torch.rand(NEURONS),
         "keep_count": source.choice((-1, 0, 10)),
         "threshold": 0.1,
-        "activation": source.choice(("silu", "gelu", "gelu_tanh", "relu")),
+        "activation": source.choice(("silu", "gelu", "gelu_tanh", "relu", "relu2")),
     }
     schema = getattr(torch.ops.partinfer, name).default._schema
     arguments = {argument.name: values[argument.name] for argument in schema.arguments}

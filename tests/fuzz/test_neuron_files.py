@@ -15,7 +15,13 @@ from transformers import LlamaConfig
 
 from tests.conftest import FAMILY_CONFIGS, INTERMEDIATE, LAYERS, random_neuron_file
 from tests.fuzz.mutations import READ, REFUSED, VALUES, changed_bytes, changed_json, outcome
-from tests.transformers_patches.made_up_files import made_up_fit, made_up_ladder, with_input_squares, with_statistics
+from tests.transformers_patches.made_up_files import (
+    made_up_curve,
+    made_up_fit,
+    made_up_ladder,
+    with_input_squares,
+    with_statistics,
+)
 from transformers_patches.neurons.byte_ladder import ByteLadder
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
@@ -28,6 +34,8 @@ def use_neurons(path: Path) -> None:
     file = NeuronFile.load(path)
     file.check_fits(CONFIG, "0" * 16, "tiny-llama")
     assert file.tokens >= 0
+    if file.loss is not None:
+        use_curve(file)
     assert not file.has_spread or file.spread().isfinite().all()
     for values in (*file.statistics.values(), *file.input_squares.values()):
         assert values.isfinite().all()
@@ -47,6 +55,21 @@ def use_ladder(ladder: ByteLadder) -> None:
             assert all(one.mean.isfinite().all() for one in choice.inputs.values())
 
 
+def use_curve(file: NeuronFile) -> None:
+    curve = file.loss
+    for selection in ("up", "core", "griffin"):
+        for loaded, sparsity in ((1.0, 1.0), (1.0, 0.55), (0.7, 0.4), (0.7, 0.7), (0.5, 0.1)):
+            for layers in ("all", "default"):
+                loss = curve.predict(selection, layers, loaded, sparsity)
+                assert loss is None or 0 <= loss < float("inf")
+    for bound in (0.0, 0.05, 1.0, 1e9):
+        sparsity = curve.sparsity_for(bound)
+        assert 0 < sparsity <= 1
+        thresholds = curve.thresholds_for(sparsity)
+        assert thresholds is None or (thresholds.isfinite().all() and len(thresholds) == file.num_layers)
+    assert curve.gate_size is None or curve.gate_size[0][:1].float().isfinite().all()
+
+
 def use_fit(path: Path) -> None:
     file = FitFile.load(path)
     file.check_fits(CONFIG, "0" * 16, "tiny-llama")
@@ -64,10 +87,12 @@ def neurons_content() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors = {"ranking": file.ranking, "scores": file.statistics["mean_abs"].clone()}
     tensors |= {f"statistics.{name}": values for name, values in file.statistics.items()}
     tensors |= {f"input_squares.{name}": values for name, values in file.input_squares.items()}
-    ladder = made_up_ladder()
+    ladder, loss = made_up_ladder(), made_up_curve()
     tensors |= {f"ladder.{name}": values for name, values in ladder.tensors().items()}
+    tensors |= {f"loss.{name}": values for name, values in loss.tensors().items()}
     named = {
         "ladder_rungs": ladder.described(),
+        "loss_points": loss.described(),
         "tokens": "100",
         "texts": "7",
         "datasets": "1",
@@ -84,8 +109,12 @@ def fit_content() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def changed_content(tensors: dict, metadata: dict, source: random.Random) -> bytes:
     """A well-formed safetensors file that says or holds something else."""
+    original = metadata
     tensors, metadata = {name: values.clone() for name, values in tensors.items()}, dict(metadata)
     for _ in range(source.choice((1, 1, 2))):
+        if source.random() < 0.25 and "loss_points" in original:
+            metadata["loss_points"] = changed_json(json.loads(original["loss_points"]), source).replace("\\ud800", "?")
+            continue
         if source.random() < 0.4:
             key = source.choice(list(metadata))
             metadata[key] = source.choice(

@@ -5,6 +5,7 @@ import torch
 from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS, random_neuron_file
 from transformers_patches.neurons.byte_ladder import INPUTS, THRESHOLDS, ByteLadder, Rung
 from transformers_patches.neurons.fit_file import FitFile, LayerFit
+from transformers_patches.neurons.loss_curve import ALL, DEFAULT, LossCurve, LossPoint
 from transformers_patches.neurons.neuron_file import NeuronFile
 
 
@@ -75,3 +76,13 @@ def made_up_fit(layers=range(1, 5), loaded: int = 56, **metadata: str) -> FitFil
         )
     made_for = {"compensation": "refit", "loaded_neurons_percent": "0.7", "sparsity": "0.4"}
     return FitFile(fits, INTERMEDIATE, made_for | metadata)
+
+
+def made_up_curve(losses: dict[float, float] | None = None) -> LossCurve:
+    """Points of all layers loaded whole, by default at 0.8, 0.6 and 0.4, with thresholds that double."""
+    losses = losses or {0.8: 0.02, 0.6: 0.1, 0.4: 0.5}
+    points = [LossPoint("up", ALL, 1.0, share, loss, loss / 2) for share, loss in losses.items()]
+    points += [LossPoint("up", DEFAULT, 1.0, 0.5, 0.2, 0.1), LossPoint("up", DEFAULT, 0.7, 0.7, 0.3, 0.3)]
+    points += [LossPoint("up", DEFAULT, 0.7, 0.35, 0.7, 0.6), LossPoint("core", DEFAULT, 0.7, 0.4, 0.9, 1.0)]
+    thresholds = torch.tensor([[1.0 * 2**i] * LAYERS for i in range(len(losses))])
+    return LossCurve(points, thresholds, torch.rand(LAYERS, INTERMEDIATE))

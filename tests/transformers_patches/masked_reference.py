@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-DOWN_PROJECTION = re.compile(r"layers\.(\d+)\.(?:mlp\.down_proj|fc2)$")
+DOWN_PROJECTION = r"(?:mlp\.down_proj|fc2)"
 
 
 def naive_count(fraction: float, size: int) -> int:
@@ -66,17 +66,21 @@ class MaskedReference:
     [B, T, N], the activations of each pass since `seen` was emptied, before masking.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, down: str = DOWN_PROJECTION, with_experts: int = 0) -> None:
+        """down: a pattern of the output projections' names in their layers.
+        with_experts: how many layers have a mixture of experts instead.
+        """
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.masks: dict[int, torch.Tensor] = {}
         self.seen: dict[int, list[torch.Tensor]] = {}
         self._batch = 1
         layers = 0
         for name, module in self.model.named_modules():
-            if match := DOWN_PROJECTION.search(name):
+            if match := re.search(rf"layers\.(\d+)\.{down}$", name):
+                self._width = module.in_features
                 module.register_forward_pre_hook(self._hook(int(match[1])))
                 layers += 1
-        assert layers == self.model.config.num_hidden_layers
+        assert layers == self.model.config.num_hidden_layers - with_experts
 
     def _hook(self, layer: int):
         def mask_activations(module, args):
@@ -103,8 +107,7 @@ class MaskedReference:
 
     @property
     def size(self) -> int:
-        config = self.model.config
-        return getattr(config, "ffn_dim", None) or config.intermediate_size
+        return self._width
 
     @contextmanager
     def fresh(self) -> Iterator[MaskedReference]:

@@ -41,7 +41,7 @@ def test_a_family_finds_weights_sizes_and_names(name):
         )
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["gpt2", "mamba"])
 def test_an_unknown_architecture_lists_the_known_ones(model_type):
     with pytest.raises(PartInferError) as raised:
         family_of(AutoConfig.for_model(model_type))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from transformers_patches.errors import PartInferError
 
 SECONDS = 10.0
 CHARACTERS = 10_000_000
 BYTES = 1 << 30  # of memory, on top of what the process has
+_AGAIN = 1.0  # seconds until a template that has caught the first interruption is interrupted again
+_one_at_a_time = threading.Lock()  # the bound on memory is the whole process's
 
 
 class _TooLong(BaseException):
@@ -23,18 +27,20 @@ class _TooLong(BaseException):
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """The text of a conversation, ending where the assistant's answer begins.
+    """The text of a conversation, ending where the assistant's answer begins. For any thread.
 
-    Raises PartInferError for a template that is damaged, refuses the messages, or goes beyond its bounds. The bound on
-    time holds only in a program's main thread, where Python handles signals.
+    Raises PartInferError for a template that is damaged, refuses the messages, or goes beyond its bounds.
     """
     try:
-        with _limited_memory(BYTES), _limited_time(SECONDS):
+        with _one_at_a_time, _limited_memory(BYTES), _limited_time(SECONDS):
+            _check_powers(tokenizer)
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except _TooLong:
         raise _error(f"has not ended after {SECONDS:g} seconds") from None
     except MemoryError:
         raise _error(f"takes more than {BYTES / 2**30:g} GiB of memory") from None
+    except PartInferError:
+        raise
     except Exception as error:  # a template can raise whatever Python can
         reason = " ".join(str(error).split()) or type(error).__name__
         raise _error(f"fails: {reason:.300}") from error
@@ -43,27 +49,45 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
     return text
 
 
+def _check_powers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse powers, which no conversation needs: 9 ** 9 ** 9 is a single step that nothing can interrupt."""
+    template = tokenizer.get_chat_template()
+    environment = _compile_jinja_template("").environment  # compiling this template would compute its constants
+    if "**" in template and environment.parse(template).find(nodes.Pow):
+        raise _error("computes a power (**), which could take for ever")
+
+
 def _error(what: str) -> PartInferError:
     return PartInferError(f"the model's chat template {what}; --no_chat_template does without it")
 
 
 @contextmanager
 def _limited_time(seconds: float) -> Iterator[None]:
-    """Raise _TooLong in the block after so many seconds, and every second from then on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Raise _TooLong in the block after so many seconds, and every second from then on, whatever thread it runs in."""
+    mine, ended = ctypes.c_ulong(threading.get_ident()), threading.Event()
+    deciding = threading.Lock()  # no interruption comes after the end
 
-    def stop(_signal, _frame) -> None:
-        raise _TooLong
+    def watch() -> None:
+        wait = seconds
+        while not ended.wait(wait):
+            with deciding:
+                if not ended.is_set():
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(mine, ctypes.py_object(_TooLong))
+            wait = _AGAIN
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    def end() -> None:
+        with deciding:
+            ended.set()
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(mine, None)  # one that was asked for, but has not come yet
+
+    threading.Thread(target=watch, name="partinfer template", daemon=True).start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        try:
+            end()
+        finally:
+            end()  # once more: the first may have been interrupted itself
 
 
 @contextmanager

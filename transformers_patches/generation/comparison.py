@@ -86,7 +86,7 @@ def table(rows: list[dict]) -> str:
             (
                 row["method"],
                 "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
-                f"{row['token_bytes'] / MEGABYTE:.1f}",
+                "-" if row["token_bytes"] is None else f"{row['token_bytes'] / MEGABYTE:.1f}",
                 f"{row['weight_bytes_resident'] / MEGABYTE:.0f}",
                 "not measured" if loss is None else f"{loss:.3f}",
             )

@@ -28,13 +28,10 @@ from transformers_patches.fast_pass.kv_cache import GrowingCache
 from transformers_patches.fast_pass.one_token import OneTokenPass, one_token_pass
 from transformers_patches.kernels import SOFTMAX, Needed
 from transformers_patches.sparse.request import RequestState
+from transformers_patches.token_ids import NOT_FINITE
 
 # For top-p sampling, in nats: only the least likely tokens stay rough, and top-p leaves those out
 NUCLEUS_TOLERANCE = 5e-3
-NOT_FINITE = (
-    "the model's logits are not finite: weights or statistics hold NaN or infinity, or the numbers are too large for the "
-    "type; try --dtype float32, or fetch the model again"
-)
 
 
 def one_sequence_loop(

@@ -18,13 +18,16 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.fast_pass.kv_cache import GrowingLayer
 from transformers_patches.fast_pass.one_token import new_cache
 from transformers_patches.generation.decoding_loop import FiniteLogits, one_sequence_loop
 from transformers_patches.generation.text import AnswerText, Sink
 from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.token_ids import check_token_ids
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Conversation:
                 break
             common += 1
         if self.cache is not None and common and common < len(self.token_ids):
-            if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-                common = 0  # a sliding window has forgotten what would be needed
+            if not all(_can_be_cut(layer) for layer in self.cache.layers):
+                common = 0  # a sliding window or a state has forgotten what would be needed
             else:
                 self.cache.crop(common - len(self.token_ids))
         if self.cache is None or not common:
@@ -111,6 +114,11 @@ class Conversation:
 
     def forget(self) -> None:
         self.cache, self.token_ids = None, []
+
+
+def _can_be_cut(layer: CacheLayerMixin) -> bool:
+    """Whether a layer of a cache still knows every token, so that the last ones can be taken away."""
+    return type(layer) in (DynamicLayer, GrowingLayer)
 
 
 def generate(
@@ -130,10 +138,10 @@ def generate(
 
     Ctrl-C ends the generation and keeps the text; the next prompt starts from a clean state, as it does after an error.
     An answer ends (`length`) where the model's context does. Raises PartInferError for an empty prompt, for one that
-    fills the model's context, and for logits that are not finite.
+    fills the model's context, for logits that are not finite, and if the file of the weights changed meanwhile.
     """
     _check_length(loaded, prompt_ids)
-    _check_ids(loaded, prompt_ids)
+    check_token_ids(prompt_ids, loaded.model.config.vocab_size)
     conversation = conversation or Conversation()
     cache = conversation.prepare(prompt_ids, loaded.model)
     cached = len(conversation.token_ids)
@@ -150,6 +158,7 @@ def generate(
     try:
         criteria = [recorder, _Stopped(stopped)] if stopped else [recorder]
         generate_ids(loaded, ids, config, None, cache, stopping_criteria=StoppingCriteriaList(criteria))
+        loaded.check_weights()
         done = True
     except KeyboardInterrupt:
         interrupted = True
@@ -169,17 +178,6 @@ def generate(
         decode_tokens_per_second=recorder.decode_speed(),
         finish_reason=_finish_reason(interrupted or (stopped is not None and stopped()), recorder, config),
     )
-
-
-def _check_ids(loaded: LoadedModel, prompt_ids: list[int]) -> None:
-    """Raise PartInferError for tokens that were added to the tokenizer, but not to the model."""
-    known = loaded.model.config.vocab_size
-    wrong = next((i for i in prompt_ids if not 0 <= i < known), None)
-    if wrong is not None:
-        raise PartInferError(
-            f"the prompt has token {wrong}, but the model has embeddings for tokens 0 to {known - 1}: its tokenizer is another "
-            "model's, or has tokens that the model was not trained with"
-        )
 
 
 def generate_ids(

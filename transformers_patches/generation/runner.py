@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +28,7 @@ from transformers_patches.generation.prompts import (
     uses_chat_template,
 )
 from transformers_patches.load.loader import load_model
+from transformers_patches.load.paths import in_words, layer_paths
 from transformers_patches.plan.max_loss import DEFAULT_MAX_LOSS, SPOILS
 from transformers_patches.weights.model_files import load_tokenizer
 
@@ -61,6 +64,7 @@ class Runner:
         self._warn()
         self.options = self._with_task_stop(options)
         self.results: list[tuple[str, GenerationResult]] = []
+        self.failed: list[tuple[str, str]] = []  # prompts and what was wrong
 
     def _warn(self) -> None:
         """Warn if the settings spoil the answers, and name the flag that helps."""
@@ -96,12 +100,27 @@ class Runner:
         return _decoded(_standard_input().read()).strip() if given == "-" else given
 
     def predefined_prompts(self) -> int:
-        """Answer the project's own prompts of the task type, one after the other; Ctrl-C goes on to the next one."""
+        """Answer the project's own prompts of the task type, one after the other; Ctrl-C goes on to the next one.
+
+        A prompt that fails is said to have failed, and the next one is answered; the exit code is then 1.
+        """
         code = cli.DONE
         for text in predefined_prompts(self.arguments.task_type):
             self._show_prompt(text)
-            code = self._answer(text, self._task_ids(text))
-        return code
+            with self._noting_failure(text):
+                code = self._answer(text, self._task_ids(text))
+        return cli.FAILED if self.failed else code
+
+    @contextmanager
+    def _noting_failure(self, text: str) -> Iterator[None]:
+        """Say what fails in the block, and keep it for the report: the answers before and after it count."""
+        try:
+            yield
+        except OSError:  # nobody can read the next answer either
+            raise
+        except Exception as error:
+            cli.show_error(error)
+            self.failed.append((text, cli.explained(error)))
 
     def compare(self) -> int:
         """Answer --prompt, or the predefined prompts, dense and by the settings, and end with a table of both."""
@@ -117,16 +136,20 @@ class Runner:
         )
         self.comparison = Comparison(load_model(self.folder, settings), self.loaded, self.options)
         show = self._print_piece if self.arguments.json != STANDARD_OUTPUT else None
-        interrupted = False
+        answered, interrupted = self.comparison.sides[-1].results, False
         for text in texts:
             self._show_prompt(text)
-            interrupted = self.comparison.answer(self.tokenizer, self._task_ids(text), show)
+            with self._noting_failure(text):
+                interrupted = self.comparison.answer(self.tokenizer, self._task_ids(text), show)
+            if len(answered) > len(self.results):
+                self.results.append((text, answered[-1]))
             if interrupted:
                 break
-        self.results = list(zip(texts, self.comparison.sides[-1].results, strict=False))
-        if show is not None:
+        if show is not None and self.results:
             print(f"\n{table(self.comparison.rows())}", flush=True)
-        return cli.INTERRUPTED if interrupted else cli.DONE
+        if interrupted:
+            return cli.INTERRUPTED
+        return cli.FAILED if self.failed else cli.DONE
 
     def chat(self) -> int:
         """Take turns with the user until the input ends or says /exit; /reset forgets the history.
@@ -215,10 +238,11 @@ class Runner:
         per_token = "" if whole == computed else f" ({whole:.1%} whole, chosen per token)"
         parts.append(
             f"neurons loaded {plan.loaded_fraction:.1%}, computed {computed:.1%}{per_token} "
-            f"in {len(plan.layers)} of {plan.num_layers} layers"
+            f"in {len(plan.layers) + len(plan.experts)} of {plan.num_layers} layers"
         )
         if self.loaded.settings.block_bytes is not None:
             parts.append(f"block bytes {self.loaded.settings.block_bytes:.0%}")
+        parts.append(in_words(layer_paths(self.loaded.model, native=self.loaded.run.native)))
         if self.loaded.run.predicted_loss is not None:
             parts.append(f"predicted loss {self.loaded.run.predicted_loss:.3f} nats per token")
         parts.append(
@@ -246,7 +270,9 @@ class Runner:
             "wholly_computed_neurons_percent": loaded.computed_fraction(),
             "block_bytes": loaded.settings.block_bytes,  # share of all decoder layers' bytes; null: FFNs alone are sparse
             "predicted_loss": loaded.run.predicted_loss,
-            "sparse_layers": list(loaded.plan.layers),
+            "sparse_layers": sorted({*loaded.plan.layers, *loaded.plan.experts}),
+            "layer_paths": layer_paths(loaded.model, native=loaded.run.native),
+            "whole_layers": dict(loaded.run.family.whole_layers),  # that can't be computed by neurons, and why
             "weight_bytes_read": loaded.report.bytes_read,
             "weight_bytes_dense": loaded.report.bytes_dense,
             "weight_bytes_resident": loaded.report.bytes_resident,
@@ -259,7 +285,9 @@ class Runner:
         }
         if self.comparison is not None:
             total["comparison"] = self.comparison.rows()
-        if len(results) != 1:
+        if self.failed:
+            total["failed"] = [{"prompt": text, "error": error} for text, error in self.failed]
+        if len(results) != 1 or self.failed:
             total["results"] = [{"prompt": text, **dataclasses.asdict(result)} for text, result in self.results]
         return total
 

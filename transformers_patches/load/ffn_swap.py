@@ -12,13 +12,15 @@ from transformers_patches.neurons.fit_file import LayerFit
 from transformers_patches.plan.load_plan import LayerPlan
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.compensation import Compensation
-from transformers_patches.sparse.neuron_rows import NeuronRows
+from transformers_patches.sparse.layer_selection import LayerSelection
+from transformers_patches.sparse.neuron_rows import BY_INPUT, PAIRED, PLAIN, NeuronRows
 from transformers_patches.sparse.prior import Prior
 from transformers_patches.sparse.prompt_selection import PromptSelection
 from transformers_patches.sparse.request import RequestLayer, RequestState
 from transformers_patches.sparse.selection import Selection
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 from transformers_patches.sparse.token_selection import TokenSelection
+from transformers_patches.weights.parts import part_name
 from transformers_patches.weights.source import Source, WeightedSum
 
 
@@ -35,22 +37,28 @@ def swap_ffns(model: PreTrainedModel, run: ResolvedRun, state: RequestState) -> 
 
 def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestState) -> SparseFFN:
     """What replaces a layer's FFN, still without memory. dense: the module with the layer's projections."""
-    family, plan, settings = run.family, run.plan.layers[layer], run.settings
+    family, plan = run.family, run.plan.layers[layer]
     up, down = getattr(dense, family.up), getattr(dense, family.down)
-    prior = _prior(run, layer, plan)
+    prior, activation = _prior(run, layer, plan), family.activation_of(dense, run.config)
     with init_empty_weights():
         rows = NeuronRows(
             plan.loaded_count,
             up.in_features,
-            family.activation(run.config),
+            activation,
             gated=family.gated,
             input_bias=up.bias is not None,
             weight_format=run.weight_format,
             native=run.native,
-            paired=settings.selection == "up",
+            layout=_layout(run),
         )
-        selection = _selection(run, rows, plan, prior)
+        selection = _selection(run, rows, layer, prior)
         return SparseFFN(rows, selection, state, output_bias=down.bias is not None).to(run.dtype)
+
+
+def _layout(run: ResolvedRun) -> str:
+    if run.layer_choices is not None:
+        return BY_INPUT
+    return PAIRED if run.settings.selection == "up" else PLAIN
 
 
 def _prior(run: ResolvedRun, layer: int, plan: LayerPlan) -> Prior:
@@ -61,9 +69,11 @@ def _prior(run: ResolvedRun, layer: int, plan: LayerPlan) -> Prior:
     return Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)
 
 
-def _selection(run: ResolvedRun, rows: NeuronRows, plan: LayerPlan, prior: Prior) -> Selection:
+def _selection(run: ResolvedRun, rows: NeuronRows, layer: int, prior: Prior) -> Selection:
     """What chooses the neurons of a layer."""
-    settings = run.settings
+    settings, plan = run.settings, run.plan.layers[layer]
+    if run.layer_choices is not None:
+        return LayerSelection(rows, plan, prior, run.layer_choices[layer])
     if settings.selection in TOKEN_SELECTIONS:
         return TokenSelection(rows, plan, prior, settings.selection, average=settings.token_count == "average")
     return PromptSelection(
@@ -79,15 +89,16 @@ def _selection(run: ResolvedRun, rows: NeuronRows, plan: LayerPlan, prior: Prior
 def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source]:
     """Where the parameters of a layer's SparseFFN come from, by their names in it."""
     family, neurons = run.family, run.plan.layers[layer].neurons
-    up, down = getattr(dense, family.up), getattr(dense, family.down)
+    up, down, size = getattr(dense, family.up), getattr(dense, family.down), run.plan.intermediate_size
     sources = {}
-    for row, projection in {"up": family.up, "gate": family.gate}.items():
-        if projection is None:
-            continue
-        prefix = family.projection(layer, projection)
-        sources[f"rows.{row}"] = Source(f"{prefix}.weight", "rows", neurons)
-        if up.bias is not None:
-            sources[f"rows.{row}_bias"] = Source(f"{prefix}.bias", "rows", neurons)
+    for row, (projection, first) in family.row_ranges(run.config).items():
+        for kind in ("weight",) if up.bias is None else ("weight", "bias"):
+            name = f"{family.projection(layer, projection)}.{kind}"
+            own = row if kind == "weight" else f"{row}_bias"
+            part = name if first is None else part_name(name, first, first + size)
+            by_input = own == "up" and run.layer_choices is not None
+            sources[f"rows.{own}"] = Source.by_input(part, up.in_features) if by_input else Source(part, "rows", neurons)
+    sources |= _activation_sources(run, layer, dense)
     prefix = family.projection(layer, family.down)
     fitted = run.settings.compensation == "refit"
     sources["rows.down"] = Source(
@@ -100,6 +111,17 @@ def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source
     if down.bias is not None:
         sources["output_bias"] = Source(f"{prefix}.bias")
     return sources
+
+
+def _activation_sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source]:
+    """Where the numbers of an activation come from that has some, as xIELU."""
+    activation = run.family.activation_of(dense, run.config)
+    if isinstance(activation, str):
+        return {}
+    child = run.family.found.layout.activation[1:]
+    prefix = run.family.projection(layer, child)
+    names = [name for name, _ in (*activation.named_parameters(), *activation.named_buffers())]
+    return {f"rows.act_fn.{name}": Source(f"{prefix}.{name.removeprefix('activation.')}") for name in names}
 
 
 def _fit_of(run: ResolvedRun, layer: int) -> LayerFit | None:
@@ -118,7 +140,7 @@ def _left_out(run: ResolvedRun, layer: int, hidden_size: int) -> WeightedSum | N
 
 def attach_compensation(layers: list[RequestLayer], sources: dict[str, Source], run: ResolvedRun) -> None:
     """Give the SparseFFNs, in the plan's order, what stands in for left-out neurons, once all weights are read."""
-    sums = [source.left_out for source in sources.values() if source.how == "columns"]
+    sums = [source.left_out for source in sources.values() if source.how == "columns" and source.size is None]
     for layer, ffn, left_out in zip(run.plan.layers, layers, sums, strict=True):
         if run.settings.compensation == "refit":
             fitted = run.fit.layers[layer]

@@ -11,7 +11,10 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.plan.load_plan import LoadPlan
 from transformers_patches.plan.run import ResolvedRun
-from transformers_patches.sparse.request import RequestLayer, RequestState
+from transformers_patches.sparse.by_input_linear import ByInputLinear
+from transformers_patches.sparse.cut_ffn import CutFFN
+from transformers_patches.sparse.experts import Experts
+from transformers_patches.sparse.request import Counters, RequestLayer, RequestState
 
 
 @dataclass
@@ -50,24 +53,34 @@ class LoadedModel:
     def device(self) -> torch.device:
         return self.model.device
 
+    def check_weights(self) -> None:
+        """Raise PartInferError if a file that weights are mapped from was changed; for the end of what they computed.
+
+        It is done before every prompt, too.
+        """
+        self.state.check_weights()
+
     def computed_fraction(self) -> float:
         """Share of the sparse layers' neurons that decode steps computed since the last reset, as counted."""
-        tokens = sum(layer.counters.tokens for layer in self.state.layers)
+        tokens = sum(counters.tokens * size for counters, size, _ in self._counted())
         if not tokens:
             return self.plan.loaded_fraction
-        return sum(layer.counters.neurons for layer in self.state.layers) / (tokens * self.plan.intermediate_size)
+        return sum(counters.neurons for counters, _, _ in self._counted()) / tokens
 
     def bytes_fraction(self) -> float:
         """Share of the sparse layers' FFN bytes that decode steps read since the last reset, as counted.
 
         If nothing was decoded, what a step over all loaded neurons would read.
         """
-        tokens = sum(layer.counters.tokens for layer in self.state.layers)
-        if not tokens:
+        rows = sum(counters.tokens * size * matrices for counters, size, matrices in self._counted())
+        if not rows:
             return self.plan.loaded_fraction
-        matrices = self.state.layers[0].rows.matrices
-        read = sum(layer.counters.rows for layer in self.state.layers)
-        return read / (tokens * matrices * self.plan.intermediate_size)
+        return sum(counters.rows for counters, _, _ in self._counted()) / rows
+
+    def _counted(self) -> list[tuple[Counters, int, int]]:
+        """Of all sparse layers: their counters, the neurons of a whole token, and the rows of a neuron."""
+        ffns = [(layer.counters, self.plan.intermediate_size, layer.rows.matrices) for layer in self.state.layers]
+        return ffns + [(experts.counters, experts.neurons, experts.rows[0].matrices) for experts in self.state.experts]
 
     def token_bytes(self) -> int:
         """Bytes of weights that a decoded token has read on average since the last reset.
@@ -81,15 +94,39 @@ class LoadedModel:
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
         if embedding is not head.weight:
             total -= embedding.nbytes
+        total -= self._unread_expert_bytes() + round(sum(ffn.unread_bytes() for ffn in self._cut_ffns()))
         skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in self.state.layers)
+        skipped += sum(part.weight_bytes * (1 - part.read_share) for part in self._by_input())
         if isinstance(head, ScreenedHead):
             skipped += head.unread_bytes()
         return round(total - skipped)
 
+    def _unread_expert_bytes(self) -> int:
+        """Bytes of experts that a token does not read: those of others than its router chooses, and neurons left out."""
+        mixtures = [module for module in self.model.modules() if isinstance(module, Experts)]
+        return round(sum(experts.row_bytes * (1 - experts.read_share()) for experts in mixtures))
+
+    def _cut_ffns(self) -> list[CutFFN]:
+        return [module for module in self.model.modules() if isinstance(module, CutFFN)]
+
+    def unchosen_expert_bytes(self) -> int:
+        """Bytes of the experts that a token's router does not choose."""
+        mixtures = [module for module in self.model.modules() if isinstance(module, Experts)]
+        return round(sum(experts.row_bytes * (1 - experts.used / len(experts.rows)) for experts in mixtures))
+
     def reset_counters(self) -> None:
         head = self.model.get_output_embeddings()
-        for counting in (*self.state.layers, *([head] if isinstance(head, ScreenedHead) else [])):
+        for counting in (
+            *self.state.layers,
+            *self.state.experts,
+            *self._cut_ffns(),
+            *self._by_input(),
+            *([head] if isinstance(head, ScreenedHead) else []),
+        ):
             counting.reset_counters()
+
+    def _by_input(self) -> list[ByInputLinear]:
+        return [module for module in self.model.modules() if isinstance(module, ByInputLinear)]
 
 
 def _read_share(layer: RequestLayer) -> float:

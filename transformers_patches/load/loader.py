@@ -14,6 +14,7 @@ from transformers_patches.fast_pass.one_token import speed_up_one_token
 from transformers_patches.load.as_stored import as_stored, names_in_model
 from transformers_patches.load.ffn_swap import attach_compensation
 from transformers_patches.load.generation_config import own_generation_config
+from transformers_patches.load.input_swap import choose_inputs
 from transformers_patches.load.loaded_model import LoadedModel, LoadReport
 from transformers_patches.load.meta_model import build_model
 from transformers_patches.load.streaming import stream_weights
@@ -79,7 +80,9 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
     attach_compensation(state.layers, sources, run)
     state.attach(model)
     if isinstance(weights, Pack):
-        state.before_prompt = weights.check_unchanged
+        state.check_weights = weights.check_unchanged
+    if run.layer_choices is not None:
+        choose_inputs(model, state, run.family, run.layer_choices)
     if run.native:
         replace_linears(model)
         if run.screened:

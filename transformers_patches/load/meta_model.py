@@ -6,13 +6,15 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from transformers_patches.errors import PartInferError
+from transformers_patches.load.cut_swap import swap_cut_ffns
+from transformers_patches.load.experts_swap import swap_experts
 from transformers_patches.load.ffn_swap import swap_ffns
+from transformers_patches.load.input_swap import swap_attention_inputs
 from transformers_patches.modules.quantized import quantize_modules
 from transformers_patches.modules.screened_head import can_be_screened
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.request import RequestState
-from transformers_patches.weights.config_file import one_line
+from transformers_patches.structure.model_structure import cant_be_built
 from transformers_patches.weights.source import Source
 
 
@@ -24,11 +26,8 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # whatever the values lead to: unknown activations, sizes that don't divide, …
-        raise PartInferError(
-            f"config.json can't be used, no {config.model_type} model can be built from it ({type(error).__name__}: "
-            f"{one_line(error)}): fetch the model again"
-        ) from None
+    except Exception as error:  # whatever the values lead to
+        raise cant_be_built(config, error) from None
     return model.eval()
 
 
@@ -39,7 +38,9 @@ def build_model(run: ResolvedRun, state: RequestState) -> tuple[PreTrainedModel,
     simply the checkpoint's under the same name.
     """
     model = build_on_meta(run.config, run.dtype)
-    sources = swap_ffns(model, run, state)
+    sources = swap_ffns(model, run, state) | swap_experts(model, run, state) | swap_cut_ffns(model, run)
+    if run.layer_choices is not None:
+        sources |= swap_attention_inputs(model, run, state)
     if run.weight_format is not None:
         in_planes = run.screened and can_be_screened(model.get_output_embeddings())
         quantize_modules(

@@ -40,6 +40,7 @@ from transformers_patches.weights.pack_description import (
     is_pack,
 )
 from transformers_patches.weights.pack_schema import seal
+from transformers_patches.weights.parts import whole_name
 from transformers_patches.weights.source import Source, WeightSource, takes_whole_rows
 
 SHARD_BYTES = 2**30
@@ -154,7 +155,7 @@ class _Recorder(WeightSource):
 
     def unread(self) -> set[str]:
         """Names of the checkpoint that loading did not need, once all is flushed."""
-        return self.names() - set(self._places) - set(self.packed)
+        return self.names() - set(self._places) - set(map(whole_name, self.packed))
 
     def finish(self) -> None:
         """Write the rest. A half whose other half was not read is written by itself."""

@@ -16,8 +16,10 @@ from transformers_patches.load.as_stored import names_in_model
 from transformers_patches.load.column_weights import column_weights
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedWeight, weight_places
 from transformers_patches.plan.run import ResolvedRun
+from transformers_patches.sparse.by_input_linear import ByInputLinear, Joined
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.weights.memory import WeightMemory
+from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import Source, WeightSource
 
 
@@ -26,9 +28,10 @@ class _Wanted:
     """A weight that is read."""
 
     name: str  # in the model
-    place: nn.Parameter | QuantizedWeight  # what holds it, still without memory
+    place: torch.Tensor | QuantizedWeight  # what holds it: a parameter without memory, or a buffer
     source: Source  # in the checkpoint, by its name there
     in_plan: bool  # of neurons that the plan loads, not of a module that stays whole
+    parts: tuple[tuple[str, slice], ...] = ()  # where it is not stored in one piece: names in the checkpoint, and rows
 
 
 def stream_weights(
@@ -45,7 +48,7 @@ def stream_weights(
         for weight in wanted:
             held = _memory_for(model, weight, weights, run, memory)
             _hold(model, weight.name, weight.place, held)
-            yield weight.source, held
+            yield from _reads(weight, held)
 
     weights.fill(requests())
     for module in model.modules():
@@ -62,30 +65,83 @@ def stream_weights(
         )
 
 
+def _reads(
+    weight: _Wanted, held: torch.Tensor | QuantizedTensor
+) -> Iterator[tuple[Source, torch.Tensor | QuantizedTensor]]:
+    if not weight.parts:
+        yield weight.source, held
+    for name, rows in weight.parts:
+        yield Source(name), held.flatten(0, 1)[rows]
+
+
 def _wanted(
     model: PreTrainedModel, weights: WeightSource, sources: dict[str, Source], run: ResolvedRun
 ) -> list[_Wanted]:
     """All weights of the model, tied ones once. PartInferError unless the checkpoint has these, and nothing else."""
-    names = names_in_model(weights, model.config)
+    names, places = names_in_model(weights, model.config), weight_places(model)
+    buffers = _kept_buffers(model)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     head = "lm_head.weight" if not tied else model.all_tied_weights_keys["lm_head.weight"]
     important = column_weights(run.family, None if run.weight_format is None else run.base, head)
-    wanted, used = [], set()
-    for name, place in weight_places(model):
+    wanted, used, parts = [], set(), _parts_by_tensor(names)
+    for name, place in (*places, *buffers.items()):
         source = sources.get(name, Source(name))
-        stored = names.get(source.name)
-        if stored is None:
-            if name in tied:
-                continue
-            raise PartInferError(f"{weights.source} lacks {source.name}: the checkpoint is incomplete, fetch it again")
-        used.add(stored)
+        whole = whole_name(source.name)
+        if whole == source.name and whole in parts:
+            used |= {names[part] for part in parts[whole]}
+            wanted.append(_in_parts(weights, names, name, place, parts[whole]))
+            continue
+        if whole not in names and source.name not in names:
+            if name in tied or name in buffers:
+                continue  # files of before a buffer was kept leave it as it is
+            raise PartInferError(f"{weights.source} lacks {whole}: the checkpoint is incomplete, fetch it again")
+        stored = names.get(source.name) or names[whole] + source.name.removeprefix(whole)
+        used.add(names.get(source.name, names.get(whole)))
         if name not in tied:  # else the same tensor as its partner, which is read
-            _check_shape(weights, stored, place.shape, source.how, run.plan.intermediate_size)
-            of_columns = important.get(source.name) if _has_weighted_errors(place, source) else None
+            _check_shape(weights, stored, place.shape, source.how, source.size or run.plan.intermediate_size)
+            of_columns = important.get(whole) if _has_weighted_errors(place, source) else None
             in_plan = name in sources and source.how != "whole"
             wanted.append(_Wanted(name, place, replace(source, name=stored, column_weights=of_columns), in_plan))
     _check_all_used(model, weights, {name for name, stored in names.items() if stored not in used})
     return wanted
+
+
+def _parts_by_tensor(names: dict[str, str]) -> dict[str, list[str]]:
+    """The parts that tensors are stored in, by the tensors' names."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        if whole_name(name) != name:
+            parts.setdefault(whole_name(name), []).append(name)
+    return parts
+
+
+def _in_parts(
+    weights: WeightSource, names: dict[str, str], name: str, place: torch.Tensor, parts: list[str]
+) -> _Wanted:
+    """A tensor of all experts from those of each. PartInferError unless they make it up."""
+    rows = sorted(((rows_of_part(part), names[part]) for part in parts), key=lambda one: one[0].start)
+    end = 0
+    for one, stored in rows:
+        if one.start != end or weights.shape(stored) != (one.stop - one.start, *place.shape[2:]):
+            break
+        end = one.stop
+    if end != place.shape[0] * place.shape[1]:
+        raise PartInferError(
+            f"{weights.source}: {name} {tuple(place.shape)} can't be put together from the {len(rows)} tensors of its "
+            "experts: the checkpoint is incomplete, fetch it again"
+        )
+    return _Wanted(name, place, Source(name), False, tuple((stored, one) for one, stored in rows))
+
+
+def _kept_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The buffers that belong into checkpoints, by name; not the data of quantised weights."""
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, QuantizedWeight)]
+    return {
+        f"{place}.{name}" if place else name: buffer
+        for place, module in modules
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _check_all_used(model: PreTrainedModel, weights: WeightSource, unused: set[str]) -> None:
@@ -95,7 +151,7 @@ def _check_all_used(model: PreTrainedModel, weights: WeightSource, unused: set[s
         raise PartInferError(f"{weights.source} has {unexpected[0]}, which {model.config.model_type} has no place for")
 
 
-def _has_weighted_errors(place: nn.Parameter | QuantizedWeight, source: Source) -> bool:
+def _has_weighted_errors(place: torch.Tensor | QuantizedWeight, source: Source) -> bool:
     """Whether columns of a weight are inputs. Columns that become rows are outputs."""
     return isinstance(place, QuantizedWeight) and source.how != "columns"
 
@@ -107,6 +163,13 @@ def _is_paired(model: PreTrainedModel, name: str) -> bool:
     return isinstance(module, NeuronRows) and leaf in module.paired_names
 
 
+def _joined(model: PreTrainedModel, name: str) -> Joined | None:
+    """Which weights have their rows next to this one's in memory."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    return module.joined if isinstance(module, ByInputLinear) and leaf == "weight" else None
+
+
 def _memory_for(
     model: PreTrainedModel, weight: _Wanted, weights: WeightSource, run: ResolvedRun, memory: WeightMemory
 ) -> torch.Tensor | QuantizedTensor:
@@ -115,8 +178,9 @@ def _memory_for(
     target = torch.device("cpu") if on_cpu else run.device
     pinned = target.type == "cpu" and run.device.type == "cuda"
     paired = target.type == "cpu" and not pinned and _is_paired(model, weight.name)
+    joined = None if paired or target.type != "cpu" or pinned else _joined(model, weight.name)
     like = weight.place.packed if isinstance(weight.place, QuantizedWeight) else weight.place
-    if memory.huge_pages and target.type == "cpu":
+    if memory.huge_pages and target.type == "cpu" and not weight.parts:
         held = weights.mapped(weight.source, like, paired=paired)
         if held is not None:
             return held
@@ -124,6 +188,9 @@ def _memory_for(
     def empty(like: torch.Tensor) -> torch.Tensor:
         if paired:  # with the other paired weight of its module
             return memory.empty_paired((weight.name.rpartition(".")[0], like.dtype), like.shape, like.dtype)
+        if joined is not None:
+            widths = [like.shape[1] * outputs // joined.outputs[joined.number] for outputs in joined.outputs]
+            return memory.empty_joined((joined.group, like.dtype), like.shape[0], widths, joined.number, like.dtype)
         return memory.empty(like.shape, like.dtype, target)
 
     values = like.like(empty) if isinstance(like, QuantizedTensor) else empty(like)
@@ -131,14 +198,15 @@ def _memory_for(
 
 
 def _hold(
-    model: PreTrainedModel, name: str, place: nn.Parameter | QuantizedWeight, values: torch.Tensor | QuantizedTensor
+    model: PreTrainedModel, name: str, place: torch.Tensor | QuantizedWeight, values: torch.Tensor | QuantizedTensor
 ) -> None:
     """Make a weight of the model refer to this memory."""
     if isinstance(place, QuantizedWeight):
         place.fill(values)
         return
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(values, requires_grad=False))
+    held = nn.Parameter(values, requires_grad=False) if isinstance(place, nn.Parameter) else values
+    setattr(model.get_submodule(parent), leaf, held)
 
 
 def _check_shape(

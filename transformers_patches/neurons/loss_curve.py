@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 
 import torch
 
@@ -17,6 +18,7 @@ from transformers_patches.errors import PartInferError
 
 ALL, DEFAULT = "all", "default"  # which layers are sparse: all, or all but the first and last few
 _MOST_POINTS = 64
+_LARGEST_LOSS = 1e4  # nats per token; no float32 logits can cost as much by a mistake of the settings
 _STEP = 0.01  # of the sparsities that are tried for a bound
 
 
@@ -35,6 +37,8 @@ class LossPoint:
         numbers = [getattr(self, f.name) for f in fields(self) if f.name not in ("selection", "layers")]
         if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
             raise ValueError("expected finite numbers")
+        if not isinstance(self.selection, str) or any(abs(n) > _LARGEST_LOSS for n in (self.nll, self.kl)):
+            raise ValueError(f"expected the name of a selection, and losses up to {_LARGEST_LOSS:g} nats")
         if not 0 < self.sparsity <= 1 or not 0 < self.loaded <= 1 or self.layers not in (ALL, DEFAULT):
             raise ValueError(f"expected fractions and layers {ALL} or {DEFAULT}")
 
@@ -54,11 +58,22 @@ class LossCurve:
     def __post_init__(self) -> None:
         if not 1 <= len(self.whole) <= len(self.points) <= _MOST_POINTS:
             raise ValueError(f"expected 1 to {_MOST_POINTS} points, some of them of all layers loaded whole")
+        shares = [p.sparsity for p in self.whole]
+        if any(low >= high for high, low in pairwise(shares)):
+            raise ValueError("expected the points of all layers loaded whole from the largest sparsity down, each once")
+        if len({(p.selection, p.layers, p.loaded, p.sparsity) for p in self.points}) < len(self.points):
+            raise ValueError("expected every setting once")
         if self.thresholds.ndim != 2 or len(self.thresholds) != len(self.whole):
             raise ValueError(f"expected thresholds for {len(self.whole)} points, got {list(self.thresholds.shape)}")
         for name, values in (("thresholds", self.thresholds), ("gate_size", self.gate_size)):
-            if values is not None and not bool(torch.isfinite(values).all()):
+            if values is None:
+                continue
+            if values.dtype != torch.float32:
+                raise ValueError(f"{name} has {values.dtype}, expected floats")
+            if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{name} has NaN or Inf")
+            if bool((values < 0).any()):
+                raise ValueError(f"{name} has values below 0")
 
     @property
     def whole(self) -> list[LossPoint]:
@@ -125,9 +140,12 @@ class LossCurve:
         """The inverse of `described` and `tensors`; PartInferError, naming `source`, if they are damaged."""
         try:
             points = [LossPoint(**point) for point in json.loads(described)]
-            return cls(points, tensors["thresholds"].float(), tensors.get("gate_size"))
+            held = {name: values.float() if values.is_floating_point() else values for name, values in tensors.items()}
+            return cls(points, held["thresholds"], held.get("gate_size"))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise PartInferError(f"{source}: its loss curve is damaged ({error}): make the file again") from None
+            raise PartInferError(
+                f"{source}: its loss curve is damaged ({' '.join(str(error).split())[:200]}): make the file again"
+            ) from None
 
 
 def _interpolate(points: list[LossPoint], share: float) -> float | None:

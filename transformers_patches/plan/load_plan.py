@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from transformers_patches.config import PartInferConfig, neuron_count
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import family_of
+from transformers_patches.families import Family, family_of
 from transformers_patches.files import write_text_atomic
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
@@ -41,6 +41,17 @@ class LayerPlan:
     def loaded_count(self) -> int:
         return len(self.neurons)
 
+    def in_order(self) -> LayerPlan:
+        """The same neurons in the model's order, all candidates: what is stored by input has them as they are."""
+        order = self.neurons.argsort()
+        return replace(
+            self,
+            neurons=self.neurons[order],
+            priority=self.priority[order],
+            base_count=0,
+            candidate_count=self.loaded_count,
+        )
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -48,14 +59,20 @@ class LoadPlan:
 
     method: PartInferConfig's `method`.
     num_layers: layers of the model, sparse or not.
-    intermediate_size: N, the FFN neurons of one layer.
+    intermediate_size: N, the FFN neurons of one layer; 0 if no layer can be computed by neurons.
     layers: the plans of the sparse layers, by layer number.
+    experts: of sparse mixtures of experts, how many neurons of an expert a token computes, by layer number.
     """
 
     method: str
     num_layers: int
     intermediate_size: int
     layers: dict[int, LayerPlan]
+    experts: dict[int, int] = field(default_factory=dict)
+
+    def in_order(self) -> LoadPlan:
+        """The same with every layer's neurons in the model's order."""
+        return replace(self, layers={number: layer.in_order() for number, layer in self.layers.items()})
 
     @property
     def loaded_fraction(self) -> float:
@@ -81,6 +98,7 @@ class LoadPlan:
             "num_layers": self.num_layers,
             "intermediate_size": self.intermediate_size,
             "layers": layers,
+            "experts": {str(layer): {"computed_count": kept} for layer, kept in self.experts.items()},
         }
         write_text_atomic(path, json.dumps(content))
 
@@ -100,9 +118,11 @@ def build_load_plan(
     that can't be met.
     """
     family = family_of(config)
-    size, num_layers = family.intermediate_size(config), config.num_hidden_layers
+    num_layers = config.num_hidden_layers
     if not (settings.use_partial_loading or settings.computes_sparsely):
-        return LoadPlan(settings.method, num_layers, size, {})
+        return LoadPlan(settings.method, num_layers, _size_of(family, config), {})
+    experts = _sparse_experts(settings, family, _sparse_layers(settings, num_layers, fit))
+    size = _size_of(family, config) if experts else family.intermediate_size(config)
     partly = settings.use_partial_loading and settings.loaded_neurons_percent < 1
     if partly and dataset_neurons is None and model_neurons is None:
         raise PartInferError(
@@ -113,16 +133,34 @@ def build_load_plan(
     if settings.base_neurons_type == "model":
         base, other = other, base
     rankings = [_ranking(settings, file) for file in (base, other)]
-    matrices = 3 if family.gated else 2
-    layers = {}
-    for layer in _sparse_layers(settings, num_layers, fit):
+    matrices, layers = family.matrices, {}
+    for layer in _with_neurons(_sparse_layers(settings, num_layers, fit), family, experts):
         base_ranking = torch.arange(size) if base is None else rankings[0][layer].long()
         other_ranking = base_ranking if other is None else rankings[1][layer].long()
         if fit is None:
             layers[layer] = _plan_layer(settings, size, matrices, base_ranking, other_ranking)
         else:
             layers[layer] = _plan_fitted_layer(settings, size, matrices, base_ranking, fit, layer)
-    return LoadPlan(settings.method, num_layers, size, layers)
+    return LoadPlan(settings.method, num_layers, size, layers, experts)
+
+
+def _size_of(family: Family, config: PretrainedConfig) -> int:
+    """N; 0 if no layer can be computed by neurons."""
+    return family.intermediate_size(config) if len(family.whole_layers) < config.num_hidden_layers else 0
+
+
+def _sparse_experts(settings: PartInferConfig, family: Family, layers: list[int]) -> dict[int, int]:
+    """How many neurons of an expert a token computes in each of the layers that have experts.
+
+    They are chosen for every token from all of them: with other settings experts stay whole.
+    """
+    everything = not settings.use_partial_loading or settings.loaded_neurons_percent == 1
+    chosen = family.expert_layers(1 + max(layers, default=-1))
+    if not (chosen and everything and settings.selection == "up" and settings.computes_sparsely):
+        return {}
+    size = family.experts.size
+    kept = kept_count(settings.sparsity, size, size, 3)
+    return {layer: kept for layer in chosen if layer in layers}
 
 
 def _ranking(settings: PartInferConfig, neurons: NeuronFile | None) -> torch.Tensor | None:
@@ -141,6 +179,17 @@ def _sparse_layers(settings: PartInferConfig, num_layers: int, fit: FitFile | No
             "python -m profiler fit --budget per_layer"
         )
     return sorted(fit.layers)
+
+
+def _with_neurons(layers: list[int], family: Family, experts: dict[int, int]) -> list[int]:
+    """Those that can be computed by neurons; PartInferError if none of them can, and none has sparse experts."""
+    able = [layer for layer in layers if family.has_neurons(layer)]
+    if layers and not able and not experts:
+        raise PartInferError(
+            f"layers {layers[0]} to {layers[-1]} can't be computed by neurons: {family.whole_layers[layers[0]]}; choose "
+            "others with --start_num and --end_num, or use --method dense"
+        )
+    return able
 
 
 def _plan_layer(

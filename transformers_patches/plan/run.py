@@ -45,9 +45,7 @@ class ResolvedRun:
     weight_format: WeightFormat | None  # of quantised weights; None: none are quantised
     head_format: WeightFormat | None  # the same of embeddings and output projection
     predicted_loss: float | None  # nats per decoded token over dense; None: nothing near was measured
-    layer_choices: list[LayerChoice] | None = (
-        None  # what a decoded token reads of each layer, where it is not FFNs alone
-    )
+    layer_choices: list[LayerChoice] | None = None  # what tokens read of every layer; None: only FFNs are sparse
 
     @property
     def native(self) -> bool:
@@ -75,12 +73,18 @@ class ResolvedRun:
         return "\n".join(f"{name:{names}}  {d.value:{values}}  {d.why}" for name, d in self.decisions.items())
 
 
+def with_layer_choices(run: ResolvedRun, choices: list[LayerChoice]) -> ResolvedRun:
+    """The same run with what tokens read of every layer; it must load everything and choose by up."""
+    return replace(run, layer_choices=choices, plan=run.plan.in_order())
+
+
 def resolve_run(
     settings: PartInferConfig, config: PretrainedConfig, files: RunFiles, *, packed: bool = False
 ) -> ResolvedRun:
     """Decide everything that the settings leave open.
 
-    packed: the weights come from a pack, or will be one. Raises PartInferError for an unknown architecture, and for settings that model, files or machine can't meet.
+    packed: the weights come from a pack, or will be one. Raises PartInferError for an unknown architecture, and for
+        settings that model, files or machine can't meet.
     """
     family, layers = family_of(config), config.num_hidden_layers
     base = files.base(settings)
@@ -98,7 +102,7 @@ def resolve_run(
     decisions["block_bytes"] = block_bytes
     arithmetic, weight_format = types_of(dtype.value)
     ladder, curve = (None, None) if base is None else (base.ladder, base.loss)
-    return ResolvedRun(
+    run = ResolvedRun(
         config=config,
         family=family,
         settings=resolved,
@@ -112,5 +116,6 @@ def resolve_run(
         weight_format=weight_format,
         head_format=FORMATS.get(head.value),
         predicted_loss=predicted_loss(resolved, curve, layers) if share is None else predicted_share(share, ladder),
-        layer_choices=layer_choices(share, ladder, layers),
     )
+    choices = layer_choices(share, ladder, layers)
+    return run if choices is None else with_layer_choices(run, choices)

@@ -52,6 +52,23 @@ class RequestLayer(Protocol):
         """Count from 0 again."""
 
 
+class RequestExperts(Protocol):
+    """The same of a sparse mixture of experts."""
+
+    counters: Counters
+    neurons: int  # that a token computes if nothing is left out
+
+    def reset(self) -> None:
+        """Forget the request."""
+
+    def reset_counters(self) -> None:
+        """Count from 0 again."""
+
+
+def _nothing_to_check() -> None:
+    pass
+
+
 class RequestState:
     """The request that a model is working on; every SparseFFN of the model refers to the same one.
 
@@ -63,6 +80,7 @@ class RequestState:
     cached: tokens of each sequence in the cache before the current pass.
     token_mask: bool [batch, tokens], False where there is padding; None if there is none.
     layers: the layers that work on the request.
+    experts: the same of sparse mixtures of experts.
     """
 
     def __init__(self) -> None:
@@ -70,7 +88,8 @@ class RequestState:
         self.batch = self.tokens = self.cached = 0
         self.token_mask: torch.Tensor | None = None
         self.layers: list[RequestLayer] = []
-        self.before_prompt: Callable[[], None] | None = None  # called at the beginning of every pass over a prompt
+        self.experts: list[RequestExperts] = []
+        self.check_weights: Callable[[], None] = _nothing_to_check  # called before every pass over a prompt
         self._prompt_length: int | None = None
         self._watching: RemovableHandle | None = None
 
@@ -85,7 +104,7 @@ class RequestState:
     def reset(self) -> None:
         """Forget the request: selections, evidence of the prompt, copies made for it."""
         self.phase, self.token_mask = PREFILL, None
-        for layer in self.layers:
+        for layer in (*self.layers, *self.experts):
             layer.reset()
 
     @contextmanager
@@ -116,8 +135,8 @@ class RequestState:
             self.reset()
         prompt_length = 1 if self._prompt_length is None else self._prompt_length
         self.phase = PREFILL if cached < prompt_length else DECODE
-        if self.phase == PREFILL and self.before_prompt is not None:
-            self.before_prompt()
+        if self.phase == PREFILL:
+            self.check_weights()
         if cached and batch != self.batch:
             raise ValueError(f"the cache was prefilled for {self.batch} sequences, this pass has {batch}")
         self.batch, self.tokens, self.cached = batch, tokens, cached

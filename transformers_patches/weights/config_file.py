@@ -88,9 +88,14 @@ def _why_wrong(name: str, value: object) -> str | None:
     if name in _UNSUPPORTED:
         right, why = _UNSUPPORTED[name]
         return None if value is None or value is right else f"but {why}"
+    if name == "text_config" and isinstance(value, dict):
+        wrong = next(((key, reason) for key, inner in value.items() if (reason := _why_wrong(key, inner))), None)
+        return f"but its {wrong[0]} is {_shown(value[wrong[0]])}, {wrong[1]}" if wrong else None
     if name in LARGEST and value is not None:  # null: transformers says what follows
-        wrong = type(value) is not int or not 1 <= value <= LARGEST[name]
-        return f"expected a whole number from 1 to {LARGEST[name]}" if wrong else None
+        sizes = value if name == "intermediate_size" and isinstance(value, list) else [value]  # one for each layer
+        least = 0 if name == "sliding_window" else 1  # 0: none
+        wrong = not all(type(size) is int and least <= size <= LARGEST[name] for size in sizes)
+        return f"expected a whole number from {least} to {LARGEST[name]}" if wrong else None
     if name in FLAGS:
         return None if isinstance(value, bool) else "expected true or false, without quotes"
     if name in RANGES and value is not None:

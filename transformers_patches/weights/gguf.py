@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from gguf.quants import dequantize
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import Family, gguf_family
+from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.weights.file_state import FilesInUse
 from transformers_patches.weights.gguf_file import GGUFFile, StoredTensor, read_gguf
 from transformers_patches.weights.gguf_rope import FACTOR_TENSORS
 from transformers_patches.weights.gguf_schema import Metadata
@@ -27,6 +32,7 @@ VALUES_AT_ONCE = 2**21  # that are unpacked together; they are float32 for a mom
 class _Stored:
     """A tensor of the model, and where it lies in the file."""
 
+    name: str  # in the file
     path: Path | None  # the file; None: it is not there, and its values are 0
     shape: tuple[int, ...]  # as PyTorch has it
     kind: GGMLQuantizationType  # how its values are packed
@@ -62,13 +68,16 @@ class GGUFCheckpoint(WeightSource):
         self._names = self._family.gguf_names()
         heads = metadata.integer(f"{name}.attention.head_count", low=1)
         self._heads = {"attn_q": heads, "attn_k": metadata.integer(f"{name}.attention.head_count_kv", heads, low=1)}
+        self._in_use = FilesInUse()
+        for tensor in file.tensors.values():
+            self._in_use.add(tensor.path)
         self._tensors = {
             self._name(tensor.name): self._stored(tensor)
             for tensor in file.tensors.values()
             if tensor.name not in FACTOR_TENSORS
         }
         for tensor in missing_biases(file, name):
-            zero = _Stored(None, tensor.shape, tensor.kind, 0, 0, 0, 0.0)
+            zero = _Stored(tensor.name, None, tensor.shape, tensor.kind, 0, 0, 0, 0.0)
             self._tensors[self._name(tensor.name)] = zero
 
     def _name(self, name: str) -> str:
@@ -89,7 +98,7 @@ class GGUFCheckpoint(WeightSource):
             )
         norm = tensor.name.endswith("norm.weight")
         add = -self._family.norm_offset if norm else 0.0  # the converter adds it to the weights
-        return _Stored(tensor.path, tensor.shape, tensor.kind, tensor.offset, tensor.nbytes, heads, add)
+        return _Stored(tensor.name, tensor.path, tensor.shape, tensor.kind, tensor.offset, tensor.nbytes, heads, add)
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -133,12 +142,45 @@ class GGUFCheckpoint(WeightSource):
             out[:, part[0] : part[-1] + 1] = values.index_select(1, source.neurons).t().to(out.device, out.dtype)
 
     def _unpack(self, stored: _Stored, rows: torch.Tensor) -> torch.Tensor:
-        """float32 [len(rows), columns] of a tensor's rows as they lie in the file."""
-        shape = (stored.rows, stored.row_bytes)
-        packed = np.memmap(stored.path, dtype=np.uint8, mode="r", offset=stored.offset, shape=shape)[rows.numpy()]
+        """float32 [len(rows), columns] of a tensor's rows as they lie in the file. rows: rising.
+
+        The stretch from the first to the last row is read, not mapped: a file that is cut off meanwhile is an error.
+        """
+        first, last = int(rows[0]), int(rows[-1])
+        packed = np.empty((last + 1 - first, stored.row_bytes), dtype=np.uint8)
+        with _as_one_line(stored.path), open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.offset + first * stored.row_bytes)
+            view, done = memoryview(packed).cast("B"), 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise OSError("it ends too early")
+                done += count
+        if len(rows) < len(packed):
+            packed = packed[rows.numpy() - first]
         self.bytes_read += packed.nbytes
-        values = torch.from_numpy(np.ascontiguousarray(dequantize(np.asarray(packed), stored.kind), dtype=np.float32))
+        with np.errstate(all="ignore"):  # of scales that are not finite
+            unpacked = dequantize(packed, stored.kind)
+        values = torch.from_numpy(np.ascontiguousarray(unpacked, dtype=np.float32))
+        if not all(math.isfinite(end) for end in values.aminmax()):
+            raise PartInferError(
+                f"{stored.path}: {stored.name} has values that are not finite: the file is damaged, or the training was"
+            )
         return values + stored.add if stored.add else values
+
+    def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
+        super().fill(requests)
+        self._in_use.check_unchanged()
+
+
+@contextmanager
+def _as_one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PartInferError(
+            f"{path} can't be read (truncated?): {error.strerror or error}; fetch the model again"
+        ) from None
 
 
 def family_of(metadata: Metadata) -> Family:

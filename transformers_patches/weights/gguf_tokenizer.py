@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -22,6 +24,7 @@ from transformers_patches.weights.gguf_vocabulary import (
 
 SPACE = "▁"  # what stands for a space in sentencepiece vocabularies
 DEFAULT_TEMPLATE = "default"
+Merge = tuple[str, str]  # two tokens that make a third
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -33,6 +36,8 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     vocabulary = read_vocabulary(metadata)
     try:
         backend = _sentencepiece(vocabulary) if vocabulary.kind == SENTENCEPIECE else _byte_level(vocabulary)
+    except PartInferError:
+        raise
     except Exception as error:  # tokenizers raises plain Exceptions
         raise PartInferError(f"{path} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
     _add_tokens(backend, vocabulary, metadata.text("general.name", ""))
@@ -82,14 +87,61 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _merges_by_score(vocabulary: Vocabulary, ids: dict[str, int]) -> list[tuple[str, str]]:
+def _merges_by_score(vocabulary: Vocabulary, ids: dict[str, int]) -> list[Merge]:
+    """By falling score; of equal ones, what makes a longer token comes first, then the smaller id.
+
+    llama.cpp takes the leftmost of equal scores, here every merge has a rank of its own. Llama's own vocabulary has one
+    score for all runs of spaces. There the order by length does the same: a run on the left grows to its full length
+    before the next one begins. PartInferError where the order could change what a text becomes.
+    """
     found = []
     for token, place in ids.items():
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
-                found.append((-vocabulary.scores[place], place, ids[left], ids[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
+                found.append((-vocabulary.scores[place], -len(token), place, ids[left], ids[right], left, right))
+    found.sort()
+    scored = [(-score, left, right) for score, *_, left, right in found]
+    _check_ties(vocabulary, scored)
+    return [(left, right) for _, left, right in scored]
+
+
+def _check_ties(vocabulary: Vocabulary, scored: list[tuple[float, str, str]]) -> None:
+    """Raise PartInferError for merges of equal scores that can be in each other's way.
+
+    That is where two of them share a part (a+b and b+c in "abc"), or where one makes a part of a merge that is due at
+    once. Left out are runs of one character, and different ways to the same token.
+
+    scored: merges, each after its score, by falling score.
+    """
+    whole = (CONTROL, UNKNOWN, USER_DEFINED)  # matched before anything is merged
+    never = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in whole}
+    uses: dict[str, float] = {}  # of a token: the highest score of a merge that takes it
+    for score, left, right in scored:
+        if not _is_run(left + right):
+            uses |= {part: max(score, uses.get(part, -math.inf)) for part in (left, right)}
+    for score, group in groupby(scored, key=lambda merge: merge[0]):
+        tied = [(left, right) for _, left, right in group if left + right not in never]
+        made = {left + right for left, right in tied}
+        if len(made) < 2:
+            continue
+        endings: dict[str, set[str]] = {}  # of a right part: what is made with it
+        for left, right in tied:
+            endings.setdefault(right, set()).add(left + right)
+        for left, right in tied:
+            token = left + right
+            others = {other for other in endings.get(left, ()) if other != token and not _is_run(token + other)}
+            if others or uses.get(token, -math.inf) >= score:
+                raise PartInferError(
+                    f"{vocabulary.source}: {len(made)} tokens have the score {score:g}, {token[:40]!r} and "
+                    f"{min(others or made - {token})[:40]!r} among them, so that nothing says which is made first: use a "
+                    "GGUF file whose tokenizer.ggml.scores differ, or the model's folder"
+                )
+
+
+def _is_run(token: str) -> bool:
+    """Whether it is one character again and again."""
+    return token == token[0] * len(token)
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -42,6 +43,7 @@ _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 class Vocabulary:
     """A vocabulary, with nothing left open."""
 
+    source: Path  # the file, for messages
     kind: str  # BYTE_LEVEL or SENTENCEPIECE
     tokens: list[str]  # by token id
     types: list[int]  # the type of each token
@@ -98,6 +100,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         if token in ids:
             types[ids[token]] = USER_DEFINED
     return Vocabulary(
+        source=path,
         kind=kind,
         tokens=tokens,
         types=types,

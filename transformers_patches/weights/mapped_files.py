@@ -13,13 +13,13 @@ import mmap
 import os
 import re
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
+from transformers_patches.weights.file_state import FileState, changed
 
 ALIGNMENT = 64  # of weights: a cache line, because values that straddle two lines are read more slowly
 SWITCH = "PARTINFER_MAPPED"
@@ -27,22 +27,6 @@ _HUGE_PAGE = 2 * 2**20
 _SAMPLE = 8 * _HUGE_PAGE  # of a file: the rest would be mapped as this part is
 _MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22  # Linux. Python has a name for the first one only
 _LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True)
-class FileState:
-    """What shows whether a file is still the same."""
-
-    device: int  # number of the file system
-    inode: int  # number of the file in it
-    nbytes: int  # size of the file
-    written_ns: int  # when it was last written, in nanoseconds
-
-    @classmethod
-    def of(cls, file: Path | int) -> FileState:
-        """The state of a path, or of an open file."""
-        found = os.stat(file)
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 class _Mapping:
@@ -90,11 +74,6 @@ class MappedFiles:
         """Whether a tensor is part of one of the mappings."""
         storage = values.untyped_storage().data_ptr()
         return any(m is not None and storage == m.whole.data_ptr() for m in self._maps.values())
-
-
-def changed(path: Path) -> PartInferError:
-    """The message about a file of weights that was changed while it was in use."""
-    return PartInferError(f"{path} was changed while it was in use: start again, with a pack that is complete")
 
 
 def bring(memory: torch.Tensor) -> None:

@@ -34,10 +34,19 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     except Exception as error:  # values of wrong types, or an architecture that transformers does not know either
         _refuse_own_code(folder, "config.json", error)
         raise PartInferError(f"{path} can't be used: {one_line(error)}; fetch the model again") from None
+    config = _of_text(config)
     if config.dtype is None and not is_pack(folder):
         config.dtype = _stored_type(folder)
     family_of(config)  # an unknown architecture is the first thing to say
     return check_config(config, path)
+
+
+def _of_text(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model in one that also sees or hears."""
+    text = config.get_text_config()
+    if text is not config and text.dtype is None:
+        text.dtype = config.dtype
+    return text
 
 
 def _stored_type(folder: Path) -> torch.dtype | None:

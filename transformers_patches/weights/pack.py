@@ -7,7 +7,7 @@ asks for is stored there in one piece. pack_description.py says what is in the f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers_patches.config import HEAD_DTYPE, PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.weights.mapped_files import FileState, MappedFiles, changed
+from transformers_patches.weights.mapped_files import MappedFiles
 from transformers_patches.weights.pack_description import (
     ADDED,
     COLUMN_SCALES,
@@ -32,6 +32,7 @@ from transformers_patches.weights.pack_description import (
 )
 from transformers_patches.weights.pack_schema import check_tensors, one_line
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.weights.parts import whole_name
 from transformers_patches.weights.safetensors_folder import Checkpoint, Place
 from transformers_patches.weights.source import Source, put, put_fitted
 
@@ -48,7 +49,6 @@ class Pack(Checkpoint):
         ]  # shapes of weights that the fit file has, or that are tied
         self._neurons: dict[int, torch.Tensor] = {}
         self._mapped = MappedFiles()
-        self._state = {path: FileState.of(path) for path in set(self._files.values())}
         if ROPE_FACTORS in self._files:
             raise PartInferError(
                 f"{self.source} is an earlier version's, without the RoPE scaling in its config: pack again"
@@ -90,19 +90,14 @@ class Pack(Checkpoint):
         """Raise PartInferError if a file that weights are mapped from was written to or cut off since."""
         self._mapped.check_unchanged()
 
-    def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
-        super().fill(requests)
-        for path, state in self._state.items():
-            if not path.exists() or FileState.of(path) != state:
-                raise changed(path)
-
     def neuron_files(self) -> dict[str, NeuronFile]:
         """The neuron files that the pack was made with, as load_model takes them."""
         paths = {name: self.folder / NEURONS / f"{name}.safetensors" for name in ("dataset_neurons", "model_neurons")}
         return {name: NeuronFile.load(path) for name, path in paths.items() if path.is_file()}
 
     def names(self) -> set[str]:
-        return {name for name in super().names() if not name.startswith(ADDED)} | {*self._packed, *self._elsewhere}
+        stored = {name for name in super().names() if not name.startswith(ADDED)}
+        return stored | {*map(whole_name, self._packed), *self._elsewhere}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in the checkpoint."""
@@ -254,14 +249,15 @@ class Pack(Checkpoint):
             stop = min(start + step, part.stop)
             places = slice(start - part.start, stop - part.start)
             take = partial(_take_half, place, pair["half"], out, column_weights, places)
-            yield Read(place.path, place.start + start * row_bytes, (stop - start) * row_bytes, take=take)
+            size, floats = (stop - start) * row_bytes, place.floats(stored)
+            yield Read(place.path, place.start + start * row_bytes, size, floats=floats, take=take)
         self.bytes_read += row_bytes * (part.stop - part.start) // 2
 
     def _is_mapped(self, out: torch.Tensor) -> bool:
         return self._mapped.holds(out)
 
     def _place(self, name: str) -> Place:
-        if name not in self._files:
+        if name not in self._files and whole_name(name) not in self._files:
             raise PartInferError(f"{self.source} lacks {name}: make the pack again")
         return super()._place(name)
 

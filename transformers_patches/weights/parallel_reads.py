@@ -36,6 +36,9 @@ class Read:
     into: memory that they are read into.
     mapped: whether `into` is the mapping of the file itself, so that only its pages have to be read.
     floats: name and float type of the tensor that is read, whose values are then checked to be finite; None: no check.
+        Of large mapped tensors no values are touched before they are used: that would take as long as reading them, the
+        pack's writer has checked them, and a generation whose logits are not finite ends with an error. The small ones
+        (norms, biases, scales of quantised rows) are checked.
     take: called with the bytes, uint8 [size], in the caller's thread and in the order of the reads. The buffer is
         reused afterwards.
     """
@@ -99,6 +102,8 @@ def _finish(read: Read, memory: torch.Tensor, future: Future, free: list[torch.T
 def _read(read: Read, memory: torch.Tensor) -> None:
     if read.mapped:
         bring(memory)
+        if read.floats is not None and 0 < read.size <= BLOCK_BYTES:
+            _check_finite(read, memory[: read.size])
         return
     view = memoryview(memory.numpy())[: read.size]
     try:

@@ -22,7 +22,9 @@ from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.weights import parallel_reads
 from transformers_patches.weights.config_file import one_line
 from transformers_patches.weights.file_kinds import is_safetensors, what_it_is
+from transformers_patches.weights.file_state import FilesInUse
 from transformers_patches.weights.parallel_reads import BLOCK_BYTES, MAPPED_BLOCK_BYTES, Read, after_all, scratch
+from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import (
     Source,
     WeightSource,
@@ -58,6 +60,19 @@ class Place:
     def row_bytes(self) -> int:
         return self.nbytes // max(1, self.rows)
 
+    def part(self, rows: slice) -> Place:
+        """Where some of the rows are stored; a tensor of three dimensions counts as one matrix after the other."""
+        of_all = self.flat
+        count, start = rows.stop - rows.start, self.start + rows.start * of_all.row_bytes
+        return replace(of_all, start=start, nbytes=count * of_all.row_bytes, shape=(count, *of_all.shape[1:]))
+
+    @property
+    def flat(self) -> Place:
+        """The same without the first of three dimensions."""
+        if len(self.shape) != 3:
+            return self
+        return replace(self, shape=(self.shape[0] * self.shape[1], self.shape[2]))
+
     def floats(self, name: str) -> tuple[str, torch.dtype] | None:
         """The tensor's name and type for a Read, if it has floats."""
         return (name, self.dtype) if self.dtype.is_floating_point else None
@@ -76,6 +91,7 @@ class Checkpoint(WeightSource):
         self.bytes_read = 0
         self._files = self._find_files()
         self._headers: dict[Path, dict[str, Place]] = {}
+        self._in_use = FilesInUse()
 
     def _find_files(self) -> dict[str, Path]:
         index = self.folder / "model.safetensors.index.json"
@@ -129,7 +145,7 @@ class Checkpoint(WeightSource):
         """The type of the first file's first float tensor by name, which transformers takes where a config names none."""
         first = min(self._files.values(), default=None)
         names = sorted(name for name, path in self._files.items() if path == first)
-        return next((dtype for name in names if (dtype := self.dtype(name)).is_floating_point), None)
+        return next((dtype for name in names if (dtype := self._place(name).dtype).is_floating_point), None)
 
     def nbytes(self, name: str) -> int:
         """Size of a tensor in the file."""
@@ -140,6 +156,12 @@ class Checkpoint(WeightSource):
         return sum(self.nbytes(name) for name in self._files)
 
     def _place(self, name: str) -> Place:
+        rows = None if name in self._files else rows_of_part(name)
+        if rows is not None:
+            whole = self._place(whole_name(name))
+            if not whole.shape or rows.stop > whole.flat.rows:
+                raise PartInferError(f"{self.source}: {name} was asked for, but its shape is {whole.shape}")
+            return whole.part(rows)
         path = self._files[name]
         if path not in self._headers:
             self._headers[path] = self._read_header(path)
@@ -148,6 +170,7 @@ class Checkpoint(WeightSource):
         return self._headers[path][name]
 
     def _read_header(self, path: Path) -> dict[str, Place]:
+        self._in_use.add(path)
         with self._open(path), open(path, "rb") as file:  # safetensors checks the header first
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -168,8 +191,12 @@ class Checkpoint(WeightSource):
         self.fill([(replace(source, how="columns", fit=None), out)])
 
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
-        """As WeightSource.fill, but the next tensors are read while one is being worked on."""
+        """As WeightSource.fill, but the next tensors are read while one is being worked on.
+
+        Raises PartInferError for integers where floats are wanted, and if a file changes meanwhile.
+        """
         parallel_reads.run(read for source, out in requests for read in self._reads(source, out))
+        self._in_use.check_unchanged()
 
     def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
         """The reads that a request needs, each with what is done with its bytes."""
@@ -189,6 +216,7 @@ class Checkpoint(WeightSource):
     ) -> Iterator[Read]:
         """The reads of some rows: None for all, a slice, or int64 indices, which are read in the order of the file."""
         place = self._place(name)
+        _check_type(name, place, out)
         if not place.nbytes:
             return
         order = None
@@ -231,6 +259,7 @@ class Checkpoint(WeightSource):
     def _column_reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
         """Reads the whole tensor: the wanted parts of a row are too close together to skip what lies between them."""
         place, held = self._place(source.name), out
+        _check_type(source.name, place, out)
         if isinstance(out, QuantizedTensor):
             held = scratch(out.shape, place.dtype)
             source = replace(source, largest=torch.empty(out.shape[1]))
@@ -243,6 +272,19 @@ class Checkpoint(WeightSource):
         self.bytes_read += place.nbytes
         if held is not out or source.fit is not None:
             yield after_all(lambda: put_fitted(source.fit, out, held, source.largest))
+
+
+def _check_type(name: str, place: Place, out: torch.Tensor | QuantizedTensor) -> None:
+    """Raise PartInferError for integers where the model computes with floats: they are codes of somebody's quantisation.
+
+    Integers into integers are this project's own, in packs.
+    """
+    floats = isinstance(out, QuantizedTensor) or out.dtype.is_floating_point
+    if floats and not place.dtype.is_floating_point:
+        raise PartInferError(
+            f"{place.path}: {name} holds {str(place.dtype).removeprefix('torch.')}, expected floats (quantised by another "
+            "program?): give the model as it was before that"
+        )
 
 
 def _holds_bytes_of(out: torch.Tensor | QuantizedTensor, place: Place) -> bool:

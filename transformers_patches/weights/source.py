@@ -41,6 +41,7 @@ class Source:
     left_out: a sum of the other columns that is wanted as well.
     fit: how the columns are changed after reading.
     column_weights: float32 [columns], how much errors in each column count when rows are quantised.
+    size: how many rows or columns there are, wanted or not; None: as many as the plan's layers have neurons.
     largest: float32 [H], to be filled with the largest size in each row of a tensor whose columns are read. All columns
         count, not only those that are wanted.
     """
@@ -51,7 +52,13 @@ class Source:
     left_out: WeightedSum | None = None
     fit: LayerFit | None = None
     column_weights: torch.Tensor | None = None
+    size: int | None = None
     largest: torch.Tensor | None = None
+
+    @classmethod
+    def by_input(cls, name: str, inputs: int) -> Source:
+        """All columns of a linear layer's weight, as the rows of one that is stored by input."""
+        return cls(name, "columns", torch.arange(inputs), size=inputs)
 
 
 class WeightSource(ABC):

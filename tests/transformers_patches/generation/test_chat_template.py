@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import signal
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +13,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.generation import chat_template
 from transformers_patches.generation.chat_template import apply_chat_template
 
+LIMITS = resource.getrlimit(resource.RLIMIT_AS)
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -29,7 +32,8 @@ def text_of(template: str) -> str:
         ("{{ 1 / 0 }}", "fails: division by zero"),
         ("{{ ''.__class__.__mro__ }}", "fails: access to attribute '__class__'"),
         ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "fails: maximum recursion depth"),
-        ("{{ 'a' * 10 ** 12 }}", "takes more than 1 GiB of memory"),
+        ("{{ 'a' * 1000000000000 }}", "takes more than 1 GiB of memory"),
+        ("{% set a = 9 ** (9 ** 9) %}{{ a > 1 }}", "computes a power (**)"),
         ("{% for a in range(99999) %}{{ 'abc' * 200 }}{% endfor %}", "gives more than 10000000 characters"),
     ],
 )
@@ -43,12 +47,28 @@ def test_templates_that_give_no_text_say_why(template, message):
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-@pytest.mark.parametrize("template", [LOOP, "{% set a = 9 ** (9 ** 9) %}{{ a > 1 }}"])
-def test_templates_that_do_not_end_are_stopped(template, monkeypatch):
+GROWING = "{% set n = namespace(x=3) %}{% for a in range(99999) %}{% set n.x = n.x * n.x % 1000003 %}{{ '' }}{% endfor %}"
+NO_POWER = "{# a ** b #}{{ '**' }}{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize("template", [LOOP, f"{{% for b in range(99999) %}}{GROWING}{{% endfor %}}"])
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_templates_that_do_not_end_are_stopped(template, in_main_thread, monkeypatch):
     monkeypatch.setattr(chat_template, "SECONDS", 0.5)
-    before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(PartInferError, match="has not ended after 0.5 seconds"):
-        text_of(template)
-    assert signal.getsignal(signal.SIGALRM) is before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert text_of("{{ messages[0]['content'] }}") == "hi"
+    if in_main_thread:
+        with pytest.raises(PartInferError, match="has not ended after 0.5 seconds"):
+            text_of(template)
+    else:
+        with ThreadPoolExecutor(3) as pool:
+            endless, plain = pool.submit(text_of, template), pool.submit(text_of, NO_POWER)
+            assert plain.result() == "**hi"
+            assert "has not ended after 0.5 seconds" in str(endless.exception())
+    assert text_of(NO_POWER) == "**hi"
+    assert resource.getrlimit(resource.RLIMIT_AS) == LIMITS
+    time.sleep(0.1)  # nothing comes after the end
+
+
+def test_many_threads_at_once():
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(text_of, [NO_POWER] * 100)) == ["**hi"] * 100
+    assert resource.getrlimit(resource.RLIMIT_AS) == LIMITS

@@ -116,7 +116,7 @@ def test_dense_ffn(variant, dtype, hidden, neurons):
     for bias in (False, True):
         gated = linears((neurons, hidden), (neurons, hidden), (hidden, neurons), dtype=dtype, bias=bias)
         for ours in (gated, [gated[0], gated[2]]):  # without a gate fc1 and fc2
-            for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+            for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
                 result = kernels.dense_ffn(x, Projections.of(ours), activation)
                 expected = reference.dense_ffn(x.double(), doubled(ours), activation)
                 assert error(result, expected) < TOLERANCE[dtype]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers_patches.generation.generate import GenerationOptions, generate
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.weights.lookup import find_model
-from transformers_patches.weights.model_files import load_tokenizer, read_config
+from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config
 
 IDS = torch.arange(3, 40)[None]
 TIED = ["smollm2", "gemma", "gemma3", "opt"]
@@ -265,3 +266,37 @@ def test_weights_that_are_not_finite_are_refused_with_their_name(changed, name, 
     folder = changed("llama", put)
     with pytest.raises(PartInferError, match=f"{name} has values that are not finite"):
         logits(folder, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("ours", ["float32", "int8"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.2.mlp.down_proj.weight"]
+)
+def test_integers_in_place_of_floats_are_refused_with_their_name(changed, name, dtype, ours):
+    def put(weights, _):
+        weights[name] = weights[name].to(dtype)
+
+    folder = changed("llama", put)
+    with pytest.raises(PartInferError, match=f"{name} holds {str(dtype)[6:]}, expected floats") as raised:
+        logits(folder, ours)
+    assert "\n" not in str(raised.value)
+
+
+def test_integers_that_the_model_does_not_take_are_no_hindrance(changed):
+    def put(weights, _):
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(4)
+
+    assert torch.equal(logits(changed("llama", put)), logits(changed("llama")))
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(changed):
+    folder = changed("llama")
+    weights = open_weights(folder)
+    name = sorted(weights.names())[0]
+    out = torch.empty(weights.shape(name))
+    weights.read_into(name, out)
+    time.sleep(0.02)  # the clock of files is no finer
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(PartInferError, match="model.safetensors was changed while it was in use"):
+        weights.read_into(name, out)

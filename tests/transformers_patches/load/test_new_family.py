@@ -1,4 +1,4 @@
-"""A family that nobody has heard of: one entry in FAMILIES, and everything works."""
+"""A family that nobody has heard of: it runs in transformers' own layers, and with an entry in FAMILIES natively."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tests.conftest import FAMILY_CONFIGS
 from tests.transformers_patches.model_passes import PROMPT, logits
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
-from transformers_patches.errors import PartInferError
 from transformers_patches.families import FAMILIES, Family, GGUFLayout, gguf_family
 from transformers_patches.fast_pass.one_token import new_cache, one_token_pass
 from transformers_patches.load.loader import load_model
@@ -72,9 +71,14 @@ def known(monkeypatch) -> Family:
     return family
 
 
-def test_without_an_entry_the_error_says_where_to_add_one(folder):
-    with pytest.raises(PartInferError, match="unknown architecture 'made_up'.*transformers_patches/families.py"):
-        load_model(folder, PartInferConfig(method="dense", **SHAPE))
+def test_without_an_entry_it_runs_in_transformers_own_layers(folder, neuron_files):
+    settings = PartInferConfig(method="dense", use_partial_loading=True, loaded_neurons_percent=1.0, **SHAPE)
+    loaded = load_model(folder, settings, **neuron_files)
+    assert one_token_pass(loaded.model) is None
+    assert (loaded.run.family.gate, loaded.run.family.up, loaded.run.family.down) == ("w1", "w3", "w2")
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(torch.cat([PROMPT, torch.tensor([[7]])], 1)).logits[0]
+    assert (logits(loaded) - expected).abs().max() < 1e-4
 
 
 def test_all_neurons_in_sparse_ffns_are_what_transformers_computes(folder, known, neuron_files):

@@ -141,7 +141,7 @@ def test_float_heads_are_screened_if_told(tiny_checkpoints, family, dtype):
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_bytes_of_a_token_are_those_that_were_read(tmp_path, dtype):
     loaded = load(many_tokens(tmp_path / "model"), dtype=dtype, screen_head="on")
-    everything = weight_counts(loaded)["bytes_per_token"]
+    everything = weight_counts(loaded)["token_bytes"]
     config = GenerationConfig(max_new_tokens=6, pad_token_id=0, eos_token_id=None)
     loaded.reset_counters()
     generate_ids(loaded, torch.tensor([[5, 6, 7]]), config, None)
@@ -149,7 +149,7 @@ def test_bytes_of_a_token_are_those_that_were_read(tmp_path, dtype):
     assert head.tokens == 6
     refining = 3000 * HIDDEN * (0.5 if dtype == "int8" else 2)
     neurons = sum(layer.rows.row_bytes for layer in loaded.state.layers) * (1 - loaded.bytes_fraction() / 0.7)
-    read = weight_counts(loaded)["bytes_per_token"]
+    read = weight_counts(loaded)["token_bytes"]
     assert read == pytest.approx(everything - neurons - refining * (1 - head.exact / (6 * 3000)), abs=2)
     loaded.reset_counters()
     assert head.tokens == head.exact == 0

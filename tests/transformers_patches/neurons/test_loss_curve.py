@@ -7,22 +7,11 @@ import json
 import pytest
 import torch
 
-from tests.conftest import random_neuron_file
+from tests.conftest import LAYERS, random_neuron_file
+from tests.transformers_patches.made_up_files import made_up_curve as curve
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.loss_curve import ALL, DEFAULT, LossCurve, LossPoint
 from transformers_patches.neurons.neuron_file import NeuronFile, has_loss_curve
-
-LAYERS, SIZE = 6, 80
-
-
-def curve(losses: dict[float, float] | None = None) -> LossCurve:
-    """Points of all layers loaded whole, by default at 0.8, 0.6 and 0.4, with thresholds that double."""
-    losses = losses or {0.8: 0.02, 0.6: 0.1, 0.4: 0.5}
-    points = [LossPoint("up", ALL, 1.0, share, loss, loss / 2) for share, loss in losses.items()]
-    points += [LossPoint("up", DEFAULT, 1.0, 0.5, 0.2, 0.1), LossPoint("up", DEFAULT, 0.7, 0.7, 0.3, 0.3)]
-    points += [LossPoint("up", DEFAULT, 0.7, 0.35, 0.7, 0.6), LossPoint("core", DEFAULT, 0.7, 0.4, 0.9, 1.0)]
-    thresholds = torch.tensor([[1.0 * 2**i] * LAYERS for i in range(len(losses))])
-    return LossCurve(points, thresholds, torch.rand(LAYERS, SIZE))
 
 
 def test_between_points_losses_are_interpolated_and_dense_costs_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import gguf
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
 from transformers_patches.weights.gguf import GGUFCheckpoint
+from transformers_patches.weights.gguf_file import read_gguf
 from transformers_patches.weights.lookup import gguf_model_name
 from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config
 from transformers_patches.weights.source import Source, WeightedSum
@@ -173,3 +176,35 @@ def test_the_demo_models_file_gives_the_logits_of_its_folder(demo_model):
     assert ours.report.bytes_dense < 0.4 * folder.report.bytes_dense
     text = "In 1923, 24 people said: «Größe»"
     assert load_tokenizer(file)(text) == load_tokenizer(demo_model)(text)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_with_their_name(kind, value, tmp_path):
+    """In a quantised block, its scale is what can be."""
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path, kind)
+    tensor = read_gguf(path).tensors["blk.1.ffn_up.weight"]
+    number = {"F32": np.float32, "Q8_0": np.float16}[kind](value).tobytes()
+    with open(path, "r+b") as file:
+        file.seek(tensor.offset)
+        file.write(number)
+    with pytest.raises(PartInferError, match="blk.1.ffn_up.weight has values that are not finite") as raised:
+        load_model(path, PartInferConfig(method="dense", **TORCH))
+    assert str(path) in str(raised.value)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path)
+    source = GGUFCheckpoint(path)
+    request = [(Source("model.norm.weight"), torch.empty(source.shape("model.norm.weight")))]
+    source.fill(request)
+    time.sleep(0.02)  # the clock of files is no finer
+    content = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(PartInferError, match="tiny.gguf was changed while it was in use"):
+        source.fill(request)
+    path.write_bytes(content[:-9000])
+    with pytest.raises(PartInferError, match=r"tiny.gguf can't be read \(truncated\?\)"):
+        source.fill([(Source(name), torch.empty(source.shape(name))) for name in source.names()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from tests.conftest import FAMILIES
+from tests.tiny_tokenizer import tiny_tokenizer
 from tests.transformers_patches.made_up_files import made_up_fit, with_statistics
 from tests.transformers_patches.model_passes import logits
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.generation.generate import Conversation, GenerationOptions, generate
 from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
@@ -193,6 +196,40 @@ def test_a_pack_that_changes_under_a_loaded_model_is_told_at_the_next_prompt(hug
         file.write(bytes(64))
     with pytest.raises(PartInferError, match=f"{shard} was changed while it was in use"):
         logits(loaded)
+
+
+def test_a_pack_that_changes_during_an_answer_is_told_at_its_end(huge, native, tiny_checkpoints, tmp_path):
+    pack_of(tiny_checkpoints["llama"], tmp_path, dtype="bfloat16")
+    loaded, conversation = load_model(tmp_path / "pack", settings()), Conversation()
+    shard = next((tmp_path / "pack").glob("*.safetensors"))
+    options, tokens = GenerationOptions(max_new_tokens=6), tiny_tokenizer()
+
+    def write(_piece: str) -> None:
+        time.sleep(0.02)  # the clock of files is no finer
+        with open(shard, "r+b") as file:
+            file.seek(-64, os.SEEK_END)
+            file.write(bytes(64))
+
+    assert generate(loaded, tokens, [5, 6, 7], options, conversation=conversation).token_ids
+    with pytest.raises(PartInferError, match=f"{shard} was changed while it was in use"):
+        generate(loaded, tokens, [5, 6, 7], options, write, conversation)
+    assert conversation.token_ids == []
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", "norm"), ("int8", "scales."), ("int4", "scales.")])
+def test_small_mapped_tensors_are_finite(huge, native, tiny_checkpoints, tmp_path, dtype, kind):
+    """Norms and scales; what is large is not touched before it is used, and then the logits tell."""
+    pack_of(tiny_checkpoints["llama"], tmp_path, dtype=dtype)
+    shard = next((tmp_path / "pack").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    name = next(name for name in sorted(header) if kind in name and header[name]["dtype"] in ("BF16", "F16", "F32"))
+    start, end = (8 + size + offset for offset in header[name]["data_offsets"])
+    data[start:end] = b"\xff" * (end - start)
+    shard.write_bytes(data)
+    with pytest.raises(PartInferError, match=f"{name} has values that are not finite"):
+        load_model(tmp_path / "pack", settings())
 
 
 CUT_OFF = """

@@ -44,6 +44,9 @@ inline void activate(Activation activation, float* values, int64_t count) {
     case Activation::RELU:
       for (int64_t i = 0; i < count; ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i];
       return;
+    case Activation::RELU2:
+      for (int64_t i = 0; i < count; ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i] * values[i];
+      return;
   }
 }
 

@@ -18,14 +18,12 @@ TYPES = {
     "float32": GGMLQuantizationType.F32,
     "float16": GGMLQuantizationType.F16,
     "bfloat16": GGMLQuantizationType.BF16,
-    "q8_0": GGMLQuantizationType.Q8_0,
-    "q4_0": GGMLQuantizationType.Q4_0,
 }
 _BYTES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 
 
-def write_gguf(path: Path, weights: WeightSource, config: PretrainedConfig, dtype: str) -> int:
-    """Write all weights; returns the bytes that one token reads of them.
+def write_gguf(path: Path, weights: WeightSource, config: PretrainedConfig, dtype: str) -> None:
+    """Write all weights.
 
     dtype: a key of TYPES, for the matrices; vectors are float32, as llama.cpp wants them. The vocabulary is left out:
     token ids go in and come out. Raises PartInferError for an architecture that can't be written.
@@ -52,7 +50,6 @@ def write_gguf(path: Path, weights: WeightSource, config: PretrainedConfig, dtyp
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    total = embedding = 0
     for name, stored in names.items():
         values = torch.empty(weights.shape(stored), dtype=getattr(torch, dtype, torch.float32))
         weights.read_into(stored, values)
@@ -60,12 +57,8 @@ def write_gguf(path: Path, weights: WeightSource, config: PretrainedConfig, dtyp
             values = _paired(values, config.num_attention_heads)
         elif layout.rotary_pairs and ".attn_k." in name:
             values = _paired(values, config.num_key_value_heads)
-        array = _array(values, _type_of(values.shape, dtype))
-        writer.write_tensor_data(array)
-        total += array.nbytes
-        embedding = array.nbytes if name == "token_embd.weight" else embedding
+        writer.write_tensor_data(_array(values, _type_of(values.shape, dtype)))
     writer.close()
-    return total - (embedding if "output.weight" in names else 0)
 
 
 def _add_settings(writer: GGUFWriter, config: PretrainedConfig, intermediate_size: int) -> None:
@@ -109,9 +102,7 @@ def _array(values: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray:
         return values.float().numpy()
     if kind == GGMLQuantizationType.F16:
         return values.numpy()
-    if kind == GGMLQuantizationType.BF16:
-        return values.contiguous().view(torch.uint8).numpy()
-    return gguf.quants.quantize(values.float().numpy(), kind)
+    return values.contiguous().view(torch.uint8).numpy()  # bfloat16, which NumPy does not have
 
 
 def _paired(values: torch.Tensor, heads: int) -> torch.Tensor:

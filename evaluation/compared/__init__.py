@@ -1,0 +1,1 @@
+"""llama.cpp's types of the same weights: which there are, their files, and their loss."""

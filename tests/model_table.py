@@ -1,0 +1,256 @@
+"""Every architecture that the project says it runs, with a tiny configuration: the tests go over it.
+
+README's list of models and the table in docs/models.md come from it: `python -m tests.model_table` writes them.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from transformers_patches.families import FAMILIES
+
+LAYERS, HIDDEN, SIZE, VOCABULARY = 4, 32, 96, 128
+COMMON = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": SIZE,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 1.0,
+}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One architecture.
+
+    names: models that have it, for README.
+    options: of its tiny config, beside COMMON.
+    whole: layers that can't be computed by neurons.
+    why_whole: why not, for the docs.
+    down: the output projection of its FFN, in a layer.
+    """
+
+    names: str
+    options: dict = field(default_factory=dict)
+    whole: tuple[int, ...] = ()
+    why_whole: str = ""
+    down: str = "mlp.down_proj"
+
+    @property
+    def by_neurons(self) -> str:
+        """Which layers can be computed by neurons, in words."""
+        if self.experts and not self.sparse:
+            return self.why_whole
+        if not self.sparse:
+            return f"no: {self.why_whole}"
+        return f"yes; {self.why_whole}" if self.whole else "yes"
+
+    @property
+    def experts(self) -> bool:
+        """Whether neurons are chosen inside of experts."""
+        return WHY_EXPERTS in self.why_whole
+
+    @property
+    def sparse(self) -> bool:
+        return len(self.whole) < LAYERS
+
+
+EVERY = tuple(range(LAYERS))
+MOE = {"num_experts_per_tok": 2, "num_experts": 6, "moe_intermediate_size": 32, "norm_topk_prob": True}
+LOCAL = {"num_experts_per_tok": 2, "num_local_experts": 6}
+WHY_EXPERTS = "neurons inside the chosen experts, for every token"
+MODELS: dict[str, Model] = {
+    "llama": Model("Llama 2 and 3, SmolLM2, TinyLlama"),
+    "mistral": Model("Mistral 7B"),
+    "qwen2": Model("Qwen2, Qwen2.5"),
+    "qwen3": Model("Qwen3"),
+    "gemma": Model("Gemma"),
+    "gemma2": Model("Gemma 2"),
+    "gemma3_text": Model("Gemma 3"),
+    "smollm3": Model("SmolLM3", {"no_rope_layers": [1, 1, 1, 0]}),
+    "granite": Model("Granite 3", {"residual_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+    "ministral": Model("Ministral 8B", SLIDING),
+    "ministral3": Model("Ministral 3"),
+    "olmo2": Model("OLMo 2"),
+    "olmo3": Model("OLMo 3", SLIDING),
+    "exaone4": Model("EXAONE 4", SLIDING),
+    "ernie4_5": Model("ERNIE 4.5", {"use_bias": True}),
+    "hunyuan_v1_dense": Model("Hunyuan dense"),
+    "seed_oss": Model("Seed-OSS"),
+    "glm": Model("GLM-4 9B"),
+    "glm4": Model("GLM-4 0414"),
+    "phi3": Model("Phi-3, Phi-4-mini", {"sliding_window": 6}),
+    "qwen3_5_text": Model("Qwen3.5", LINEAR_ATTENTION),
+    "cohere2": Model("Command R7B", SLIDING),
+    "falcon_h1": Model(
+        "Falcon-H1", {**MAMBA, "mamba_d_ssm": 64, "mlp_multipliers": [0.7, 1.3]}, down="feed_forward.down_proj"
+    ),
+    "lfm2": Model(
+        "LFM2",
+        {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+        down="feed_forward.w2",
+    ),
+    "granitemoehybrid": Model(
+        "Granite 4",
+        {
+            **MAMBA,
+            "shared_intermediate_size": SIZE,
+            "num_local_experts": 0,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 2.0,
+        },
+        down="shared_mlp.output_linear",
+    ),
+    "nemotron": Model("Nemotron, Minitron"),
+    "arcee": Model("Arcee AFM"),
+    "nanochat": Model("nanochat", down="mlp.fc2"),
+    "apertus": Model("Apertus"),
+    "gpt_neox": Model("Pythia, GPT-NeoX", down="mlp.dense_4h_to_h"),
+    "starcoder2": Model("StarCoder2", {"sliding_window": 6}, down="mlp.c_proj"),
+    "gemma3n_text": Model(
+        "Gemma 3n",
+        {
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 6,
+            "intermediate_size": [SIZE] * LAYERS,
+            "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+        whole=(0, 1),
+        why_whole="layers that cut activations themselves read what is left",
+    ),
+    "gemma4_text": Model(
+        "Gemma 4",
+        {
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 8,
+            **SLIDING,
+        },
+    ),
+    "bitnet": Model("BitNet", whole=EVERY, why_whole="its FFN normalises over all neurons"),
+    "qwen3_moe": Model("Qwen3-30B-A3B", MOE, whole=EVERY, why_whole=WHY_EXPERTS),
+    "qwen2_moe": Model(
+        "Qwen1.5-MoE", {**MOE, "shared_expert_intermediate_size": 64}, whole=EVERY, why_whole=WHY_EXPERTS
+    ),
+    "olmoe": Model("OLMoE", MOE, whole=EVERY, why_whole=WHY_EXPERTS),
+    "mixtral": Model("Mixtral", LOCAL, whole=EVERY, why_whole=WHY_EXPERTS),
+    "granitemoe": Model("Granite 3 MoE", {**LOCAL, "residual_multiplier": 0.3}, whole=EVERY, why_whole=WHY_EXPERTS),
+    "qwen3_5_moe_text": Model(
+        "Qwen3.5-35B-A3B",
+        {**MOE, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 64},
+        whole=EVERY,
+        why_whole=WHY_EXPERTS,
+    ),
+    "glm4_moe": Model(
+        "GLM-4.5",
+        {
+            **MOE,
+            "n_routed_experts": 6,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 2,
+        },
+        whole=(2, 3),
+        why_whole=f"in layers with experts {WHY_EXPERTS}",
+    ),
+    "lfm2_moe": Model(
+        "LFM2-8B-A1B",
+        {**MOE, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 2},
+        whole=(2, 3),
+        why_whole=f"in layers with experts {WHY_EXPERTS}",
+        down="feed_forward.w2",
+    ),
+    "gpt_oss": Model(
+        "gpt-oss in 16 bits", {**LOCAL, **SLIDING}, whole=EVERY, why_whole="its experts are laid out in their own way"
+    ),
+}
+
+
+def tiny_model(model_type: str) -> PreTrainedModel:
+    """A seeded random model in float32; biases, norms and other vectors are random too, so that nothing is untested."""
+    config = AutoConfig.for_model(model_type, **{**COMMON, **MODELS[model_type].options})
+    torch.manual_seed(list(MODELS).index(model_type))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *model.buffers()):
+            if parameter.ndim == 1 and parameter.numel() in (HIDDEN, SIZE, 8):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def readme_list() -> str:
+    """The models by name, as README has them."""
+    models = MODELS.values()
+    kinds = {
+        "By neurons": [model for model in models if model.sparse],
+        "By neurons inside the chosen experts": [model for model in models if model.experts and not model.sparse],
+        "Dense only": [model for model in models if not model.sparse and not model.experts],
+    }
+    text = " ".join(f"{kind}: {', '.join(model.names for model in some)}." for kind, some in kinds.items())
+    return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
+
+
+def docs_table() -> str:
+    """The architectures, as docs/models.md has them."""
+    rows = ["| models | `model_type` | native decoder | by neurons |", "|---|---|---|---|"]
+    for model_type, model in MODELS.items():
+        native = "yes" if model_type in FAMILIES and FAMILIES[model_type].native_decoder else ""
+        rows.append(f"| {model.names} | `{model_type}` | {native} | {model.by_neurons} |")
+    return "\n".join(rows)
+
+
+WRITTEN = {"README.md": readme_list, "docs/models.md": docs_table}
+
+
+def with_list(text: str, content: str) -> str:
+    """A document with the generated part replaced."""
+    pattern = r"(<!-- models: begin -->\n).*?(\n<!-- models: end -->)"
+    return re.sub(pattern, lambda match: match[1] + content + match[2], text, flags=re.DOTALL)
+
+
+def main() -> None:
+    root = Path(__file__).parent.parent
+    for name, make in WRITTEN.items():
+        path = root / name
+        path.write_text(with_list(path.read_text(encoding="utf-8"), make()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Sparse mixtures of experts against transformers' own models, whose experts compute the formula one token at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.model_table import LAYERS, tiny_model
+from tests.transformers_patches.model_passes import padded_prompts, passes, run
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.load.loader import load_model
+from transformers_patches.sparse.experts import LEAST_TOKENS
+
+SIZE, USED = 32, 2
+SETTINGS = {"method": "partinfer", "selection": "up", "compensation": "none", "loaded_neurons_percent": 1.0}
+SHAPE = {"start_num": 0, "end_num": LAYERS - 1, "device": "cpu", "dtype": "float32"}
+MODELS = ["qwen3_moe", "mixtral", "granitemoe"]
+
+
+class NaiveExperts(nn.Module):
+    """transformers' experts that keep, of every decoded token, the neurons with the largest |up·x| a ‖down‖."""
+
+    def __init__(self, experts: nn.Module, kept: int) -> None:
+        super().__init__()
+        self.experts, self.kept = experts, kept
+        self.sequences: list[int] = []  # of each token of the pass; -1: padding
+        self.prefills = True
+        self.squares: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        for token, sequence in enumerate(self.sequences):
+            for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+                gate, up = (self.experts.gate_up_proj[expert] @ x[token]).chunk(2)
+                act, down = nn.functional.silu(gate), self.experts.down_proj[expert]
+                h = act * up
+                known = self.squares.setdefault((expert, sequence), [])
+                if self.prefills:
+                    known.append(act.square())
+                elif len(known) >= LEAST_TOKENS:
+                    sums = torch.stack(known).sum(0)
+                    size = ((sums + sums.mean() / len(known)) / (len(known) + 1)).sqrt()
+                    scores = up.abs() * size * down.norm(dim=0)
+                    h = h * (scores >= scores.topk(self.kept).values[-1])
+                y[token] += weight * (down @ h)
+        return y
+
+
+def reference_logits(model, kept: int, all_passes) -> list[torch.Tensor]:
+    mixtures = []
+    for name, module in list(model.named_modules()):
+        if name.endswith(".experts"):
+            mixtures.append(NaiveExperts(module, kept))
+            model.set_submodule(name, mixtures[-1])
+    logits, past = [], None
+    for number, (ids, options) in enumerate(all_passes):
+        mask = options["attention_mask"][:, -ids.shape[1] :]
+        sequences = [row if real else -1 for row, tokens in enumerate(mask.tolist()) for real in tokens]
+        for one in mixtures:
+            one.sequences, one.prefills = sequences, number == 0
+        with torch.no_grad():
+            output = model(input_ids=ids, past_key_values=past, use_cache=True, **options)
+        past = output.past_key_values
+        logits.append(output.logits)
+    return logits
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("lengths", [[24], [20, 9, 1]])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_equals_the_formula(request, tmp_path, model_type, lengths, kernels):
+    if kernels == "native":
+        request.getfixturevalue("native")
+    model = tiny_model(model_type)
+    if model_type != "qwen3_moe":
+        model.config.intermediate_size = SIZE
+        model = type(model)(model.config).eval()
+    model.save_pretrained(tmp_path)
+    sparsity, kept = 0.6, round((3 * 0.6 * SIZE - SIZE) / 2)
+    loaded = load_model(tmp_path, PartInferConfig(**SETTINGS, **SHAPE, sparsity=sparsity, kernels=kernels))
+    assert loaded.plan.experts == dict.fromkeys(range(LAYERS), kept)
+    all_passes = passes(*padded_prompts(lengths, "left"), [1, 1, 3])
+    ours, expected = run(loaded.model, all_passes), reference_logits(model, kept, all_passes)
+    real = all_passes[0][1]["attention_mask"].bool()
+    assert (ours[0] - expected[0])[real].abs().max() < 1e-4
+    for a, b in zip(ours[1:], expected[1:], strict=True):
+        assert (a - b).abs().max() < 1e-4
+    if lengths == [24]:
+        assert 0.6 <= loaded.bytes_fraction() < 1  # experts that the prompt said little about are whole
+        assert kept / SIZE <= loaded.computed_fraction() < 1
+
+
+def test_all_neurons_are_dense(tmp_path):
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, PartInferConfig(**SETTINGS, **SHAPE, sparsity=1.0))
+    all_passes = passes(*padded_prompts([24], "left"), [1, 1])
+    for a, b in zip(run(loaded.model, all_passes), run(model, all_passes), strict=True):
+        assert (a - b).abs().max() < 1e-4
+    assert (loaded.computed_fraction(), loaded.bytes_fraction()) == (1, 1)
+    read = sum(m.row_bytes for m in loaded.state.experts) * USED / 6
+    assert loaded.token_bytes() == pytest.approx(
+        loaded.report.bytes_resident
+        - loaded.model.get_input_embeddings().weight.nbytes
+        - sum(m.row_bytes for m in loaded.state.experts)
+        + read
+    )
+
+
+def test_what_experts_cannot_do_is_refused(tmp_path):
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    settings = SETTINGS | {"loaded_neurons_percent": 0.7}
+    with pytest.raises(PartInferError, match="--method dense, or --selection up --loaded_neurons_percent 1"):
+        load_model(tmp_path, PartInferConfig(**settings, **SHAPE))

@@ -1,0 +1,210 @@
+"""Every architecture of the table, with a tiny random model: dense, sparse, native, in few bits, packed, generating."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from profiler.collect import Collector
+from tests.conftest import random_neuron_file
+from tests.model_table import LAYERS, MODELS, SIZE, tiny_model
+from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod
+from tests.transformers_patches.model_passes import padded_prompts, passes, run, run_reference
+from transformers_patches import kernels
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.families import FAMILIES
+from transformers_patches.generation.generate import generate_ids
+from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.loader import load_model
+from transformers_patches.load.pack_writer import write_pack
+from transformers_patches.load.paths import EXPERTS, FFN, LINEAR, layer_paths
+from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear
+from transformers_patches.sparse.cut_ffn import CutFFN
+from transformers_patches.sparse.experts import Experts
+
+PASSES = passes(*padded_prompts([9, 3, 1], "left"), [1, 1, 3])  # longer than the sliding windows
+ONE = passes(*padded_prompts([9], "left"), [1, 1])
+BASE, OTHER = (random_neuron_file(seed, LAYERS, SIZE) for seed in (1, 2))
+EVERYTHING = {"sparsity": 1.0, "loaded_neurons_percent": 1.0, "base_neurons_percent": 1.0}
+ORIGINAL = {"selection": "core", "compensation": "none"}
+SPARSE = [name for name, model in MODELS.items() if model.sparse]
+PACKED = ["llama", "phi3", "granitemoehybrid", "apertus", "lfm2", "gpt_neox", "falcon_h1", "gemma3n_text"]
+
+
+@dataclass
+class Made:
+    """A tiny model as transformers has it, and its folder."""
+
+    model: PreTrainedModel
+    folder: Path
+
+    def load(self, **settings) -> LoadedModel:
+        options = {"device": "cpu", "kernels": "torch", "dtype": "float32", **settings}
+        if options.get("method") != "dense" or options.get("use_partial_loading"):
+            options |= {"start_num": 0, "end_num": LAYERS - 1}
+        files = (BASE, OTHER) if MODELS[self.model.config.model_type].sparse else ()
+        return load_model(self.folder, PartInferConfig(**options), *files)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(model_type): made once."""
+
+    @cache
+    def make(model_type: str) -> Made:
+        folder = tmp_path_factory.mktemp(model_type)
+        model = tiny_model(model_type)
+        model.save_pretrained(folder)
+        return Made(model, folder)
+
+    return make
+
+
+def differences(ours: list[torch.Tensor], expected: list[torch.Tensor], all_passes: list) -> float:
+    """The largest at a token that is no padding."""
+    real = all_passes[0][1]["attention_mask"].bool()
+    first, *rest = [(a - b).abs() for a, b in zip(ours, expected, strict=True)]
+    return max(float(first[real].max()), *[float(part.max()) for part in rest])
+
+
+def test_every_family_but_opt_is_in_the_table():
+    assert set(FAMILIES) - set(MODELS) == {"opt"}
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_dense_is_transformers_bit_for_bit(made, model_type):
+    one = made(model_type)
+    loaded = one.load(method="dense")
+    for a, b in zip(run(loaded.model, PASSES), run(one.model, PASSES), strict=True):
+        assert torch.equal(a, b)
+    ids, config = torch.arange(5, 16)[None], GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    expected = one.model.generate(ids, generation_config=config, past_key_values=DynamicCache(config=one.model.config))
+    assert torch.equal(generate_ids(loaded, ids, config, None), expected)
+
+
+@pytest.mark.parametrize("model_type", SPARSE)
+def test_all_neurons_are_transformers(made, model_type):
+    one = made(model_type)
+    expected = run(one.model, PASSES)
+    loaded = one.load(method="partinfer", **ORIGINAL, **EVERYTHING)
+    assert list(loaded.plan.layers) == [layer for layer in range(LAYERS) if layer not in MODELS[model_type].whole]
+    assert differences(run(loaded.model, PASSES), expected, PASSES) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", SPARSE)
+def test_sparse_is_masked_dense_and_native_is_torch(made, model_type):
+    one, table = made(model_type), MODELS[model_type]
+    layers = [layer for layer in range(LAYERS) if layer not in table.whole]
+    formula = NaiveMethod("partinfer", True, BASE.ranking.tolist(), OTHER.ranking.tolist(), layers)
+    with_experts = len(table.whole) if "moe" in model_type else 0
+    reference = MaskedReference(one.folder, table.down.replace(".", r"\."), with_experts)
+    expected = run_reference(reference, formula, PASSES)
+    assert differences(run(one.load(method="partinfer", **ORIGINAL).model, PASSES), expected, PASSES) < 1e-4
+    if not kernels.available():
+        return
+    for settings in (ORIGINAL, {"selection": "up", "compensation": "none"}):
+        native, torch_ = (one.load(method="partinfer", kernels=name, **settings) for name in ("native", "torch"))
+        assert differences(run(native.model, ONE), run(torch_.model, ONE), ONE) < 1e-4
+        assert native.bytes_fraction() == pytest.approx(torch_.bytes_fraction())
+
+
+def put_experts(ours: Experts, theirs: nn.Module) -> None:
+    """Give transformers' experts the weights that ours hold."""
+    gate, up, down = (
+        torch.stack([kernels.dequantize(rows.weight(name)) for rows in ours.rows]) for name in ("gate", "up", "down")
+    )
+    theirs.gate_up_proj = nn.Parameter(torch.cat([gate, up], dim=1))
+    theirs.down_proj = nn.Parameter(down.transpose(1, 2).contiguous())
+
+
+@pytest.mark.parametrize("model_type", [name for name, model in MODELS.items() if model.whole])
+def test_native_experts_are_transformers(native, made, model_type):
+    one = made(model_type)
+    loaded = one.load(method="dense", kernels="native")
+    paths = layer_paths(loaded.model, native=True)
+    known = model_type not in ("gpt_oss", "bitnet", "gemma3n_text")  # laid out in a way of their own, or none
+    assert [path == EXPERTS for path in paths] == [known and n in MODELS[model_type].whole for n in range(LAYERS)]
+    assert differences(run(loaded.model, PASSES), run(one.model, PASSES), PASSES) < 1e-4
+    if known:
+        unread = sum(rows.row_bytes for m in loaded.model.modules() if isinstance(m, Experts) for rows in m.rows)
+        head = loaded.model.get_input_embeddings().weight.nbytes
+        tied = loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
+        rest = loaded.report.bytes_resident - (0 if tied else head)
+        assert loaded.token_bytes() == pytest.approx(rest - unread * 4 / 6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_neurons_that_the_model_cuts_are_not_read(native, made, dtype):
+    one = made("gemma3n_text")
+    loaded, plain = (one.load(method="dense", kernels=name, dtype=dtype) for name in ("native", "torch"))
+    assert layer_paths(loaded.model, native=True) == [FFN, FFN, LINEAR, LINEAR]
+    bound = 1e-4 if dtype == "float32" else 0.3  # in few bits, sums are in 16
+    assert differences(run(loaded.model, ONE), run(plain.model, ONE), ONE) < bound
+    cut = [module for module in loaded.model.modules() if isinstance(module, CutFFN)]
+    assert [module.tokens for module in cut] == [2, 2]
+    assert all(0 < module.neurons / module.tokens < 0.2 * SIZE for module in cut)
+    assert loaded.token_bytes() < plain.token_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_few_bits_are_transformers_with_the_weights_that_they_stand_for(made, model_type, dtype):
+    one = made(model_type)
+    loaded = one.load(method="dense", dtype=dtype)
+    loaded.model.float()
+    plain = copy.deepcopy(one.model)
+    plain.load_state_dict(loaded.model.state_dict(), strict=False)  # those that are not quantised were in 16 bits
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            plain.get_submodule(name).weight = nn.Parameter(kernels.dequantize(module.weight.packed))
+        if isinstance(module, Experts):
+            put_experts(module, plain.get_submodule(name))
+    assert differences(run(loaded.model, ONE), run(plain, ONE), ONE) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", SPARSE)
+def test_rows_in_8_bits_stay_near(made, model_type):
+    one = made(model_type)
+    loaded = one.load(method="dense", use_partial_loading=True, loaded_neurons_percent=1.0, dtype="int8")
+    ours, expected = (torch.cat([part.flatten() for part in run(m, ONE)]).float() for m in (loaded.model, one.model))
+    assert (ours - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("model_type", PACKED)
+def test_a_pack_is_the_model(made, tmp_path, model_type, dtype):
+    one, settings = made(model_type), {"method": "partinfer", "dtype": dtype, **ORIGINAL}
+    loaded = one.load(**settings)
+    options = PartInferConfig(**settings, start_num=0, end_num=LAYERS - 1, device="cpu", kernels="torch")
+    write_pack(one.folder, tmp_path / "pack", options, BASE, OTHER)
+    packed = load_model(tmp_path / "pack", options)
+    for a, b in zip(run(packed.model, ONE), run(loaded.model, ONE), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "apertus", "gpt_neox", "qwen3_5_text", "gemma3n_text"])
+def test_it_is_profiled(made, model_type):
+    one, layer = made(model_type), LAYERS - 1
+    seen = []
+    down = one.model.get_submodule(f"{'gpt_neox' if model_type == 'gpt_neox' else 'model'}.layers.{layer}")
+    handle = down.get_submodule(MODELS[model_type].down).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    collector = Collector.of(one.model, max_new_tokens=0)
+    assert collector.observe([[5, 6, 7]]) == 3
+    handle.remove()
+    collector.statistics.commit(3)
+    means = collector.statistics.means()["mean_abs"][layer]
+    torch.testing.assert_close(means.float(), seen[0][0].abs().mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name, model in MODELS.items() if not model.sparse])
+def test_what_cannot_be_sparse_says_why(made, model_type):
+    with pytest.raises(PartInferError, match=f"{model_type} can't be computed by neurons: .*use --method dense"):
+        made(model_type).load(method="partinfer")

@@ -1,0 +1,1 @@
+"""What a transformers model is made of, found by looking at its modules: for architectures without an entry in families.py."""

@@ -24,8 +24,10 @@ _APART = 1e-3  # the least difference of bytes between two rungs
 
 def _check(model: PreTrainedModel) -> None:
     """Raise PartInferError if a model can't have a ladder."""
-    if not family_of(model.config).gated:
-        kind = model.config.model_type
+    family, kind = family_of(model.config), model.config.model_type
+    if family.found is not None:
+        raise PartInferError(f"no byte ladder: {kind} has no entry in transformers_patches/families.py")
+    if not family.gated:
         raise PartInferError(
             f"no byte ladder: {kind} has plain FFNs, whose neurons can't be chosen before they are computed"
         )

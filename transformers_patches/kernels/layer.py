@@ -148,7 +148,9 @@ class ActiveNeurons:
         by_name = isinstance(self.activation, str)
         native = by_name and not self.by_gate and not chooses_with_bias and self.projections.are_native
         object.__setattr__(self, "native", native)
-        if (self.up is not None or self.down_size is not None) and (self.size is None or not self.gated or self.by_gate):
+        if (self.up is not None or self.down_size is not None) and (
+            self.size is None or not self.gated or self.by_gate
+        ):
             raise ValueError("inputs of up and rows of down are chosen by tokens that choose neurons by up")
 
     @property

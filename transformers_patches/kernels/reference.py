@@ -207,7 +207,9 @@ def attention_step(
         enable_gqa=True,
     )
     attended = attended.reshape(*x.shape[:-1], -1)
-    x = x + (_projected(attended, layer.projections, 3) if layer.inputs is None else by_input(attended, layer.inputs[1])[0])
+    x = x + (
+        _projected(attended, layer.projections, 3) if layer.inputs is None else by_input(attended, layer.inputs[1])[0]
+    )
     return x, norm(x, layer.next_norm, layer.next_norm_bias, layer.eps)
 
 

@@ -97,7 +97,9 @@ def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source
             own = row if kind == "weight" else f"{row}_bias"
             part = name if first is None else part_name(name, first, first + size)
             by_input = own == "up" and run.layer_choices is not None
-            sources[f"rows.{own}"] = Source.by_input(part, up.in_features) if by_input else Source(part, "rows", neurons)
+            sources[f"rows.{own}"] = (
+                Source.by_input(part, up.in_features) if by_input else Source(part, "rows", neurons)
+            )
     sources |= _activation_sources(run, layer, dense)
     prefix = family.projection(layer, family.down)
     fitted = run.settings.compensation == "refit"

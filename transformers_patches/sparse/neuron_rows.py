@@ -83,7 +83,9 @@ class NeuronRows(nn.Module):
         layout: PLAIN, PAIRED or BY_INPUT.
         """
         super().__init__()
-        self.up_by_input = layout == BY_INPUT  # then neurons can't be taken apart: `first` and `gathered` are for others
+        self.up_by_input = (
+            layout == BY_INPUT
+        )  # then neurons can't be taken apart: `first` and `gathered` are for others
         self.count, self.hidden_size = count, hidden_size
         self.gated, self.input_bias = gated, input_bias
         named = isinstance(activation, str)

@@ -57,7 +57,6 @@ class WeightMemory:
         first, self._second[pair] = self.empty((shape[0], 2, shape[1]), dtype, torch.device("cpu")).unbind(1)
         return first
 
-
     def empty_joined(
         self, group: object, rows: int, widths: list[int], number: int, dtype: torch.dtype
     ) -> torch.Tensor:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from profiler.ladder.allocation import allocate
 from profiler.ladder.build import BUDGETS, make_ladder
@@ -179,3 +179,17 @@ def test_gradients_that_are_not_finite_are_said(tiny_checkpoints):
         model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.inf
     with pytest.raises(PartInferError, match="no byte ladder: the model's predictions are not finite"):
         make_ladder(model, TEXTS, quiet=True)
+
+
+def test_architectures_without_an_entry_get_none():
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        pad_token_id=0,
+    )
+    with pytest.raises(PartInferError, match="no byte ladder: phi3 has no entry"):
+        make_ladder(AutoModelForCausalLM.from_config(config), TEXTS, quiet=True)

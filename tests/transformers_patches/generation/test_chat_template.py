@@ -47,7 +47,9 @@ def test_templates_that_give_no_text_say_why(template, message):
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-GROWING = "{% set n = namespace(x=3) %}{% for a in range(99999) %}{% set n.x = n.x * n.x % 1000003 %}{{ '' }}{% endfor %}"
+GROWING = (
+    "{% set n = namespace(x=3) %}{% for a in range(99999) %}{% set n.x = n.x * n.x % 1000003 %}{{ '' }}{% endfor %}"
+)
 NO_POWER = "{# a ** b #}{{ '**' }}{{ messages[0]['content'] }}"
 
 

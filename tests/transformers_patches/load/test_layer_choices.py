@@ -30,7 +30,10 @@ def folders(tmp_path_factory):
     for family in FAMILIES:
         model_type, options = FAMILY_CONFIGS[family]
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **{**options, "intermediate_size": NEURONS, "hidden_size": 128, "head_dim": 32, "initializer_range": 0.05})
+        config = AutoConfig.for_model(
+            model_type,
+            **{**options, "intermediate_size": NEURONS, "hidden_size": 128, "head_dim": 32, "initializer_range": 0.05},
+        )
         made[family] = tmp_path_factory.mktemp(family)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
@@ -58,7 +61,9 @@ def load(folder, made, *, dtype="float32", native=True):
     config = read_config(folder)
     settings = PartInferConfig(method="partinfer", device="cpu", dtype=dtype, kernels="native" if native else "torch")
     settings = everything_loaded(settings, config.num_hidden_layers, 0.5)
-    run = with_layer_choices(resolve_run(settings, config, RunFiles.of(settings, NEURON_FILE, NEURON_FILE)), made(config))
+    run = with_layer_choices(
+        resolve_run(settings, config, RunFiles.of(settings, NEURON_FILE, NEURON_FILE)), made(config)
+    )
     return load_run(run, open_weights(folder), time.perf_counter())
 
 

@@ -145,7 +145,8 @@ def changed_content(tensors: dict, metadata: dict, source: random.Random) -> byt
             ).clone()
         elif kind == "value":
             number = source.choice((-1, 0, 2**31 - 1, float("nan"), float("inf"), -1e38))
-            if values.is_floating_point() or number == number and abs(number) < 2**31:
+            fits = values.is_floating_point() or number == number and abs(number) < 2**31
+            if fits and values.numel():
                 values.view(-1)[source.randrange(values.numel())] = number
             tensors[name] = values
     return save(tensors, metadata=metadata)

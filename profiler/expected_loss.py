@@ -13,7 +13,7 @@ import torch
 from profiler.arguments import count
 from profiler.collect import with_continuations
 from profiler.ladder.build import make_ladder
-from profiler.ladder.measurement import SetLayerChoices, measured
+from profiler.ladder.measurement import measured
 from profiler.loss_measurement import SCORED_TOKENS, LossMeasurement, ScoredText, scored_texts
 from profiler.model_texts import text_sequences
 from profiler.placement import ProfiledModel
@@ -74,16 +74,12 @@ def measure_ladder(
     arguments: argparse.Namespace,
     neurons: NeuronFile,
     texts: list[ScoredText],
-    set_layer_choices: SetLayerChoices | None = None,
 ) -> ByteLadder | None:
-    """The byte ladder of a model's neuron file with measured losses.
-
-    set_layer_choices: tells a loaded model what tokens read; None: the predicted losses stay.
-    """
-    if neurons.ladder is None or set_layer_choices is None:
-        return neurons.ladder
+    """The byte ladder of a model's neuron file with measured losses; None if the file has no ladder."""
+    if neurons.ladder is None:
+        return None
     settings = {"dtype": arguments.dtype, "device": arguments.device}
-    return measured(neurons, arguments.checkpoint_path, settings, texts, set_layer_choices, quiet=arguments.quiet)
+    return measured(neurons, arguments.checkpoint_path, settings, texts, quiet=arguments.quiet)
 
 
 def losses(neurons: NeuronFile) -> dict[str, list[dict]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,10 @@ from tqdm import tqdm
 
 from profiler.loss_measurement import Scored, ScoredText, difference
 from transformers_patches.config import PartInferConfig
-from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.load.input_swap import set_layer_choices
 from transformers_patches.load.loader import load_model
-from transformers_patches.neurons.byte_ladder import ByteLadder, LayerChoice
+from transformers_patches.neurons.byte_ladder import ByteLadder
 from transformers_patches.neurons.neuron_file import NeuronFile
-
-SetLayerChoices = Callable[[LoadedModel, list[LayerChoice]], None]
 
 
 @torch.inference_mode()
@@ -25,14 +22,13 @@ def measured(
     folder: Path,
     settings: dict,
     texts: list[ScoredText],
-    set_layer_choices: SetLayerChoices,
     *,
     quiet: bool = False,
 ) -> ByteLadder:
     """The ladder of a neuron file with measured losses. The model is loaded once; a prompt is prefilled once.
 
-    settings: fields of PartInferConfig, such as dtype and device. set_layer_choices: tells a loaded model what decoded
-    tokens read. Dense is the same model with choices that read everything.
+    settings: fields of PartInferConfig, such as dtype and device. Dense is the same model with choices that read
+    everything.
     """
     ladder = neurons.ladder
     loaded = load_model(folder, PartInferConfig(**settings, block_bytes=ladder.least), neurons)

@@ -33,14 +33,14 @@ def swap_attention_inputs(model: PreTrainedModel, run: ResolvedRun, state: Reque
 
 
 def choose_inputs(model: PreTrainedModel, state: RequestState, family: Family, choices: list[LayerChoice]) -> None:
-    """Tell the layers of a model what decoded tokens read from the next prompt on. The weights must be there."""
+    """Tell the layers of a model what decoded tokens read from now on. The weights must be there."""
     for ffn, layer, choice in zip(state.layers, family.decoder_layers(model), choices, strict=True):
         attention = layer.get_submodule(family.attention)
         for name in family.attention_inputs:
             getattr(attention, name).choose(choice.inputs["attention"])
         getattr(attention, family.attention_output).choose(choice.inputs["attention_output"])
         ffn.selection.set_choice(choice)
-        ffn.reset()
+        ffn.choice = object()
 
 
 def set_layer_choices(loaded: LoadedModel, choices: list[LayerChoice]) -> None:

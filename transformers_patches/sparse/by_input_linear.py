@@ -89,7 +89,7 @@ class ByInputLinear(nn.Module):
     def choose(self, choice: InputChoice) -> None:
         """Read these inputs from now on. The weight must be there."""
         weight = weight_of(self.weight)
-        same_mean = self.layer is not None and self.layer.mean is choice.mean
+        same_mean = self.layer is not None and torch.equal(self.layer.mean, choice.mean)
         constant = self.layer.constant if same_mean else product_with_mean(choice.mean, weight, self.bias)
         self.layer = ByInput(weight, choice.mean, choice.norm, constant, choice.threshold)
 

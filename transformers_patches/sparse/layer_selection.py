@@ -31,12 +31,13 @@ class LayerSelection(TokenSelection):
         self.set_choice(choice)
 
     def set_choice(self, choice: LayerChoice) -> None:
-        """What tokens read, from the next prompt on."""
+        """What tokens read from now on; what a prompt has shown so far is kept."""
         self.choice = choice
         count = max(1, round(choice.neurons * self.plan.loaded_count))
         self.plan = replace(self.plan, computed_count=min(count, self.plan.loaded_count))
         self.prior = self.prior.choosing(self.prior.gate_size, choice.neuron_threshold)
-        self.reset()
+        if self.started:
+            self.choose()
 
     def _choice(self, projections: kernels.Projections, sequence: int) -> kernels.ActiveNeurons:
         active = super()._choice(projections, sequence)
@@ -45,7 +46,7 @@ class LayerSelection(TokenSelection):
 
     def _up(self) -> kernels.ByInput:
         chosen, weight = self.choice.inputs["ffn"], self.rows.weight("up")
-        if self._constant is None or self._constant[0] is not chosen.mean:
+        if self._constant is None or not torch.equal(self._constant[0], chosen.mean):
             self._constant = chosen.mean, product_with_mean(chosen.mean, weight, None)
         return kernels.ByInput(weight, chosen.mean, chosen.norm, self._constant[1], chosen.threshold)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def neurons_with_ladder():
     return neurons
 
 
-def test_every_rung_is_scored_against_everything_over_all_texts(tiny_checkpoints):
+def test_every_rung_is_scored_against_everything_over_all_texts(tiny_checkpoints, monkeypatch):
     """With choices that change the output projection: the fewer neurons, the more of it is gone."""
     seen = []
 
@@ -36,9 +37,10 @@ def test_every_rung_is_scored_against_everything_over_all_texts(tiny_checkpoints
         seen.append(choices)
         head.weight.data.copy_(head.whole * choices[0].neurons)
 
+    monkeypatch.setattr("profiler.ladder.measurement.set_layer_choices", set_layer_choices)
     settings = {"dtype": "float32", "device": "cpu"}
     neurons = neurons_with_ladder()
-    ladder = measured(neurons, tiny_checkpoints["llama"], settings, TEXTS, set_layer_choices, quiet=True)
+    ladder = measured(neurons, tiny_checkpoints["llama"], settings, TEXTS, quiet=True)
     assert len(seen) == len(TEXTS) * 4
     assert all(len(choices) == LAYERS for choices in seen)
     assert seen[0][0].neuron_threshold < 0
@@ -49,10 +51,15 @@ def test_every_rung_is_scored_against_everything_over_all_texts(tiny_checkpoints
     assert torch.equal(ladder.thresholds["down"], neurons.ladder.thresholds["down"])
 
 
-def test_without_a_way_to_set_choices_predictions_stay(tiny_checkpoints):
+def test_choices_are_followed_and_what_reads_everything_costs_nothing(tiny_checkpoints):
     arguments = Namespace(checkpoint_path=tiny_checkpoints["llama"], dtype="float32", device="cpu", quiet=True)
     neurons = neurons_with_ladder()
-    assert measure_ladder(arguments, neurons, TEXTS) is neurons.ladder
+    whole = {name: torch.full_like(values, -1.0) for name, values in neurons.ladder.thresholds.items()}
+    neurons.ladder = replace(neurons.ladder, thresholds=whole, neurons=torch.ones_like(neurons.ladder.neurons))
+    assert all(rung.kl < 1e-6 for rung in measure_ladder(arguments, neurons, TEXTS).rungs)
+    neurons = neurons_with_ladder()
+    measured_ladder = measure_ladder(arguments, neurons, TEXTS)
+    assert all(rung.kl > 1e-6 for rung in measured_ladder.rungs)
     neurons.ladder = None
     assert measure_ladder(arguments, neurons, TEXTS) is None
 

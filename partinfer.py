@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,8 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.lookup import TASK_TYPES
 
-FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack")
+FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack", "serve")
+SERVER_FLAGS = ("host", "port", "api_key")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,7 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mask_filepath", metavar="FILE", help="write the load plan that was used, as JSON")
     task = parser.add_argument_group("what to do")
     task.add_argument(
-        "--function", choices=FUNCTIONS, default="normal", help="compare answers dense, too; pack writes --output"
+        "--function",
+        choices=FUNCTIONS,
+        default="normal",
+        help="compare answers dense, too; pack writes --output; serve offers OpenAI's API and a chat page",
     )
     task.add_argument("--output", metavar="FOLDER", help="of --function pack: the planned neurons, to load them faster")
     task.add_argument("--task_type", choices=TASK_TYPES, default="QA")
@@ -38,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     task.add_argument("--system_prompt", help="what the model is told first")
     task.add_argument("--no_chat_template", action="store_true", help="treat the model as a base model")
     choice = parser.add_argument_group("generation")
-    choice.add_argument("--num_tokens_to_generate", type=int, default=128, help="at most (128)")
+    choice.add_argument("--num_tokens_to_generate", type=int, help="at most (128; 1024 with --function serve)")
     choice.add_argument("--sampling-method", "--sampling_method", choices=("greedy", "top-p"), default="greedy")
     choice.add_argument("--temperature", type=float, default=1.0, help="of top-p sampling (1.0)")
     choice.add_argument("--top_p", type=float, default=0.9, help="of top-p sampling (0.9)")
@@ -50,6 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="end at this text; may be given several times (--stop=--- if it begins with a -)",
     )
     choice.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    server = parser.add_argument_group("--function serve")
+    server.add_argument("--host", help="address to listen at; 0.0.0.0: every one of this machine (127.0.0.1)")
+    server.add_argument("--port", type=int, help="0: any free one (8080)")
+    server.add_argument("--api_key", metavar="KEY", help="what clients must send (nothing)")
     out = parser.add_argument_group("output")
     flags.add_json(out)
     flags.add_quiet(out)
@@ -62,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         PartInferConfig.from_arguments(arguments)
         _check_output(arguments)
+        _check_server(arguments)
     except PartInferError as error:
         parser.error(str(error))
     cli.begin(arguments)
@@ -77,6 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     settings = _settings_with_files(folder, arguments)
     if arguments.function == "pack":
         return _pack(settings, folder, arguments)
+    if arguments.function == "serve":
+        from server.serve import serve
+
+        return serve(folder, settings, options, arguments)
     runner = Runner(folder, settings, options, arguments)
     if arguments.mask_filepath:
         runner.loaded.plan.save(arguments.mask_filepath)
@@ -99,6 +113,24 @@ def _check_output(arguments: argparse.Namespace) -> None:
         raise PartInferError(f"--output belongs to --function pack, got --function {arguments.function}")
 
 
+def _check_server(arguments: argparse.Namespace) -> None:
+    """Flags of the server belong to it, and it needs packages of its own."""
+    given = next((name for name in SERVER_FLAGS if getattr(arguments, name) is not None), None)
+    if arguments.function != "serve":
+        if given is not None:
+            raise PartInferError(f"--{given} belongs to --function serve, got --function {arguments.function}")
+        return
+    if arguments.port is not None and not 0 <= arguments.port <= 65535:
+        raise PartInferError(f"port must be 0 to 65535, got {arguments.port}")
+    if arguments.api_key == "":
+        raise PartInferError("api_key must be a text, got an empty one: leave it out for no key")
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PartInferError(
+            f"--function serve needs {', '.join(missing)}: pip install -r requirements-serve.txt (or 'partinfer[serve]')"
+        )
+
+
 def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> int:
     """Write the planned neurons to a folder of their own, and say how big it is."""
     from transformers_patches.load.pack_writer import write_pack
@@ -114,7 +146,7 @@ def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
 
 def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
     """The settings for a model, with the neuron files that are looked up, and says which; a pack's own where it is one."""
-    from transformers_patches.plan.neuron_files import settings_for
+    from transformers_patches.plan.neuron_files import settings_for, why_dense
     from transformers_patches.weights.lookup import model_name
     from transformers_patches.weights.pack_description import is_pack
 
@@ -124,6 +156,10 @@ def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInf
     if any(paths) and not {"dataset_neurons_filepath", "model_neurons_filepath"} & given.keys() and not arguments.quiet:
         named = ", ".join(Path(path).name for path in paths if path)
         print(f"neuron files: {named} for {model_name(folder)}", file=sys.stderr)
+    if settings.method == "dense" and "method" not in given and not arguments.quiet:
+        print(
+            f"{model_name(folder)} can't be computed by neurons, and runs dense: {why_dense(folder)}", file=sys.stderr
+        )
     if settings.use_partial_loading and not any(paths) and not is_pack(folder) and not arguments.quiet:
         print(
             f"no neuron files for {model_name(folder)}: everything is loaded, and a token reads {settings.sparsity:.0%} of "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-PACKAGES = ["transformers_patches", "profiler", "evaluation", "downloads", "texts"]
+PACKAGES = ["transformers_patches", "profiler", "evaluation", "server", "downloads", "texts"]
 ENDINGS = (".json", ".safetensors")
 DATA = {f"transformers_patches.shipped.{folder}": folder for folder in ("prompts", "neuron_files")}
 
@@ -21,6 +21,7 @@ setup(
     package_dir=DATA,
     package_data={
         "": ["*.yaml", "*.jsonl"],
+        "server": ["page.html"],
         "transformers_patches.kernels": ["csrc/*"],
         **{package: files(folder) for package, folder in DATA.items()},
     },

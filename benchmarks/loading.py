@@ -37,7 +37,7 @@ import psutil
 from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.load.loader import load_model
-from transformers_patches.generation.runner import peak_memory_bytes
+from transformers_patches.cli import peak_memory_bytes
 
 kernels.available()
 before = psutil.Process().memory_info().rss

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from evaluation.bootstrap import Bootstrap
-from evaluation.compared.files import ComparedFile, ComparedFiles
+from evaluation.compared.files import ComparedFiles
+from evaluation.compared.kinds import ComparedFile
 from evaluation.methods import Configuration
 from evaluation.models import load_configuration
 from evaluation.perplexity import DenseLogits, method_logits, result_row, score_examples

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from profiler.collect import pad
+from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 
 
@@ -59,6 +60,30 @@ class LayerwiseModel:
         self._arguments: dict[
             int, list
         ] = {}  # text length -> the further arguments of every layer, by place and by name
+
+        if self.family.found is not None:
+            self._check()
+
+    def _check(self) -> None:
+        """Raise PartInferError unless the layers, one by one, give what the model does: not all are alike."""
+        ids = torch.arange(1, 5)[None] % self.model.config.vocab_size
+        batch = Batch(ids, torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+        try:
+            hidden = self.inputs(batch)
+            for layer in range(len(self.layers)):
+                hidden = self.run(layer, hidden)
+            ours = self.log_probabilities(batch, hidden)
+            with torch.no_grad():
+                logits = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+            expected = torch.log_softmax(logits[0].float(), dim=-1)
+            same = ours.shape == expected.shape and bool((ours - expected).abs().max() < 0.1)
+        except (RuntimeError, LookupError, TypeError, ValueError):
+            same = False
+        if not same:
+            raise PartInferError(
+                f"the layers of {self.model.config.model_type} can't be run one by one, as fits and --budget per_layer "
+                "need it: leave them out"
+            )
 
     @torch.no_grad()
     def inputs(self, batch: Batch) -> torch.Tensor:

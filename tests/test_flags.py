@@ -118,6 +118,8 @@ def test_json_in_a_config_file(tmp_path, value, expected):
     [
         (["--cpu_only", "--device", "cuda"], "--cpu_only contradicts --device cuda"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--threads", "100000"], "threads must be from 1 to 1024, got 100000"),
+        (["--json", ""], "--json is empty: give the path of a file"),
     ],
 )
 def test_contradictions_are_wrong_usage(given, message, capsys):

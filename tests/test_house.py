@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["transformers_patches", "downloads", "texts", "profiler", "evaluation", "benchmarks"]
+PACKAGES = ["transformers_patches", "downloads", "texts", "profiler", "evaluation", "server", "benchmarks"]
 MOST_LINES = 60  # of a function, its signature and docstring included
 LONGER: set[str] = set()  # functions that may be longer, as `path name`, each with a reason
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
@@ -80,6 +80,12 @@ def test_the_import_contract_holds(sources):
             "from evaluation.methods import METHODS",
             "transformers_patches.generation.runner -> evaluation.methods",
         ),
+        ("evaluation/models.py", "from server.engine import Engine", "evaluation.models -> server.engine"),
+        (
+            "transformers_patches/generation/runner.py",
+            "from server.serve import serve",
+            "transformers_patches.generation.runner -> server.serve",
+        ),
         ("profiler/texts.py", "from evaluation.methods import METHODS", "profiler.texts -> evaluation.methods"),
         ("texts/files.py", "from profiler.templates import TEXT", "texts.files -> profiler.templates"),
         ("evaluation/models.py", "from partinfer import main", "evaluation.models -> partinfer"),
@@ -94,6 +100,8 @@ def test_the_import_contract_holds(sources):
         "upward for type checking",
         "circle",
         "evaluation",
+        "server",
+        "server from below",
         "siblings",
         "texts",
         "script",

@@ -200,6 +200,9 @@ def test_flags_win_over_the_config_file(run, tmp_path):
         (["--num_tokens_to_generate", "0"], "num_tokens_to_generate must be at least 1"),
         (["--stop", "caf\udce9"], "--stop is not in the terminal's encoding"),
         (["--threads", "0"], "threads must be at least 1"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--seed", str(10**30)], "seed must be from 0 to 4294967295, got 1000"),
+        (["--temperature", "1e-320", "--sampling-method", "top-p"], "temperature must be at least 1e-06"),
         (["--method", "fast"], "invalid choice: 'fast'"),
     ],
 )

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import resource
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -44,6 +45,15 @@ def prepare_torch() -> None:
     """Set what the environment must say before torch is imported."""
     wait_briefly()
     limit_primitives()
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    try:  # Linux: getrusage would also count the memory of the program that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def begin(arguments: argparse.Namespace) -> None:

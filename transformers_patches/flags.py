@@ -21,6 +21,8 @@ STANDARD_OUTPUT = "-"
 IGNORE_FLAG = "--ignore_gguf_key"
 IGNORED_GGUF_KEYS: set[str] = set()  # for the whole process, since any part of it may read the file
 FREE_TEXTS = ("prompt", "system_prompt", "stop")  # flags whose values go to the tokenizer
+OUTPUTS = ("json", "csv", "plot", "mask_filepath", "output", "output_path")  # flags that name what is written
+RANGES = {"threads": (1, 1024), "seed": (0, 2**32 - 1)}  # OpenMP crashes with very many; NumPy's seeds have 32 bits
 NOT_SETTINGS = ("config", "debug", "help", "version", "h")  # flags that a file of settings can't give
 
 
@@ -119,9 +121,14 @@ def _settle(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
         for text in given[name] if isinstance(given.get(name), list) else [given.get(name) or ""]:
             if not _is_unicode(text):
                 parser.error(f"--{name} is not in the terminal's encoding: {text!r:.60}; give it as UTF-8")
-    threads = given.get("threads")
-    if threads is not None and threads < 1:
-        parser.error(f"threads must be at least 1, got {threads}")
+    for name, (low, high) in RANGES.items():
+        number = given.get(name)
+        if number is not None and not low <= number <= high:
+            expected = f"from {low} to {high}" if number > high else f"at least {low}"
+            parser.error(f"{name} must be {expected}, got {number}")
+    for name in OUTPUTS:
+        if given.get(name) == "":
+            parser.error(f"--{name} is empty: give the path of a file, or leave it out")
 
 
 def _is_unicode(text: str) -> bool:

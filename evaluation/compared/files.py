@@ -11,33 +11,17 @@ import ctypes
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from evaluation.compared.kinds import QUANTIZED, SAME_BITS
+from evaluation.compared.kinds import QUANTIZED, SAME_BITS, ComparedFile
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf_file import is_gguf, read_gguf
 from transformers_patches.weights.source import WeightSource
 
-_CALLBACKS: list = []  # llama.cpp keeps pointers to them
 _KINDS = {number: kind for kind, number in QUANTIZED.items()}
-
-
-@dataclass(frozen=True)
-class ComparedFile:
-    """A file that llama.cpp reads."""
-
-    path: Path
-    kind: str  # a float type as PyTorch names it, or a key of QUANTIZED
-    note: str  # where its weights come from
-    token_bytes: int  # what one token reads of it: all but the embedding table, unless that is the lm_head, too
-
-    @property
-    def label(self) -> str:
-        return f"llama.cpp {self.kind}"
 
 
 class ComparedFiles:
@@ -114,6 +98,8 @@ def quantize(base: Path, path: Path, kind: str) -> None:
     """Write `base` in another type with llama.cpp's quantiser. Raises PartInferError if it fails."""
     import llama_cpp
 
+    from evaluation.compared.library import silence
+
     silence()
     llama_cpp.llama_backend_init()
     options = llama_cpp.llama_model_quantize_default_params()
@@ -121,15 +107,6 @@ def quantize(base: Path, path: Path, kind: str) -> None:
     if llama_cpp.llama_model_quantize(str(base).encode(), str(path).encode(), ctypes.byref(options)):
         path.unlink(missing_ok=True)
         raise PartInferError(f"llama.cpp can't write {base.name} as {kind}: leave it out of --compare")
-
-
-def silence() -> None:
-    """Keep llama.cpp from printing."""
-    import llama_cpp
-
-    if not _CALLBACKS:
-        _CALLBACKS.append(llama_cpp.llama_log_callback(lambda level, text, user_data: None))
-    llama_cpp.llama_log_set(_CALLBACKS[0], ctypes.c_void_p(0))
 
 
 def _described(path: Path, kind: str, note: str) -> ComparedFile:

@@ -1,6 +1,12 @@
-"""The types of llama.cpp's weights that --compare takes. No heavy imports: flags are checked with it."""
+"""The types of llama.cpp's weights that --compare takes.
+
+No heavy imports: flags are checked with it, and what a process of llama.cpp imports counts as its memory.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
 
 from transformers_patches.errors import PartInferError
 
@@ -24,6 +30,20 @@ HELP = (
     f"{PROGRAM} with the model's own type of weights, or with those of its quantiser, such as "
     f"{PROGRAM}:q4_k_m,iq4_xs,q4_0 ({', '.join(QUANTIZED)})"
 )
+
+
+@dataclass(frozen=True)
+class ComparedFile:
+    """A file that llama.cpp reads."""
+
+    path: Path
+    kind: str  # a float type as PyTorch names it, or a key of QUANTIZED
+    note: str  # where its weights come from
+    token_bytes: int  # what one token reads of it: all but the embedding table, unless that is the lm_head, too
+
+    @property
+    def label(self) -> str:
+        return f"llama.cpp {self.kind}"
 
 
 def parse_compared(text: str) -> list[str | None]:

@@ -9,7 +9,7 @@ import llama_cpp
 import numpy as np
 import torch
 
-from evaluation.compared.files import silence
+from evaluation.compared.library import silence
 from evaluation.windows import Example
 from transformers_patches.errors import PartInferError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from evaluation.compared.files import ComparedFile
+from evaluation.compared.kinds import ComparedFile
 from evaluation.methods import Configuration
 
 

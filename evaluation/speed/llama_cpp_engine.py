@@ -8,7 +8,7 @@ import time
 import llama_cpp
 import numpy as np
 
-from evaluation.compared.files import silence
+from evaluation.compared.library import silence
 from evaluation.speed.job import Job, Timing
 from transformers_patches.errors import PartInferError
 

@@ -85,6 +85,6 @@ def _engine(job: Job) -> Engine:
 def _do(engine: Engine, command: str, arguments: list):
     if command == "run":
         return engine.run(*arguments)
-    from transformers_patches.generation.runner import peak_memory_bytes
+    from transformers_patches.cli import peak_memory_bytes
 
     return {"load_s": engine.load_s, "peak_memory_bytes": peak_memory_bytes(), **engine.facts(*arguments)}

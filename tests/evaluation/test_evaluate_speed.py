@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from evaluation.compared.files import ComparedFile
 from evaluation.compared.gguf_model import write_gguf
+from evaluation.compared.kinds import ComparedFile
 from evaluation.evaluate_speed import main
 from evaluation.methods import Configuration
 from evaluation.speed.engines import BEST, DEFAULT, PartInferEngine, TransformersEngine

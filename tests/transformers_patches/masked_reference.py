@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-DOWN_PROJECTION = r"(?:mlp\.down_proj|fc2)"
+DOWN_PROJECTION = re.compile(r"layers\.(\d+)\.(?:mlp\.down_proj|fc2)$")
 
 
 def naive_count(fraction: float, size: int) -> int:
@@ -66,8 +66,8 @@ class MaskedReference:
     [B, T, N], the activations of each pass since `seen` was emptied, before masking.
     """
 
-    def __init__(self, folder: Path, down: str = DOWN_PROJECTION, with_experts: int = 0) -> None:
-        """down: a pattern of the output projections' names in their layers.
+    def __init__(self, folder: Path, down: re.Pattern = DOWN_PROJECTION, with_experts: int = 0) -> None:
+        """down: of the output projections' names, with the layer's number as a group.
         with_experts: how many layers have a mixture of experts instead.
         """
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -76,7 +76,7 @@ class MaskedReference:
         self._batch = 1
         layers = 0
         for name, module in self.model.named_modules():
-            if match := re.search(rf"layers\.(\d+)\.{down}$", name):
+            if match := down.search(name):
                 self._width = module.in_features
                 module.register_forward_pre_hook(self._hook(int(match[1])))
                 layers += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from profiler.collect import Collector
+from profiler.layerwise import FFNWeights, LayerwiseModel, make_batches
 from tests.conftest import random_neuron_file
 from tests.model_table import LAYERS, MODELS, SIZE, tiny_model
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod
@@ -27,6 +29,7 @@ from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.load.paths import EXPERTS, FFN, LINEAR, layer_paths
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear
+from transformers_patches.plan.neuron_files import settings_for, why_dense
 from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.experts import Experts
 
@@ -105,7 +108,8 @@ def test_sparse_is_masked_dense_and_native_is_torch(made, model_type):
     layers = [layer for layer in range(LAYERS) if layer not in table.whole]
     formula = NaiveMethod("partinfer", True, BASE.ranking.tolist(), OTHER.ranking.tolist(), layers)
     with_experts = len(table.whole) if "moe" in model_type else 0
-    reference = MaskedReference(one.folder, table.down.replace(".", r"\."), with_experts)
+    down = re.compile(rf"layers\.(\d+)\.{re.escape(table.down)}$")
+    reference = MaskedReference(one.folder, down, with_experts)
     expected = run_reference(reference, formula, PASSES)
     assert differences(run(one.load(method="partinfer", **ORIGINAL).model, PASSES), expected, PASSES) < 1e-4
     if not kernels.available():
@@ -190,6 +194,50 @@ def test_a_pack_is_the_model(made, tmp_path, model_type, dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "granitemoe"])
+def test_a_pack_has_experts(made, tmp_path, model_type, dtype):
+    one = made(model_type)
+    settings = {"method": "partinfer", "dtype": dtype, "selection": "up", "compensation": "none", "sparsity": 0.7}
+    loaded = one.load(**settings, loaded_neurons_percent=1.0)
+    options = PartInferConfig(
+        **settings, loaded_neurons_percent=1.0, start_num=0, end_num=LAYERS - 1, device="cpu", kernels="torch"
+    )
+    write_pack(one.folder, tmp_path / "pack", options)
+    packed = load_model(tmp_path / "pack", options)
+    assert packed.plan.experts == loaded.plan.experts
+    for a, b in zip(run(packed.model, ONE), run(loaded.model, ONE), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "granite", "qwen3_5_text", "cohere2", "glm4_moe"])
+@torch.no_grad()
+def test_layers_run_one_by_one(made, model_type):
+    model = made(model_type).model
+    layerwise = LayerwiseModel(model)
+    (batch,) = make_batches([[5, 6, 7, 8, 9]], [2], 1)
+    hidden = layerwise.inputs(batch)
+    for layer in range(LAYERS):
+        hidden = layerwise.run(layer, hidden)
+    expected = torch.log_softmax(model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:], dim=-1)
+    torch.testing.assert_close(layerwise.log_probabilities(batch, hidden), expected, rtol=1e-4, atol=1e-4)
+    weights, down = FFNWeights.of(model, 1), model.get_submodule(f"model.layers.1.{MODELS[model_type].down}")
+    x, seen = torch.randn(3, model.config.hidden_size), []
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    ffn = model.get_submodule(f"model.layers.1.{MODELS[model_type].down.rpartition('.')[0]}")
+    expected = ffn(x)
+    handle.remove()
+    h, _, _ = weights.activations(x)
+    torch.testing.assert_close(h, seen[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights.output(h), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "gemma3n_text"])
+def test_what_cannot_be_run_layer_by_layer_is_refused(made, model_type):
+    with pytest.raises(PartInferError, match=f"the layers of {model_type} can't be run one by one"):
+        LayerwiseModel(made(model_type).model)
+
+
 @pytest.mark.parametrize("model_type", ["phi3", "apertus", "gpt_neox", "qwen3_5_text", "gemma3n_text"])
 def test_it_is_profiled(made, model_type):
     one, layer = made(model_type), LAYERS - 1
@@ -202,6 +250,17 @@ def test_it_is_profiled(made, model_type):
     collector.statistics.commit(3)
     means = collector.statistics.means()["mean_abs"][layer]
     torch.testing.assert_close(means.float(), seen[0][0].abs().mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3_moe", "bitnet", "gpt_oss"])
+def test_the_default_runs_everything(made, model_type):
+    one = made(model_type)
+    settings = settings_for(one.folder, {"device": "cpu", "dtype": "float32"}, "QA")
+    dense = model_type in ("bitnet", "gpt_oss")
+    assert (settings.method, why_dense(one.folder) is not None) == ("dense" if dense else "partinfer", dense)
+    loaded = load_model(one.folder, settings)
+    assert len(loaded.plan.layers) + len(loaded.plan.experts) == (0 if dense else LAYERS)
+    assert all(part.isfinite().all() for part in run(loaded.model, ONE))
 
 
 @pytest.mark.parametrize("model_type", [name for name, model in MODELS.items() if not model.sparse])

@@ -52,6 +52,8 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
 def _check_powers(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse powers, which no conversation needs: 9 ** 9 ** 9 is a single step that nothing can interrupt."""
     template = tokenizer.get_chat_template()
+    if not isinstance(template, str):
+        raise _error(f"is no text, but {str(template)[:40]!r}")
     environment = _compile_jinja_template("").environment  # compiling this template would compute its constants
     if "**" in template and environment.parse(template).find(nodes.Pow):
         raise _error("computes a power (**), which could take for ever")

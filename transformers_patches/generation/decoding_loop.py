@@ -51,7 +51,7 @@ def one_sequence_loop(
     fits = (
         batch == 1
         and step is not None
-        and set(options) <= {"stopping_criteria"}
+        and set(options) <= {"stopping_criteria", "logits_processor"}
         and _only_samples(_with_defaults(config, model.generation_config))
         and not model._forward_hooks
         and state.is_only_watcher(model)

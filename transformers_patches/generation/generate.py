@@ -24,10 +24,14 @@ from transformers.generation.streamers import BaseStreamer
 from transformers_patches.errors import PartInferError
 from transformers_patches.fast_pass.kv_cache import GrowingLayer
 from transformers_patches.fast_pass.one_token import new_cache
+from transformers_patches.generation.blocks import prefill_blocks
 from transformers_patches.generation.decoding_loop import FiniteLogits, one_sequence_loop
 from transformers_patches.generation.text import AnswerText, Sink
+from transformers_patches.generation.token_logprobs import TokenLogprobs
 from transformers_patches.load.loaded_model import LoadedModel
 from transformers_patches.token_ids import check_token_ids
+
+LOWEST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class GenerationOptions:
             )
         if not math.isfinite(self.temperature):
             raise PartInferError(f"temperature must be a number, got {self.temperature}")
+        if self.temperature < LOWEST_TEMPERATURE:  # logits divided by it would overflow
+            raise PartInferError(
+                f"temperature must be at least {LOWEST_TEMPERATURE}, got {self.temperature}: greedy is --sampling-method greedy"
+            )
         if not 0 < self.top_p <= 1:
             raise PartInferError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
@@ -94,6 +102,7 @@ class Conversation:
 
     cache: Cache | None = None  # None before the first turn
     token_ids: list[int] = field(default_factory=list)  # the tokens in the cache
+    reused: int = 0  # tokens of the last prompt that were in the cache already
 
     def prepare(self, prompt: list[int], model: PreTrainedModel) -> Cache:
         """A cache that holds a true prefix of the prompt, at least one token less than it."""
@@ -109,11 +118,14 @@ class Conversation:
                 self.cache.crop(common - len(self.token_ids))
         if self.cache is None or not common:
             self.cache = new_cache(model)
-        self.token_ids = prompt[:common]
+        self.token_ids, self.reused = prompt[:common], common
         return self.cache
 
+    def reached(self, length: int) -> None:
+        """The cache holds the prompt's first `length` tokens."""
+
     def forget(self) -> None:
-        self.cache, self.token_ids = None, []
+        self.cache, self.token_ids, self.reused = None, [], 0
 
 
 def _can_be_cut(layer: CacheLayerMixin) -> bool:
@@ -129,12 +141,14 @@ def generate(
     sink: Sink | None = None,
     conversation: Conversation | None = None,
     stopped: Callable[[], bool] | None = None,
+    logprobs: TokenLogprobs | None = None,
 ) -> GenerationResult:
     """Generate an answer to one prompt.
 
     prompt_ids: token ids of the whole prompt; in a conversation, of the whole history and the new turn.
     sink: called with each piece of text as soon as it is certain.
     stopped: called after each token; True ends the answer.
+    logprobs: records the tokens' log-probabilities; a screened lm_head then computes more of its logits.
 
     Ctrl-C ends the generation and keeps the text; the next prompt starts from a clean state, as it does after an error.
     An answer ends (`length`) where the model's context does. Raises PartInferError for an empty prompt, for one that
@@ -142,9 +156,10 @@ def generate(
     """
     _check_length(loaded, prompt_ids)
     check_token_ids(prompt_ids, loaded.model.config.vocab_size)
+    started = time.perf_counter()
     conversation = conversation or Conversation()
     cache = conversation.prepare(prompt_ids, loaded.model)
-    cached = len(conversation.token_ids)
+    cached = conversation.reused
     config = options.generation_config(loaded.model.generation_config)
     limit = _context(loaded)
     if limit is not None:
@@ -153,11 +168,11 @@ def generate(
         config.pad_token_id = _first_id(config.eos_token_id) or tokenizer.eos_token_id or 0
     recorder = _Recorder(AnswerText(tokenizer, options.stop + loaded.stop_strings, sink))
     ids = torch.tensor([prompt_ids], device=loaded.device)
+    ending = _Stopped(stopped)
     interrupted, done = False, False
-    started = time.perf_counter()
     try:
-        criteria = [recorder, _Stopped(stopped)] if stopped else [recorder]
-        generate_ids(loaded, ids, config, None, cache, stopping_criteria=StoppingCriteriaList(criteria))
+        watchers = _watchers(recorder, ending, logprobs)
+        generate_ids(loaded, ids, config, None, cache, conversation.reached, **watchers)
         loaded.check_weights()
         done = True
     except KeyboardInterrupt:
@@ -176,8 +191,16 @@ def generate(
         prefilled_tokens=len(prompt_ids) - cached,
         time_to_first_token_s=recorder.times[0] - started if recorder.times else None,
         decode_tokens_per_second=recorder.decode_speed(),
-        finish_reason=_finish_reason(interrupted or (stopped is not None and stopped()), recorder, config),
+        finish_reason=_finish_reason(interrupted or ending.said, recorder, config),
     )
+
+
+def _watchers(recorder: _Recorder, ending: _Stopped, logprobs: TokenLogprobs | None) -> dict:
+    """Arguments of transformers' generate(): what is called at every token."""
+    if logprobs is None:
+        return {"stopping_criteria": StoppingCriteriaList([recorder, ending])}
+    criteria = StoppingCriteriaList([recorder, logprobs, ending])
+    return {"stopping_criteria": criteria, "logits_processor": LogitsProcessorList([logprobs.processor])}
 
 
 def generate_ids(
@@ -186,11 +209,13 @@ def generate_ids(
     config: GenerationConfig,
     streamer: BaseStreamer | None,
     cache: Cache | None = None,
+    reached: Callable[[int], None] | None = None,
     **options,
 ) -> torch.Tensor:
     """transformers' generation, as every answer runs it: from prompts [B, T] without padding to ids [B, T + new].
 
     cache: holds a prefix of the prompts.
+    reached: called with the length of the cache after each block of the prompts.
     options: further arguments of transformers' generate().
     """
     loop = one_sequence_loop(loaded.model, loaded.state, config, streamer, len(ids), options)
@@ -199,11 +224,13 @@ def generate_ids(
             **options,
             "logits_processor": LogitsProcessorList([*options.get("logits_processor", ()), FiniteLogits()]),
         }
+    cache = new_cache(loaded.model) if cache is None else cache
     with loaded.state.expect_prompt(ids.shape[1]), torch.inference_mode():
+        prefill_blocks(loaded.model, ids, cache, reached)
         return loaded.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=new_cache(loaded.model) if cache is None else cache,
+            past_key_values=cache,
             generation_config=config,
             streamer=streamer,
             custom_generate=loop,
@@ -239,11 +266,12 @@ def _first_id(ids: int | list[int] | None) -> int | None:
 class _Stopped(StoppingCriteria):
     """Ends a generation when a function says so."""
 
-    def __init__(self, stopped: Callable[[], bool]) -> None:
-        self.stopped = stopped
+    def __init__(self, stopped: Callable[[], bool] | None) -> None:
+        self.stopped, self.said = stopped, False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **_options) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
+        self.said = self.stopped is not None and self.stopped()
+        return torch.full((len(input_ids),), self.said, device=input_ids.device)
 
 
 class _Recorder(StoppingCriteria):

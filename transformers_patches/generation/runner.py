@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 import transformers
 
 from transformers_patches import cli
+from transformers_patches.cli import peak_memory_bytes
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.flags import STANDARD_OUTPUT
@@ -32,11 +32,14 @@ from transformers_patches.load.paths import in_words, layer_paths
 from transformers_patches.plan.max_loss import DEFAULT_MAX_LOSS, SPOILS
 from transformers_patches.weights.model_files import load_tokenizer
 
+DEFAULT_LENGTH = 128  # tokens of an answer at most
+
 
 def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
     """The options in parsed arguments; PartInferError if they are out of range."""
+    length = arguments.num_tokens_to_generate
     return GenerationOptions(
-        max_new_tokens=arguments.num_tokens_to_generate,
+        max_new_tokens=DEFAULT_LENGTH if length is None else length,
         sampling=arguments.sampling_method,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
@@ -316,12 +319,3 @@ def _decoded(content: str | bytes) -> str:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    try:  # Linux: getrusage would also count the memory of the program that started this one
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -86,6 +86,12 @@ def _selection(run: ResolvedRun, rows: NeuronRows, layer: int, prior: Prior) -> 
     )
 
 
+def selection_for(run: ResolvedRun, layer: int, rows: NeuronRows, known: Prior) -> Selection:
+    """What another run chooses a layer's neurons by, over rows that are loaded already. known: the rows' prior."""
+    plan = run.plan.layers[layer]
+    return _selection(run, rows, plan, _prior(run, layer, plan).with_norms_of(known))
+
+
 def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source]:
     """Where the parameters of a layer's SparseFFN come from, by their names in it."""
     family, neurons = run.family, run.plan.layers[layer].neurons

@@ -90,16 +90,22 @@ class LoadedModel:
         An input embedding that is not also the lm_head is left out, since a token reads one row of it. A screened
         lm_head counts with what decoded tokens read of it on average.
         """
-        total = self.report.bytes_resident
-        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
-        if embedding is not head.weight:
-            total -= embedding.nbytes
-        total -= self._unread_expert_bytes() + round(sum(ffn.unread_bytes() for ffn in self._cut_ffns()))
+        head = self.model.get_output_embeddings()
         skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in self.state.layers)
         skipped += sum(part.weight_bytes * (1 - part.read_share) for part in self._by_input())
         if isinstance(head, ScreenedHead):
             skipped += head.unread_bytes()
-        return round(total - skipped)
+        skipped += sum(ffn.unread_bytes() for ffn in self._cut_ffns())
+        return round(self._whole_bytes() - self._unread_expert_bytes() - skipped)
+
+    def whole_token_bytes(self) -> int:
+        """Bytes of weights that a token reads if nothing is left out that is loaded, and no logit is screened."""
+        return self._whole_bytes() - self.unchosen_expert_bytes()
+
+    def _whole_bytes(self) -> int:
+        """Bytes of all weights but those of an input embedding of its own."""
+        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
+        return self.report.bytes_resident - (0 if embedding is head.weight else embedding.nbytes)
 
     def _unread_expert_bytes(self) -> int:
         """Bytes of experts that a token does not read: those of others than its router chooses, and neurons left out."""

@@ -231,7 +231,7 @@ def _fill(
     run = loaded.run
     _save_neurons(folder / NEURONS, files, run)
     _copy_rest(source, folder)
-    layers = list(run.plan.layers)
+    layers = sorted({*run.plan.layers, *run.plan.experts})
     made = {name: getattr(run.settings, name) for name in (*FIXED, *KEPT)}
     description = {
         "format": FORMAT,

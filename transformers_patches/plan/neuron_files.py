@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from transformers_patches.config import DECIDED, PartInferConfig, check_given, chooses_nothing
+from transformers_patches.families import family_of
 from transformers_patches.neurons.lookup import NoNeuronFiles, find_neuron_files
 from transformers_patches.neurons.neuron_file import has_loss_curve
 from transformers_patches.plan.max_loss import (
@@ -37,16 +38,26 @@ def default_settings(settings: PartInferConfig, path: str | Path, task_type: str
     """What is loaded and computed where that is left to the program.
 
     A bound on the loss where the neuron file has a curve, the documented fractions where it has none. Without neuron
-    files everything is loaded, and tokens choose by weights and prompt. A pack keeps what it was made with.
+    files everything is loaded, and tokens choose by weights and prompt. A pack keeps what it was made with. What can't be
+    computed by neurons is computed dense.
     """
     if is_pack(path):
         return settings
+    if why_dense(path):
+        return replace(settings, method="dense", use_partial_loading=False)
     try:
         found = with_neuron_files(settings, path, task_type)
     except NoNeuronFiles:
         return everything_loaded(settings, read_config(path).num_hidden_layers, UNMEASURED)
     ranks = found.dataset_neurons_filepath or found.model_neurons_filepath
     return replace(found, max_loss=DEFAULT_MAX_LOSS) if ranks and has_loss_curve(ranks) else found
+
+
+def why_dense(path: str | Path) -> str | None:
+    """Why no layer of a model can be computed by neurons; None if some can, or neurons inside of experts."""
+    family = family_of(read_config(path))
+    none = family.found is not None and family.found.layout is None and family.experts is None
+    return family.whole_layers[0] if none else None
 
 
 def _pack_defaults(path: str | Path, given: dict) -> dict:

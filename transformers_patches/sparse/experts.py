@@ -7,6 +7,8 @@ fewer than LEAST_TOKENS of a prompt's tokens is computed whole.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
@@ -46,6 +48,15 @@ class Experts(nn.Module):
         """Forget the request."""
         self._sizes: dict[tuple[int, int], TypicalSize] = {}  # by expert and sequence
         self._choices: dict[tuple[int, int], kernels.ActiveNeurons] = {}
+
+    def collected(self) -> dict[tuple[int, int], TypicalSize]:
+        """What the prompt has told so far."""
+        return {place: copy.copy(size) for place, size in self._sizes.items()}
+
+    def resume(self, collected: dict[tuple[int, int], TypicalSize]) -> None:
+        """Go on from what another prompt with the same first tokens had told."""
+        self.reset()
+        self._sizes = {place: copy.copy(size) for place, size in collected.items()}
 
     def reset_counters(self) -> None:
         self.counters = Counters()

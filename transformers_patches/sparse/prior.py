@@ -63,6 +63,11 @@ class Prior:
         changed.gate_size, changed.threshold = gate_size, threshold if threshold and threshold > 0 else None
         return changed
 
+    def with_norms_of(self, other: Prior) -> Prior:
+        """The same, with ||W_down|| taken from a prior of the same neurons, where that has computed it."""
+        self._down_norm = other._down_norm
+        return self
+
     def down_norm(self, down: Weight) -> torch.Tensor:
         """||W_down[:, i]||_2 of the rows `down` [L, H]: float32 [L], computed once."""
         if self._down_norm is None:

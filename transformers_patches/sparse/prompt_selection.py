@@ -16,6 +16,8 @@ from transformers_patches.sparse.selection import Decoded, Selection, SequenceAc
 class PromptSelection(Selection):
     """Decodes with neurons chosen once per prompt, B sequences each with its own."""
 
+    COLLECTED = ("evidence", "means")
+
     def __init__(
         self,
         rows: NeuronRows,

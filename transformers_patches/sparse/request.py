@@ -51,12 +51,28 @@ class RequestLayer(Protocol):
     def reset_counters(self) -> None:
         """Count from 0 again."""
 
+    @property
+    def observes(self) -> bool:
+        """Whether prompts decide what decoding computes."""
+
+    def collected(self) -> dict[str, object]:
+        """What the prompt has told so far."""
+
+    def resume(self, collected: dict[str, object]) -> None:
+        """Go on from what another prompt with the same first tokens had told."""
+
 
 class RequestExperts(Protocol):
     """The same of a sparse mixture of experts."""
 
     counters: Counters
     neurons: int  # that a token computes if nothing is left out
+
+    def collected(self) -> dict[object, object]:
+        """What the prompt has told so far."""
+
+    def resume(self, collected: dict[object, object]) -> None:
+        """Go on from what another prompt with the same first tokens had told."""
 
     def reset(self) -> None:
         """Forget the request."""
@@ -106,6 +122,22 @@ class RequestState:
         self.phase, self.token_mask = PREFILL, None
         for layer in (*self.layers, *self.experts):
             layer.reset()
+
+    @property
+    def observes(self) -> bool:
+        """Whether prompts decide what any layer computes in decoding."""
+        return bool(self.experts) or any(layer.observes for layer in self.layers)
+
+    def collected(self) -> list[dict[str, object]]:
+        """What the prompt has told each layer so far, for `resume`."""
+        return [layer.collected() for layer in (*self.layers, *self.experts)]
+
+    def resume(self, collected: list[dict[str, object]] | None) -> None:
+        """Go on, over a cache that holds the first tokens of a prompt, from what they told; None if they tell nothing."""
+        self.reset()
+        self.batch = 1
+        for layer, parts in zip((*self.layers, *self.experts), collected or (), strict=collected is not None):
+            layer.resume(parts)
 
     @contextmanager
     def expect_prompt(self, length: int) -> Iterator[None]:

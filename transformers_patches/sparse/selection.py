@@ -5,6 +5,7 @@ prompt_selection.py chooses once per prompt, token_selection.py for every token.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,8 +53,20 @@ class Selection(ABC):
     """Chooses neurons for the sequences of a request, and decodes with them.
 
     For each request: `begin`, then `observe` for every sequence and `choose` after each pass over prompt tokens, then
-    `decode`.
+    `decode`. Observing replaces tensors and changes none in place, so that `collected` can be kept and taken up again.
     """
+
+    COLLECTED: tuple[str, ...] = ()  # names of what `begin` makes and `observe` fills
+
+    def collected(self) -> dict[str, object]:
+        """What the prompt has told so far, for `resume`."""
+        return {name: _copied(getattr(self, name)) for name in self.COLLECTED}
+
+    def resume(self, collected: dict[str, object]) -> None:
+        """Go on from what another prompt had told, of which this one has the same first tokens."""
+        self.reset()
+        for name, value in collected.items():
+            setattr(self, name, _copied(value))
 
     @property
     @abstractmethod
@@ -97,3 +110,8 @@ class Selection(ABC):
     @abstractmethod
     def rows_read(self, computed: int) -> int:
         """Rows of weights that a token reads if it computes so many neurons."""
+
+
+def _copied(parts: object) -> object:
+    """A list's objects as shallow copies; anything else as it is."""
+    return [copy.copy(part) for part in parts] if isinstance(parts, list) else parts

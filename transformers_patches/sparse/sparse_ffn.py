@@ -50,6 +50,26 @@ class SparseFFN(nn.Module):
     def reset_counters(self) -> None:
         self.counters = Counters()
 
+    @property
+    def observes(self) -> bool:
+        """Whether prompts decide what decoding computes."""
+        return self.selection.observes
+
+    def collected(self) -> dict[str, object]:
+        """What the prompt has told so far."""
+        return self.selection.collected()
+
+    def resume(self, collected: dict[str, object]) -> None:
+        """Go on from what another prompt with the same first tokens had told."""
+        self.choice = object()
+        self.selection.resume(collected)
+
+    def select_by(self, selection: Selection) -> None:
+        """Choose neurons in another way from now on. selection: over the same rows."""
+        self.selection.reset()
+        self.selection = selection
+        self.reset()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape = x.shape
         x = x.reshape(self.state.batch, self.state.tokens, shape[-1])

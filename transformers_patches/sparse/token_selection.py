@@ -105,6 +105,7 @@ class TokenSelection(Selection):
     """
 
     observes = True
+    COLLECTED = ("sizes", "evidence", "samples", "_norms")
 
     def __init__(self, rows: NeuronRows, plan: LayerPlan, prior: Prior, by: str, *, average: bool = False) -> None:
         self.rows, self.plan, self.prior = rows, plan, prior

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -66,18 +67,15 @@ class UnknownStructure(Exception):
 
 def find_structure(config: PretrainedConfig) -> ModelStructure:
     """The structure of the model that transformers builds from a config; UnknownStructure says what is in the way."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever the values lead to
-        raise cant_be_built(config, error) from None
+    model = _empty_model(config)
+    hidden_size = getattr(config, "hidden_size", 0)
     decoder, layers_name, layers = _decoder_of(model)
-    found = [_ffn_of(layer, config.hidden_size) for layer in layers]
+    found = [_ffn_of(layer, hidden_size) for layer in layers]
     kinds = Counter(one for one in found if not isinstance(one, str) and not one[1].cut)
     place, layout = kinds.most_common(1)[0][0] if kinds else ("", None)
     whole = {number: _why_whole(one, layout) for number, one in enumerate(found) if one != (place, layout)}
     attention, inputs, output = _attention_of(layers)
-    experts, experts_layout = _experts_of(layers, config.hidden_size)
+    experts, experts_layout = _experts_of(layers, hidden_size)
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     return ModelStructure(
         decoder=_path(model, decoder),
@@ -89,7 +87,7 @@ def find_structure(config: PretrainedConfig) -> ModelStructure:
         attention=attention,
         attention_inputs=inputs,
         attention_output=output,
-        norm=_norm_of(layers[0], config.hidden_size),
+        norm=_norm_of(layers[0], hidden_size),
         renamings=[one for one in conversions if isinstance(one, WeightRenaming)],
         stacked=_stacked(conversions),
         experts=experts,
@@ -97,6 +95,18 @@ def find_structure(config: PretrainedConfig) -> ModelStructure:
         experts_layout=experts_layout,
         cuts={number: one for number, one in enumerate(found) if not isinstance(one, str) and one[1].cut},
     )
+
+
+def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # some models compute with their buffers when they are built
+        try:
+            with init_empty_weights(include_buffers=False):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # whatever the values lead to
+            raise cant_be_built(config, error) from None
 
 
 def cant_be_built(config: PretrainedConfig, error: Exception) -> PartInferError:

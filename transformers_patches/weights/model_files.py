@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 from transformers_patches.weights.config_file import check_config, one_line, read_config_file
+from transformers_patches.weights.file_kinds import what_it_is
 from transformers_patches.weights.gguf import GGUFCheckpoint
 from transformers_patches.weights.gguf_config import gguf_config
 from transformers_patches.weights.gguf_file import is_gguf
@@ -28,24 +29,29 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise PartInferError(f"no model at {folder} (config.json is missing): fetch one with python download.py")
     path = folder / "config.json"
-    read_config_file(folder)
+    content = read_config_file(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # values of wrong types, or an architecture that transformers does not know either
         _refuse_own_code(folder, "config.json", error)
         raise PartInferError(f"{path} can't be used: {one_line(error)}; fetch the model again") from None
-    config = _of_text(config)
+    config = _of_text(config, content)
     if config.dtype is None and not is_pack(folder):
         config.dtype = _stored_type(folder)
     family_of(config)  # an unknown architecture is the first thing to say
     return check_config(config, path)
 
 
-def _of_text(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the language model in one that also sees or hears."""
+def _of_text(config: PretrainedConfig, content: dict) -> PretrainedConfig:
+    """The config of the language model in one that also sees or hears. content: of config.json."""
     text = config.get_text_config()
-    if text is not config and text.dtype is None:
+    if text is config:
+        return config
+    if text.dtype is None:
         text.dtype = config.dtype
+    own = content.get("text_config")
+    if "tie_word_embeddings" in content and "tie_word_embeddings" not in (own if isinstance(own, dict) else {}):
+        text.tie_word_embeddings = content["tie_word_embeddings"]
     return text
 
 
@@ -62,6 +68,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     path = Path(path)
     if is_gguf(path):
         return gguf_tokenizer(path)
+    described = read_config_file(path) if (path / "config.json").is_file() else {}  # which transformers reads as well
+    for file in (path / "tokenizer.json", path / "tokenizer_config.json"):
+        if (what := what_it_is(file)) is not None:
+            raise PartInferError(f"{file} is {what}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         tokenizer.decode(tokenizer("a \u0fff\ue000").input_ids)  # the only way to notice some settings of wrong types
@@ -70,8 +80,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except BaseException as error:  # tokenizers panics on some damaged files, and that is not an Exception
         _refuse_own_code(path, "tokenizer_config.json", error)
         raise PartInferError(f"{path} has no usable tokenizer: {one_line(error)}") from None
-    if (path / "config.json").is_file():
-        most = read_config_file(path).get("vocab_size")
+    if described:
+        most = described.get("vocab_size")
         size = tokenizer.vocab_size
         if not isinstance(size, int):
             raise PartInferError(f"{path} has no usable tokenizer: its vocab_size is no number")

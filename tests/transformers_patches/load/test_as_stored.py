@@ -300,3 +300,21 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_refused(changed):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(PartInferError, match="model.safetensors was changed while it was in use"):
         weights.read_into(name, out)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b"[]", "config.json can't be read: expected an object, got list"),
+        ("config.json", "{}".encode("utf-16"), "config.json can't be read: 'utf-8' codec"),
+        ("config.json", b"\xef\xbb\xbf{}", "config.json can't be read: Unexpected UTF-8 BOM"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1", "tokenizer.json is a pointer of Git LFS"),
+        ("tokenizer_config.json", b"<!DOCTYPE html>", "tokenizer_config.json is a web page"),
+    ],
+)
+def test_errors_of_a_tokenizer_name_the_file_that_is_wrong(file, content, message, changed):
+    folder = changed("llama")
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / file).write_bytes(content)
+    with pytest.raises(PartInferError, match=message):
+        load_tokenizer(folder)

@@ -266,7 +266,7 @@ def test_a_neuron_file_of_another_model_names_both_sides(tiny_checkpoints, side)
         ('{"model_type": "llama"', "config.json"),
         ('{"hidden_size": 8}', "config.json"),
         ('{"model_type": "no-such-model"}', "no-such-model"),
-        ('{"model_type": "gpt2"}', "unknown architecture 'gpt2'; known are gemma, "),
+        ('{"model_type": "gpt2"}', "unknown architecture 'gpt2': it has no list of decoder layers; known are gemma, "),
     ],
 )
 def test_a_folder_that_is_no_known_model_is_an_error(tmp_path, text, message):

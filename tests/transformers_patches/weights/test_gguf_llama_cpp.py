@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from tests.transformers_patches.weights.gguf_cases import (
     byte_level_vocabulary,
     sentencepiece_vocabulary,
 )
+from tests.transformers_patches.weights.test_gguf_ties import letters, merged, spaces, written
 from transformers_patches.config import PartInferConfig
 from transformers_patches.load.loader import load_model, read_config
 from transformers_patches.weights.gguf_pre_tokenizers import PRE_TOKENIZERS
@@ -67,6 +70,19 @@ def test_sentencepiece_tokens(metadata, tmp_path):
     for text in (*TEXTS, "  two", "<s>hi <end_of_turn> there<end_of_turn>x", "", "   ", "a   b    c"):
         assert tokenizer(text).input_ids == judge.tokens(text), text
     assert set(read_config(path).eos_token_id) == judge.ends()
+
+
+def test_equal_scores(tmp_path):
+    """The scores of Llama's own runs of spaces; and the judge of the other tests of equal scores is right."""
+    scores = {"ab": -1, "▁a": -2, "▁ab": -3, "ba": -4, "bc": -4, "abc": -9} | spaces(16) | letters("▁abc")
+    path = written(tmp_path / "tiny.gguf", scores)
+    judge, tokenizer = LlamaCppModel(path), load_tokenizer(path)
+    source = random.Random(0)
+    for length in (*range(1, 40), *[30] * 60):
+        for text in (" " * length, "".join(source.choices("  abc", k=length))):
+            found = tokenizer(text).input_ids
+            assert found == judge.tokens(text), text
+            assert tokenizer.convert_ids_to_tokens(found) == merged(text.replace(" ", "▁"), scores)
 
 
 @pytest.mark.parametrize("text", ["<|eot_id|>", "<end_of_turn>", "<|fim_pad|>", "<|file_sep|>", "<|eom_id|>", "plain"])

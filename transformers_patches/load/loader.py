@@ -60,13 +60,20 @@ def load_model(
 
 
 def load_from(
-    weights: WeightSource, config: PretrainedConfig, settings: PartInferConfig, files: RunFiles, name: str
+    weights: WeightSource,
+    config: PretrainedConfig,
+    settings: PartInferConfig,
+    files: RunFiles,
+    name: str,
+    *,
+    packed: bool = False,
 ) -> LoadedModel:
-    """`load_model` for any source of weights. name: the model's, for messages."""
+    """`load_model` for any source of weights. name: the model's, for messages. packed: what is loaded becomes a pack."""
     started = time.perf_counter()
     config = as_stored(config, weights)
     _check_files(files, config, weights, name)
-    return load_run(resolve_run(settings, config, files), weights, started)
+    run = resolve_run(settings, config, files, packed=packed or isinstance(weights, Pack))
+    return load_run(run, weights, started)
 
 
 def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedModel:

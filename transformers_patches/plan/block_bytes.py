@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from transformers import PretrainedConfig
+
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.families import Family
 from transformers_patches.neurons.byte_ladder import ByteLadder, LayerChoice
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.decision import GIVEN, Decision
@@ -15,19 +18,19 @@ OFF = "off"  # the decision's value where FFNs alone are sparse
 
 
 def decide_block_bytes(
-    settings: PartInferConfig, base: NeuronFile | None, *, packed: bool
+    settings: PartInferConfig, base: NeuronFile | None, unfit: str | None
 ) -> tuple[float | None, Decision]:
     """The share of the decoder layers' weight bytes that a decoded token reads; None if the FFNs alone are sparse.
 
-    base: the neuron file whose ladder counts. packed: the weights come from a pack, which has none by input.
+    base: the neuron file whose ladder counts. unfit: why weights can't be stored by input; None if they can.
     Raises PartInferError if a share is asked for that can't be had.
     """
     if settings.block_bytes is not None:
-        return settings.block_bytes, Decision(f"{settings.block_bytes:g}", _checked(settings, base, packed=packed))
+        return settings.block_bytes, Decision(f"{settings.block_bytes:g}", _checked(settings, base, unfit))
     if settings.max_loss is None:
         return None, Decision(OFF, "no bound on the loss is given")
-    if packed:
-        return None, Decision(OFF, "packs hold no weights by input")
+    if unfit is not None:
+        return None, Decision(OFF, unfit)
     if settings.memory_limit:
         return None, Decision(OFF, "with --memory_limit only FFNs are sparse")
     if base is None or base.ladder is None:
@@ -36,12 +39,27 @@ def decide_block_bytes(
     return share, Decision(f"{share:g}", f"the fewest whose predicted loss is at most {settings.max_loss:g}")
 
 
-def _checked(settings: PartInferConfig, base: NeuronFile | None, *, packed: bool) -> str:
-    """The reason for a share that is given; PartInferError if it can't be had."""
+def why_not_by_input(config: PretrainedConfig, family: Family, group: int, *, packed: bool) -> str | None:
+    """Why the weights of a model can't be stored by input; None if they can.
+
+    group: outputs that share a scale; 1 for floats.
+    """
     if packed:
-        raise PartInferError(
-            "--block_bytes needs the checkpoint, and this is a pack: give --sparsity, or the checkpoint"
-        )
+        return "packs hold no weights by input"
+    if group == 1:
+        return None
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    if any(outputs % group for outputs in (heads * size, keys * size, family.intermediate_size(config))):
+        return f"heads and neurons don't make up groups of {group}, which quantised weights by input need"
+    return None
+
+
+def _checked(settings: PartInferConfig, base: NeuronFile | None, unfit: str | None) -> str:
+    """The reason for a share that is given; PartInferError if it can't be had."""
+    if unfit is not None:
+        raise PartInferError(f"--block_bytes can't be met, {unfit}: give --sparsity, or another --dtype or model")
     if settings.block_bytes >= 1:
         return GIVEN
     if base is None or base.ladder is None:

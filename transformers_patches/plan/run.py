@@ -13,7 +13,13 @@ from transformers_patches.kernels import FORMATS, WeightFormat
 from transformers_patches.neurons.byte_ladder import LayerChoice
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
-from transformers_patches.plan.block_bytes import decide_block_bytes, layer_choices, predicted_share, reading_blocks
+from transformers_patches.plan.block_bytes import (
+    decide_block_bytes,
+    layer_choices,
+    predicted_share,
+    reading_blocks,
+    why_not_by_input,
+)
 from transformers_patches.plan.decision import Decision
 from transformers_patches.plan.load_plan import LoadPlan, build_load_plan
 from transformers_patches.plan.machine import (
@@ -88,11 +94,14 @@ def resolve_run(
     """
     family, layers = family_of(config), config.num_hidden_layers
     base = files.base(settings)
-    share, block_bytes = decide_block_bytes(settings, base, packed=packed)
+    dtype = decide_dtype(settings, config)
+    arithmetic, weight_format = types_of(dtype.value)
+    unfit = why_not_by_input(config, family, 1 if weight_format is None else weight_format.group, packed=packed)
+    share, block_bytes = decide_block_bytes(settings, base, unfit)
     settings = within_max_loss(settings, base, layers) if share is None else reading_blocks(settings, layers, share)
     decisions, fit = resolve_by_files(settings, files, layers)
     decisions["device"] = decide_device(settings)
-    dtype = decisions["dtype"] = decide_dtype(settings, config)
+    decisions["dtype"] = dtype
     head = decisions["head_dtype"] = decide_head_dtype(settings, dtype.value)
     device = torch.device(decisions["device"].value)
     decisions["kernels"] = decide_kernels(settings, device, dtype.value)
@@ -100,7 +109,6 @@ def resolve_run(
     decisions["screen_head"] = decide_screening(settings, native=native, head_dtype=head.value)
     resolved = replace(settings, **{name: decision.value for name, decision in decisions.items()})
     decisions["block_bytes"] = block_bytes
-    arithmetic, weight_format = types_of(dtype.value)
     ladder, curve = (None, None) if base is None else (base.ladder, base.loss)
     run = ResolvedRun(
         config=config,

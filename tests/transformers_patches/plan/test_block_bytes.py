@@ -26,7 +26,7 @@ def with_ladder() -> NeuronFile:
 
 
 def resolve(neurons: NeuronFile | None, *, packed: bool = False, **given) -> ResolvedRun:
-    settings = PartInferConfig(device="cpu", dtype="float32", **given)
+    settings = PartInferConfig(**{"device": "cpu", "dtype": "float32", **given})
     return resolve_run(settings, CONFIG, RunFiles(neurons), packed=packed)
 
 
@@ -86,7 +86,7 @@ def test_settings_of_ones_own_are_as_they_were():
         (random_neuron_file(1), {"block_bytes": 0.6}, "needs a byte ladder, but .* has none: make it with"),
         (None, {"block_bytes": 0.6}, "there is no neuron file: make it with python -m profiler loss"),
         (with_ladder(), {"block_bytes": 0.3}, "--block_bytes 0.3 is less than .* give at least 0.4"),
-        (with_ladder(), {"block_bytes": 0.6, "packed": True}, "this is a pack"),
+        (with_ladder(), {"block_bytes": 0.6, "packed": True}, "packs hold no weights by input"),
     ],
 )
 def test_shares_that_cannot_be_had_are_refused_in_one_line(neurons, options, reason):
@@ -124,3 +124,12 @@ def test_neuron_files_are_looked_up_for_it(tmp_path, monkeypatch):
     assert given.dataset_neurons_filepath.endswith("qa.safetensors")
     assert (given.block_bytes, given.max_loss) == (0.6, None)
     assert settings_for(folder, {}, "QA").max_loss == 0.05
+
+
+def test_quantised_weights_by_input_need_whole_groups():
+    """80 neurons are no whole groups of 32."""
+    with pytest.raises(PartInferError, match="groups of 32, which quantised weights by input need"):
+        resolve(with_ladder(), block_bytes=0.6, dtype="int8")
+    run = resolve(with_ladder(), max_loss=0.1, dtype="int4")
+    assert run.layer_choices is None
+    assert "groups of 32" in run.decisions["block_bytes"].why

@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= smollm2-135m
 RUN = .venv/bin/python
 
-.PHONY: demo test fast lint install model clean
+.PHONY: demo test fast lint install model browser clean
 
 demo: install  ## a real model answers each prompt twice, dense and with the fewest bytes that keep its answers
 	$(RUN) download.py --model_name $(MODEL) --keep_gguf
@@ -30,6 +30,9 @@ model: install models/SmolLM2-135M-Instruct
 
 models/SmolLM2-135M-Instruct: | .venv/installed
 	$(RUN) download.py --model_name smollm2-135m --keep_gguf
+
+browser:  ## Debian's Chromium, for the tests of the chat page, which are skipped without one
+	command -v chromium || (apt-get update -q && apt-get install -y -q --no-install-recommends chromium)
 
 clean:  ## removes the environment and what was downloaded
 	rm -rf .venv models datasets results

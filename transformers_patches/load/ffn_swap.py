@@ -90,7 +90,7 @@ def _selection(run: ResolvedRun, rows: NeuronRows, layer: int, prior: Prior) -> 
 def selection_for(run: ResolvedRun, layer: int, rows: NeuronRows, known: Prior) -> Selection:
     """What another run chooses a layer's neurons by, over rows that are loaded already. known: the rows' prior."""
     plan = run.plan.layers[layer]
-    return _selection(run, rows, plan, _prior(run, layer, plan).with_norms_of(known))
+    return _selection(run, rows, layer, _prior(run, layer, plan).with_norms_of(known))
 
 
 def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source]:

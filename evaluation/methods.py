@@ -169,7 +169,7 @@ def _relevant(method: Method) -> list[str]:
 
 def _fixed_for(method: Method, fixed: dict) -> dict:
     """The settings without those that mean nothing to a method, so that baselines stay what they are."""
-    left_out = set() if _is_open(method) else {"budget", "fit_filepath", "token_count", "max_loss"}
+    left_out = set() if _is_open(method) else {"budget", "fit_filepath", "token_count", "max_loss", "block_bytes"}
     if method.compute == "dense":  # nothing to move between CPU and GPU
         left_out |= {"memory_limit"}
     return {key: value for key, value in fixed.items() if key not in left_out}

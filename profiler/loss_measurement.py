@@ -182,7 +182,7 @@ class LossMeasurement:
             ffn.selection = InTurn(ffn.rows, [selection_at(ffn, size, share, average=True) for share in WHOLE])
         thresholds = Thresholds(loaded.state.layers)
         for text in self.texts:
-            _Scored(loaded.model, ScoredText(text.prompt + text.target, text.target))
+            Scored(loaded.model, ScoredText(text.prompt + text.target, text.target))
             thresholds.observe()
         return thresholds
 
@@ -191,14 +191,14 @@ class LossMeasurement:
         nll, kl, tokens = torch.zeros(settings, dtype=torch.float64), torch.zeros(settings, dtype=torch.float64), 0
         is_first = not self._dense
         for number, text in enumerate(self.texts):
-            scored = _Scored(loaded.model, text)
+            scored = Scored(loaded.model, text)
             target = torch.tensor(text.target, device=loaded.device)
             for setting in range(settings):
                 _choose(loaded.state.layers, setting)
                 logits = scored.logits()
                 if is_first and setting == 0:
                     self._dense.append(logits.clone())
-                more_nll, divergence = _compare(logits, self._dense[number], target)
+                more_nll, divergence = difference(logits, self._dense[number], target)
                 nll[setting] += more_nll
                 kl[setting] += divergence
             tokens += len(target)
@@ -213,7 +213,7 @@ def _choose(layers: list[SparseFFN], setting: int) -> None:
             layer.selection.current = setting
 
 
-class _Scored:
+class Scored:
     """A text whose prompt is prefilled, and whose target can be scored several times over the same cache."""
 
     def __init__(self, model: PreTrainedModel, text: ScoredText) -> None:
@@ -249,7 +249,7 @@ class _Scored:
         return output.logits[0]
 
 
-def _compare(logits: torch.Tensor, dense: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
+def difference(logits: torch.Tensor, dense: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
     """Excess NLL and KL(dense || logits), sums over tokens. logits, dense: [T, V]; target: int64 [T]."""
     check_finite(logits)
     ours, theirs = logits.float().log_softmax(-1), dense.float().log_softmax(-1)

@@ -31,6 +31,8 @@ OWN_CHOICE = (
 )
 # what a bound on the loss decides, so that both can't be given
 DECIDED = ("loaded_neurons_percent", "sparsity", "selection", "token_count", "compensation", "budget")
+# what a share of the decoder layers' bytes decides, or leaves no room for
+REPLACED = ("max_loss", *(name for name in OWN_CHOICE if name not in ("method", "base_neurons_type")))
 FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_num and end_num are not given
 
 
@@ -67,6 +69,12 @@ class PartInferConfig:
         None,
         "instead of the fractions: load everything, and read the fewest bytes of all layers' FFNs whose predicted loss, in "
         "nats per token over dense, is at most this (0.05 where neither is given and the neuron file has a loss curve)",
+        type=float,
+    )
+    block_bytes: float | None = _option(
+        None,
+        "instead of the fractions: load everything, and read this share of the weight bytes of all decoder layers for a "
+        "decoded token, attention and FFN together, as the neuron file's byte ladder spreads it (what --max_loss chooses)",
         type=float,
     )
     base_neurons_percent: float | None = _option(
@@ -163,6 +171,7 @@ class PartInferConfig:
             raise PartInferError(
                 f"max_loss must be at least 0 nats, of method partinfer, got {self.max_loss} of {self.method}"
             )
+        self._check_block_bytes()
         if self.method == "partinfer":
             self.use_partial_loading = True
             self._check_order("base_neurons_percent", "sparsity")
@@ -175,6 +184,17 @@ class PartInferConfig:
             raise PartInferError("memory_limit moves active neurons to a GPU, got device cpu: leave one of them out")
         if self.memory_limit and self.method == "dense":
             raise PartInferError("memory_limit needs a sparse method (partinfer or coreinfer), got method dense")
+
+    def _check_block_bytes(self) -> None:
+        if self.block_bytes is None:
+            return
+        if not 0 < self.block_bytes <= 1 or self.method != "partinfer":
+            raise PartInferError(
+                f"block_bytes must be a share above 0 and at most 1, of method partinfer, got {self.block_bytes} of "
+                f"{self.method}"
+            )
+        if self.memory_limit:
+            raise PartInferError("memory_limit moves FFN neurons only, got block_bytes too: leave one of them out")
 
     def _check_selection(self) -> None:
         if self.memory_limit and self.selects_per_token:
@@ -206,7 +226,9 @@ class PartInferConfig:
     @property
     def needs_neuron_files(self) -> bool:
         """Whether nothing can be loaded without one."""
-        return self.use_partial_loading and (self.loaded_neurons_percent < 1 or self.max_loss is not None)
+        return self.use_partial_loading and (
+            self.loaded_neurons_percent < 1 or self.max_loss is not None or self.block_bytes is not None
+        )
 
     def resolve_layers(self, num_layers: int) -> range:
         """The sparse layers of a model with num_layers layers.
@@ -260,16 +282,19 @@ def default_layers(num_layers: int) -> range:
 
 
 def check_given(given: dict) -> None:
-    """Raise PartInferError if a bound on the loss is given together with what it decides.
+    """Raise PartInferError if a bound on the loss, or a share of bytes, is given together with what it decides.
 
     given: fields of PartInferConfig.
     """
     both = [name for name in DECIDED if name in given]
     if given.get("max_loss") is not None and both:
         raise PartInferError(f"--max_loss decides about --{both[0]}: give one of them")
+    both = [name for name in REPLACED if given.get(name) is not None]
+    if given.get("block_bytes") is not None and both:
+        raise PartInferError(f"--block_bytes decides about --{both[0]}: give one of them")
 
 
 def chooses_nothing(given: dict) -> bool:
     """Whether the fields that were given leave the setting to the program."""
     chosen = {name: value for name, value in given.items() if (name, value) != ("method", "partinfer")}
-    return not {"max_loss", *OWN_CHOICE} & chosen.keys()
+    return not {"max_loss", "block_bytes", *OWN_CHOICE} & chosen.keys()

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from profiler.arguments import add_model_arguments, add_text_arguments, text_source
-from profiler.expected_loss import add_loss_tokens, expectation, measure, texts_to_score
+from profiler.expected_loss import (
+    add_loss_tokens,
+    expectation,
+    ladder_of,
+    losses,
+    measure,
+    measure_ladder,
+    texts_to_score,
+)
 from profiler.placement import load_for_profiling
 from profiler.store import interrupts_deferred
 from transformers_patches import cli, flags
@@ -22,7 +29,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="the model's neuron file, .safetensors, which gets the curve")
+    parser.add_argument("file", type=Path, help="the model's neuron file, .safetensors, which gets curve and ladder")
     add_text_arguments(parser)
     add_model_arguments(parser)
     add_loss_tokens(parser)
@@ -47,9 +54,11 @@ def main(arguments: argparse.Namespace) -> None:
     texts = texts_to_score(arguments, source, loaded)
     if not texts:
         raise PartInferError("no text is long enough to measure losses on: two tokens of a prompt, and one to score")
+    neurons.ladder = ladder_of(arguments, loaded, texts)
     del loaded
     neurons.loss = measure(arguments, neurons, texts)
+    neurons.ladder = measure_ladder(arguments, neurons, texts)
     with interrupts_deferred():
         neurons.save(arguments.file)
-    content = {"output": str(arguments.file), "losses": [asdict(point) for point in neurons.loss.points]}
-    cli.report(arguments.json, content, expectation(neurons.loss))
+    content = {"output": str(arguments.file), **losses(neurons)}
+    cli.report(arguments.json, content, expectation(neurons.loss, neurons.ladder))

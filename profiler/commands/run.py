@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,7 +14,15 @@ from transformers.utils import logging as transformers_logging
 
 from profiler.arguments import add_model_arguments, add_output_arguments, add_text_arguments, positive, text_source
 from profiler.collect import Collector
-from profiler.expected_loss import add_loss_tokens, expectation, measure, texts_to_score
+from profiler.expected_loss import (
+    add_loss_tokens,
+    expectation,
+    ladder_of,
+    losses,
+    measure,
+    measure_ladder,
+    texts_to_score,
+)
 from profiler.loss_measurement import ScoredText
 from profiler.model_texts import own_texts, text_sequences
 from profiler.placement import ProfiledModel, load_for_profiling
@@ -97,6 +104,7 @@ def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path,
     neurons, texts = counted  # the model's memory is free by now: measuring loads it again
     if texts:
         neurons.loss = measure(arguments, neurons, texts)
+        neurons.ladder = measure_ladder(arguments, neurons, texts)
     with interrupts_deferred():
         neurons.save(output)
         ProfileCheckpoint(output).remove()
@@ -143,7 +151,10 @@ def _count(
     values = {**statistics.means(), "down_norm": down_norms(loaded.model)}
     neurons = rank(values, arguments.score, metadata, input_squares=statistics.input_squares())
     alone = processes.num_processes == 1 or source.dataset != SELF  # own texts are written by all processes together
-    return neurons, texts_to_score(arguments, source, loaded) if alone and arguments.loss_tokens else []
+    texts = texts_to_score(arguments, source, loaded) if alone and arguments.loss_tokens else []
+    if texts:
+        neurons.ladder = ladder_of(arguments, loaded, texts)
+    return neurons, texts
 
 
 def _shares_gpus(arguments: argparse.Namespace, processes: PartialState) -> bool:
@@ -206,6 +217,6 @@ def _report(arguments: argparse.Namespace, neurons: NeuronFile, output: Path) ->
     )
     content = {"output": os.fspath(output), **data}
     if neurons.loss is not None:
-        content["losses"] = [asdict(point) for point in neurons.loss.points]
-        text = f"{expectation(neurons.loss)}\n\n{text}"
+        content |= losses(neurons)
+        text = f"{expectation(neurons.loss, neurons.ladder)}\n\n{text}"
     cli.report(arguments.json, content, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,14 @@ from transformers import LlamaConfig
 
 from tests.conftest import FAMILY_CONFIGS, INTERMEDIATE, LAYERS, random_neuron_file
 from tests.fuzz.mutations import READ, REFUSED, VALUES, changed_bytes, changed_json, outcome
-from tests.transformers_patches.made_up_files import made_up_curve, made_up_fit, with_input_squares, with_statistics
+from tests.transformers_patches.made_up_files import (
+    made_up_curve,
+    made_up_fit,
+    made_up_ladder,
+    with_input_squares,
+    with_statistics,
+)
+from transformers_patches.neurons.byte_ladder import ByteLadder
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
 
@@ -31,6 +39,20 @@ def use_neurons(path: Path) -> None:
     assert not file.has_spread or file.spread().isfinite().all()
     for values in (*file.statistics.values(), *file.input_squares.values()):
         assert values.isfinite().all()
+    if file.ladder is not None:
+        use_ladder(file.ladder)
+
+
+def use_ladder(ladder: ByteLadder) -> None:
+    assert 0 < ladder.bytes_for(0.05) <= 1
+    for share in (0.3, 0.5, 0.7, 0.95, 1.0):
+        assert ladder.predict(share) is None or ladder.predict(share) >= 0
+        for number in range(LAYERS):
+            choice = ladder.layer(share, number)
+            thresholds = [one.threshold for one in choice.inputs.values()]
+            assert all(map(math.isfinite, [*thresholds, choice.neuron_threshold, choice.down_threshold]))
+            assert 0 <= choice.neurons <= 1
+            assert all(one.mean.isfinite().all() for one in choice.inputs.values())
 
 
 def use_curve(file: NeuronFile) -> None:
@@ -65,9 +87,11 @@ def neurons_content() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors = {"ranking": file.ranking, "scores": file.statistics["mean_abs"].clone()}
     tensors |= {f"statistics.{name}": values for name, values in file.statistics.items()}
     tensors |= {f"input_squares.{name}": values for name, values in file.input_squares.items()}
-    loss = made_up_curve()
+    ladder, loss = made_up_ladder(), made_up_curve()
+    tensors |= {f"ladder.{name}": values for name, values in ladder.tensors().items()}
     tensors |= {f"loss.{name}": values for name, values in loss.tensors().items()}
     named = {
+        "ladder_rungs": ladder.described(),
         "loss_points": loss.described(),
         "tokens": "100",
         "texts": "7",
@@ -121,7 +145,8 @@ def changed_content(tensors: dict, metadata: dict, source: random.Random) -> byt
             ).clone()
         elif kind == "value":
             number = source.choice((-1, 0, 2**31 - 1, float("nan"), float("inf"), -1e38))
-            if values.is_floating_point() or number == number and abs(number) < 2**31:
+            fits = values.is_floating_point() or number == number and abs(number) < 2**31
+            if fits and values.numel():
                 values.view(-1)[source.randrange(values.numel())] = number
             tensors[name] = values
     return save(tensors, metadata=metadata)

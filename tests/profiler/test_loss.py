@@ -84,12 +84,17 @@ def test_run_measures_and_the_command_measures_again(model_folder, questions, tm
     output = tmp_path / "own.safetensors"
     common = ["--checkpoint_path", str(model_folder), "--dataset", str(questions), "--task_type", "QA", "--limit", "6"]
     assert main(["run", *common, "--max_new_tokens", "4", "--output", str(output), "--quiet"]) == 0
-    assert "FFN bytes read at --max_loss" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "FFN bytes read at --max_loss" in shown
+    assert "bytes of all decoder layers read at --max_loss" in shown
     first = NeuronFile.load(output).loss
     assert {p.layers for p in first.points} == {ALL}  # 3 layers are too few for the default ones
     assert main(["loss", str(output), *common, "--max_new_tokens", "8", "--json=-", "--quiet"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert len(content["losses"]) == len(first.points)
+    rungs = NeuronFile.load(output).ladder.rungs
+    assert [rung["block_bytes"] for rung in content["ladder"]] == [rung.block_bytes for rung in rungs]
+    assert rungs[-1].block_bytes <= 0.4
     assert NeuronFile.load(output).loss.points != first.points
     assert torch.equal(NeuronFile.load(output).ranking, NeuronFile.load(output).ranking)
 
@@ -99,3 +104,4 @@ def test_a_ranking_without_losses_where_none_are_wanted(model_folder, questions,
     common = ["--checkpoint_path", str(model_folder), "--dataset", str(questions), "--task_type", "QA", "--limit", "3"]
     assert main(["run", *common, "--max_new_tokens", "0", "--loss_tokens", "0", "--output", str(output)]) == 0
     assert NeuronFile.load(output).loss is None
+    assert NeuronFile.load(output).ladder is None

@@ -1,8 +1,9 @@
-"""Made-up statistics for neuron files, and a fit file, for the tiny models."""
+"""Made-up statistics for neuron files, byte ladders, and a fit file, for the tiny models."""
 
 import torch
 
 from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS, random_neuron_file
+from transformers_patches.neurons.byte_ladder import INPUTS, THRESHOLDS, ByteLadder, Rung
 from transformers_patches.neurons.fit_file import FitFile, LayerFit
 from transformers_patches.neurons.loss_curve import ALL, DEFAULT, LossCurve, LossPoint
 from transformers_patches.neurons.neuron_file import NeuronFile
@@ -38,6 +39,23 @@ def with_input_squares(seed: int, layers: int = LAYERS, hidden: int = HIDDEN, si
     neurons.input_squares = {name: draw(layers, hidden) for name in ("attention", "attention_output", "ffn")}
     neurons.input_squares["head"] = draw(1, hidden)
     return neurons
+
+
+def made_up_ladder(losses: dict[float, float] | None = None, layers: int = LAYERS, hidden: int = HIDDEN) -> ByteLadder:
+    """Rungs by default at 0.8, 0.6 and 0.4. Thresholds double; the first rung reads everything but rows of down."""
+    losses = losses or {0.8: 0.02, 0.6: 0.06, 0.4: 0.3}
+    generator = torch.Generator().manual_seed(5)
+
+    def draw() -> torch.Tensor:
+        return torch.rand(layers, hidden, generator=generator).half()
+
+    doubled = torch.tensor([[0.5 * 2**i] * layers for i in range(len(losses))])
+    thresholds = {name: doubled.clone() for name in THRESHOLDS}
+    for name in THRESHOLDS[:-1]:
+        thresholds[name][0] = -1
+    neurons = torch.tensor([[1 - 0.2 * i] * layers for i in range(len(losses))])
+    rungs = [Rung(share, loss, loss / 2) for share, loss in losses.items()]
+    return ByteLadder(rungs, {n: draw() - 0.5 for n in INPUTS}, {n: draw() for n in INPUTS}, thresholds, neurons)
 
 
 def made_up_fit(layers=range(1, 5), loaded: int = 56, **metadata: str) -> FitFile:

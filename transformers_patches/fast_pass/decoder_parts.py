@@ -15,6 +15,7 @@ from transformers_patches.fast_pass.positions import Rope
 from transformers_patches.modules.fast_linear import FastLinear
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedLinear, weight_of
 from transformers_patches.modules.screened_head import ScreenedHead
+from transformers_patches.sparse.by_input_linear import ByInputLinear, joined
 from transformers_patches.sparse.neuron_rows import KERNEL_ACTIVATIONS
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 
@@ -22,6 +23,7 @@ from transformers_patches.sparse.sparse_ffn import SparseFFN
 class LayerParts:
     """What a decoder layer's operations take, looked up once.
 
+    by_input: q, k, v and o if they are stored by input, else nothing.
     attention: what the kernels need for it; None if they don't support one of its projections.
     head_size: D.
     native: whether the native decoder computes the layer's FFN.
@@ -32,7 +34,8 @@ class LayerParts:
     """
 
     def __init__(self, layer: nn.Module, family: Family, config: PretrainedConfig) -> None:
-        self.attention = _attention_of(layer, family, config)
+        self.by_input = _by_input(layer, family)
+        self.attention = _attention_of(layer, family, config, self.by_input)
         self.head_size = layer.get_submodule(family.attention).head_dim
         self.native = False
         self.sparse, self.module = _ffn_of(layer, family)
@@ -63,12 +66,21 @@ def _ffn_of(layer: nn.Module, family: Family) -> tuple[SparseFFN | None, Callabl
     return sparse, parts[0] if len(parts) == 1 else nn.Sequential(*parts)
 
 
-def _attention_of(layer: nn.Module, family: Family, config: PretrainedConfig) -> kernels.AttentionLayer | None:
+def _by_input(layer: nn.Module, family: Family) -> list[ByInputLinear]:
+    attention = layer.get_submodule(family.attention)
+    parts = [getattr(attention, name) for name in (*family.attention_inputs, family.attention_output)]
+    return parts if all(isinstance(part, ByInputLinear) for part in parts) else []
+
+
+def _attention_of(
+    layer: nn.Module, family: Family, config: PretrainedConfig, by_input: list[ByInputLinear]
+) -> kernels.AttentionLayer | None:
     """None if the kernels don't support one of the projections."""
     attention, norm, next_norm = map(layer.get_submodule, (family.attention, family.attention_norm, family.ffn_norm))
     names = (*family.attention_inputs, family.attention_output)
     projections = kernels.Projections.of([linear_of(getattr(attention, name)) for name in names])
-    if projections is None:
+    inputs = (joined(by_input[:-1]), by_input[-1].layer) if by_input else None
+    if projections is None and inputs is None:
         return None
     head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     weight, bias, eps = norm_of(norm)
@@ -83,6 +95,8 @@ def _attention_of(layer: nn.Module, family: Family, config: PretrainedConfig) ->
         family.sliding_window(attention, config),
         bias,
         next_bias,
+        inputs,
+        by_input[1].out_features // attention.head_dim if by_input else 0,
     )
 
 

@@ -54,7 +54,7 @@ class OneTokenPass:
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
-        decoder = model.get_submodule(family.decoder)
+        decoder, self.family = model.get_submodule(family.decoder), family
         self.decoder, self.head, self.original = decoder, model.lm_head, decoder.forward
         self.layers = [LayerParts(layer, family, decoder.config) for layer in decoder.layers]
         self.norm = norm_of(getattr(decoder, family.last_norm))
@@ -67,6 +67,11 @@ class OneTokenPass:
         self.has_head = False  # whether `native` knows embeddings and lm_head
         self.runs: list[range] = []  # layers that are one native call, and single layers in between
         self.choices: list[object] = [None] * len(self.layers)  # what `native` has been told of each sparse layer
+
+    def renew(self) -> None:
+        """Look the layers up again: what decoding reads of them has changed."""
+        self.layers = [LayerParts(layer, self.family, self.decoder.config) for layer in self.decoder.layers]
+        self.native, self.runs, self.choices = None, [], [None] * len(self.layers)
 
     def __call__(
         self,
@@ -165,10 +170,24 @@ class OneTokenPass:
         """Record what a native call did: one more token in the cache, and how many neurons each layer computed."""
         for store in stores:
             store.length += 1
+        if self.layers[run.start].by_input:
+            self._count_inputs(run)
+            return
         for number, neurons in zip(run, computed.tolist(), strict=True):
             ffn = self.layers[number].sparse
             if ffn is not None:
                 ffn.counters.add(1, neurons, ffn.selection.rows_read(neurons))
+
+    def _count_inputs(self, run: range) -> None:
+        """The same for layers that are stored by input."""
+        counts = self.native.take_counts().tolist()
+        for number in run:
+            layer = self.layers[number]
+            attention, output, inputs, neurons, down = counts[number]
+            layer.sparse.counters.add(1, neurons, layer.sparse.selection.rows_of(inputs, neurons, down))
+            for part, read in zip(layer.by_input, (attention, attention, attention, output), strict=True):
+                part.counters.tokens += 1
+                part.counters.inputs += read
 
     def _follow_choices(self, x: torch.Tensor) -> None:
         """Tell the native decoder which neurons the sparse layers compute from now on, where that has changed."""

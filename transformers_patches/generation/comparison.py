@@ -31,6 +31,7 @@ class _Side:
             "tokens_per_second": fmean(speeds) if speeds else None,
             "token_bytes": fmean(self.token_bytes) if self.token_bytes else None,
             "weight_bytes_resident": self.loaded.report.bytes_resident,
+            "block_bytes": self.loaded.settings.block_bytes,
             "predicted_loss": self.loaded.run.predicted_loss,
         }
 

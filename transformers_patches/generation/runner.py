@@ -130,7 +130,12 @@ class Runner:
         given = self.arguments.prompt
         texts = predefined_prompts(self.arguments.task_type) if given is None else [self._text(given)]
         settings = dataclasses.replace(
-            self.loaded.settings, method="dense", use_partial_loading=False, max_loss=None, memory_limit=False
+            self.loaded.settings,
+            method="dense",
+            use_partial_loading=False,
+            max_loss=None,
+            block_bytes=None,
+            memory_limit=False,
         )
         self.comparison = Comparison(load_model(self.folder, settings), self.loaded, self.options)
         show = self._print_piece if self.arguments.json != STANDARD_OUTPUT else None
@@ -238,6 +243,8 @@ class Runner:
             f"neurons loaded {plan.loaded_fraction:.1%}, computed {computed:.1%}{per_token} "
             f"in {len(plan.layers) + len(plan.experts)} of {plan.num_layers} layers"
         )
+        if self.loaded.settings.block_bytes is not None:
+            parts.append(f"block bytes {self.loaded.settings.block_bytes:.0%}")
         parts.append(in_words(layer_paths(self.loaded.model, native=self.loaded.run.native)))
         if self.loaded.run.predicted_loss is not None:
             parts.append(f"predicted loss {self.loaded.run.predicted_loss:.3f} nats per token")
@@ -264,6 +271,7 @@ class Runner:
             # a candidate that was not chosen has one of its three rows computed, and counts as a third of a neuron
             "computed_neurons_percent": loaded.bytes_fraction(),
             "wholly_computed_neurons_percent": loaded.computed_fraction(),
+            "block_bytes": loaded.settings.block_bytes,  # share of all decoder layers' bytes; null: FFNs alone are sparse
             "predicted_loss": loaded.run.predicted_loss,
             "sparse_layers": sorted({*loaded.plan.layers, *loaded.plan.experts}),
             "layer_paths": layer_paths(loaded.model, native=loaded.run.native),

@@ -8,13 +8,14 @@ explains how they work.
 from transformers_patches.kernels.blockwise import multiplies_fast
 from transformers_patches.kernels.decoder import Decoder
 from transformers_patches.kernels.formats import FORMATS, GROUP, INT4, INT8, WeightFormat, format_named
-from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Projections
+from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, ByInput, Projections
 from transformers_patches.kernels.library import available, use_variant, variant, variants, why_not
 from transformers_patches.kernels.operations import (
     add_norm,
     advise_huge_pages,
     attention_step,
     bandwidth_probe,
+    by_input,
     combine,
     core_counts,
     dense_ffn,
@@ -43,6 +44,7 @@ __all__ = [
     "SOFTMAX",
     "ActiveNeurons",
     "AttentionLayer",
+    "ByInput",
     "Decoder",
     "Needed",
     "Projections",
@@ -55,6 +57,7 @@ __all__ = [
     "attention_step",
     "available",
     "bandwidth_probe",
+    "by_input",
     "combine",
     "core_counts",
     "dense_ffn",

@@ -41,6 +41,7 @@ DRIVERS = (
     "attention",
     "core_counts",
     "typical_size",
+    "by_input",
     "by_up",
     "screened",
     "layouts",

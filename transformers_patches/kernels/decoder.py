@@ -20,9 +20,33 @@ class Decoder:
 
     def add_layer(self, layer: AttentionLayer, head_size: int) -> None:
         """Add the next layer's attention. Its FFN must be set before `run`."""
+        if layer.inputs is not None:
+            self._add_by_input(layer, head_size)
+            return
         p = layer.projections
         weights = (p.weights, p.scales, p.biases, p.native_code)
         self._native.add_layer(*layer.norm_arguments, *weights, layer.window, layer.scale, head_size)
+
+    def _add_by_input(self, layer: AttentionLayer, head_size: int) -> None:
+        data, scales, columns, codes = zip(*(part.parts for part in layer.inputs), strict=True)
+        packed = ([], []) if scales[0] is None else (list(scales), [c for c in columns if c is not None])
+        vectors, thresholds = [v for p in layer.inputs for v in p.vectors], [p.threshold for p in layer.inputs]
+        weights = (list(data), *packed, codes[0], vectors, thresholds)
+        self._native.add_layer_by_input(
+            *layer.norm_arguments, *weights, layer.window, layer.scale, head_size, layer.kv_heads
+        )
+
+    def set_input_thresholds(self, number: int, attention: float, output: float) -> None:
+        """Change what the attention of layer `number`, which is stored by input, reads: the thresholds of `ByInput`."""
+        self._native.set_input_thresholds(number, attention, output)
+
+    def take_counts(self) -> Tensor:
+        """What the layers have read since this was last called, summed over the tokens: int64 [layers, 5].
+
+        Inputs of q, k and v; of o; of up; neurons (rows of gate); rows of down. Inputs are counted where a weight is
+        stored by input, neurons and rows of down where tokens choose neurons by up.
+        """
+        return self._native.take_counts()
 
     def set_dense(self, number: int, projections: Projections, activation: str) -> None:
         """Give layer `number` a dense FFN, as in `kernels.dense_ffn`."""
@@ -36,7 +60,10 @@ class Decoder:
         p, keep_count = active.projections, -1 if active.keep_count is None else active.keep_count
         weights = (p.weights, p.scales, p.column_scales, p.biases, p.native_code)
         choice = (active.prefix, active.index, active.size, keep_count, active.threshold)
-        self._native.set_active(number, *weights, active.activation, *choice, list(active.added))
+        up = active.up
+        inputs = ([], None, -1.0) if up is None else (up.vectors, up.parts[2], up.threshold)
+        down = (active.down_size, active.down_threshold)
+        self._native.set_active(number, *weights, active.activation, *choice, list(active.added), *inputs, *down)
 
     def set_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         """Set the norm after the last layer, [H]: an RMSNorm, or with a bias a LayerNorm.

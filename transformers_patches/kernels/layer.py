@@ -64,6 +64,39 @@ class Projections:
 
 
 @dataclass(frozen=True, eq=False)
+class ByInput:
+    """A linear layer that is stored by input, so that a token can leave inputs out.
+
+    Its product with x is constant + the sum of (x_j - mean_j) weight_j over the inputs j that are read: those with
+    |x_j - mean_j| norm_j > threshold.
+
+    weight: [in, out].
+    mean: float32 [in], what inputs that are not read count as.
+    norm: float32 [in], how much inputs weigh.
+    constant: float32 [out], the bias and the product with the mean.
+    threshold: below 0 all inputs are read.
+    """
+
+    weight: Weight
+    mean: Tensor
+    norm: Tensor
+    constant: Tensor
+    threshold: float
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """The three vectors, as the native operations take them."""
+        return [self.mean, self.norm, self.constant]
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+        """Data, scales, column scales and the native number of the format of the weight."""
+        if isinstance(self.weight, QuantizedTensor):
+            return self.weight.data, self.weight.scales, self.weight.column_scales, self.weight.native_code
+        return self.weight.detach(), None, None, 0
+
+
+@dataclass(frozen=True, eq=False)
 class ActiveNeurons:
     """The FFN over some of a layer's neurons: what `kernels.ffn` and the native Decoder compute.
 
@@ -82,6 +115,10 @@ class ActiveNeurons:
     threshold: a bound on the product times size, used where keep_count is None.
     added: [H] each, added to the output one after the other.
     by_gate: choose by |act(gate_i·x + b_i)| size_i in a gated FFN. PyTorch then computes everything.
+    up: up of a gated FFN that is stored by input; `projections` has its weight, [H, L], in the place of up's.
+    down_size: float32 [L]; with it, of the neurons that a token has chosen only rows of down are read for which
+        |h_i| down_size_i is above `down_threshold`.
+    down_threshold: see down_size.
     """
 
     projections: Projections
@@ -93,6 +130,9 @@ class ActiveNeurons:
     threshold: float = 0.0
     added: Sequence[Tensor] = ()
     by_gate: bool = False
+    up: ByInput | None = None
+    down_size: Tensor | None = None
+    down_threshold: float = -1.0
 
     # Whether the native kernels can compute this. PyTorch computes by_gate, biases of a gated FFN that chooses per
     # token, activations other than these by name, and weight formats without a native kernel.
@@ -108,6 +148,15 @@ class ActiveNeurons:
         by_name = isinstance(self.activation, str)
         native = by_name and not self.by_gate and not chooses_with_bias and self.projections.are_native
         object.__setattr__(self, "native", native)
+        if (self.up is not None or self.down_size is not None) and (
+            self.size is None or not self.gated or self.by_gate
+        ):
+            raise ValueError("inputs of up and rows of down are chosen by tokens that choose neurons by up")
+
+    @property
+    def one_operation(self) -> bool:
+        """Whether a native operation of its own computes this; the native decoder computes more."""
+        return self.native and self.up is None and self.down_size is None
 
     @property
     def gated(self) -> bool:
@@ -126,19 +175,21 @@ class AttentionLayer:
 
     norm: [H], the weight of the norm before the attention.
     next_norm: [H], the weight of the norm before the FFN.
-    projections: q, k, v and o.
+    projections: q, k, v and o; None with `inputs`.
     eps: the epsilon of all norms.
     scale: what the attention scores are multiplied by.
     q_norm: [D], the weight of the RMSNorm of each head's query, or None.
     k_norm: [D], the weight of the RMSNorm of each head's key, or None.
     window: how many positions the sliding window spans; 0: all.
+    inputs: instead of `projections`, layers by input: q, k and v one after the other, and o.
+    kv_heads: with `inputs`, the key heads.
     norm_bias: [H], or None. With a bias, `norm` is a LayerNorm instead of an RMSNorm.
     next_norm_bias: [H], or None, in the same way for `next_norm`.
     """
 
     norm: Tensor
     next_norm: Tensor
-    projections: Projections
+    projections: Projections | None
     eps: float
     scale: float
     q_norm: Tensor | None = None
@@ -146,6 +197,13 @@ class AttentionLayer:
     window: int = 0
     norm_bias: Tensor | None = None
     next_norm_bias: Tensor | None = None
+    inputs: tuple[ByInput, ByInput] | None = None
+    kv_heads: int = 0
+
+    @property
+    def one_operation(self) -> bool:
+        """Whether a native operation of its own computes this; the native decoder computes more."""
+        return self.inputs is None and self.projections.are_native
 
     @property
     def norm_arguments(self) -> tuple[list[Tensor], list[Tensor], float]:

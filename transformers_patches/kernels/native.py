@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transformers_patches.kernels import blockwise
 from transformers_patches.kernels.formats import WeightFormat
-from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Projections
+from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, ByInput, Projections
 from transformers_patches.kernels.quantization import QuantizedTensor, Weight, check_column_weights
 from transformers_patches.kernels.screening import Needed, Screen
 
@@ -70,6 +70,10 @@ def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, QuantizedTensor):
         return _OPS.quant_weighted_rows.default(h, weight.data, weight.scales, weight.column_scales, weight.native_code)
     return _OPS.weighted_rows.default(h, weight)
+
+
+def by_input(x: Tensor, layer: ByInput) -> tuple[Tensor, Tensor]:
+    return _OPS.by_input.default(x, *layer.parts, layer.vectors, layer.threshold)
 
 
 def screened_linear(x: Tensor, weight: Weight, screen: Screen, needed: Needed) -> tuple[Tensor, Tensor]:

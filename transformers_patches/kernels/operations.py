@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transformers_patches.kernels import blockwise, native, probe, reference
 from transformers_patches.kernels.formats import WeightFormat
-from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Projections
+from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, ByInput, Projections
 from transformers_patches.kernels.library import LIBRARY
 from transformers_patches.kernels.quantization import QuantizedTensor, Weight
 from transformers_patches.kernels.screening import SOFTMAX, Needed, Screen
@@ -51,7 +51,7 @@ def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
     Returns y, like x, and how many neurons were computed for each token, int64 [T] on the CPU, T being the number of
     tokens. The native kernels sum in float32. They raise ValueError for arguments that don't fit.
     """
-    return _operations_for(x, active.native).ffn(x, active)
+    return _operations_for(x, active.one_operation).ffn(x, active)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -62,6 +62,14 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
     """h [..., n] times weight [n, H]: [..., H], weighted sums of the rows. As `combine`, but made for a few tokens."""
     return _operations_for(h, _known(weight)).weighted_rows(h, weight)
+
+
+def by_input(x: Tensor, layer: ByInput) -> tuple[Tensor, Tensor]:
+    """A layer that is stored by input times x [..., in]: [..., out], and the inputs each token has read, int64 [T].
+
+    Made for a few tokens, each of which reads only the rows that it needs.
+    """
+    return _operations_for(x, _known(layer.weight)).by_input(x, layer)
 
 
 def project(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -142,7 +150,7 @@ def attention_step(
     All tensors have x's type, except for quantised projections. The native kernels raise ValueError for arguments that
     don't fit.
     """
-    return _operations_for(x, layer.projections.are_native).attention_step(x, delta, layer, rope, cache, length)
+    return _operations_for(x, layer.one_operation).attention_step(x, delta, layer, rope, cache, length)
 
 
 def dense_ffn(x: Tensor, projections: Projections, activation: str) -> Tensor:

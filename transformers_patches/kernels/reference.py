@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transformers_patches.kernels import blockwise
-from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Projections
+from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, ByInput, Projections
 from transformers_patches.kernels.quantization import (
     QuantizedTensor,
     Weight,
@@ -27,6 +27,7 @@ __all__ = [
     "ACTIVATIONS",
     "add_norm",
     "attention_step",
+    "by_input",
     "core_counts",
     "dense_ffn",
     "dequantize",
@@ -114,16 +115,24 @@ class _FfnWeights:
         y, computed = torch.empty_like(self.x), []
         tokens = zip(self.x.view(-1, 1, y.shape[-1]), y.view(-1, 1, y.shape[-1]), strict=True)
         for x, out in tokens:
-            values = self.product(x, 1, candidates) if by_up else self.act(self.product(x, 0, candidates))  # [1, C]
+            values = self.chosen_by(x, candidates, by_up)  # [1, C]
             kept = _largest(values[0].float().abs() * size, active.keep_count, active.threshold)
             rows, h = kept if isinstance(candidates, slice) else candidates[kept.to(candidates.device)], values[:, kept]
             if by_up:
                 h = self.act(self.product(x, 0, rows)) * h
             elif active.gated:
                 h = h * self.product(x, 1, rows)
+            if active.down_size is not None:
+                h = h * (h.float().abs() * _on(active.down_size, rows, self.device) > active.down_threshold)
             out.copy_(self.combine(h, rows))
             computed.append(len(kept))
         return y, torch.tensor(computed, dtype=torch.int64)
+
+    def chosen_by(self, x: Tensor, candidates: Rows, by_up: bool) -> Tensor:
+        """The product that neurons are chosen by: [1, C]."""
+        if self.active.up is not None:
+            return by_input(x, self.active.up)[0]
+        return self.product(x, 1, candidates) if by_up else self.act(self.product(x, 0, candidates))
 
     def candidates(self) -> Rows:
         """The active neurons as one slice, or as indices int64 [C]."""
@@ -162,6 +171,15 @@ def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
     return (h.to(dtype) @ _floats(weight, dtype)).to(h.dtype)
 
 
+def by_input(x: Tensor, layer: ByInput) -> tuple[Tensor, Tensor]:
+    apart = x.float() - layer.mean.to(x.device)
+    read = torch.ones_like(apart, dtype=torch.bool)
+    if layer.threshold >= 0:
+        read = apart.abs() * layer.norm.to(x.device) > layer.threshold
+    product = blockwise.combine((apart * read).to(_dtype_of(layer.weight, x)), layer.weight.to(x.device), dequantize)
+    return (product.float() + layer.constant.to(x.device)).to(x.dtype), read.sum(-1).flatten().cpu()
+
+
 def attention_step(
     x: Tensor,
     delta: Tensor | None,
@@ -171,9 +189,9 @@ def attention_step(
     length: int,
 ) -> tuple[Tensor, Tensor]:
     x = x if delta is None else x + delta
-    (keys, values), (cosine, sine), projections = cache, rope, layer.projections
+    (keys, values), (cosine, sine) = cache, rope
     inputs = norm(x, layer.norm, layer.norm_bias, layer.eps)
-    q, k, v = (_projected(inputs, projections, number).view(-1, keys.shape[-1]) for number in range(3))  # [heads, D]
+    q, k, v = (part.view(-1, keys.shape[-1]) for part in _queries_keys_values(inputs, layer))  # [heads, D]
     if layer.q_norm is not None:
         q, k = norm(q, layer.q_norm, None, layer.eps), norm(k, layer.k_norm, None, layer.eps)
     if cosine is not None:
@@ -188,8 +206,19 @@ def attention_step(
         scale=layer.scale,
         enable_gqa=True,
     )
-    x = x + _projected(attended.reshape(*x.shape[:-1], -1), projections, 3)
+    attended = attended.reshape(*x.shape[:-1], -1)
+    x = x + (
+        _projected(attended, layer.projections, 3) if layer.inputs is None else by_input(attended, layer.inputs[1])[0]
+    )
     return x, norm(x, layer.next_norm, layer.next_norm_bias, layer.eps)
+
+
+def _queries_keys_values(x: Tensor, layer: AttentionLayer) -> list[Tensor]:
+    if layer.inputs is None:
+        return [_projected(x, layer.projections, number) for number in range(3)]
+    product, width = by_input(x, layer.inputs[0])[0], len(layer.inputs[1].weight)  # all query heads
+    keys = (product.shape[-1] - width) // 2
+    return list(product.split([width, keys, keys], dim=-1))
 
 
 def _projected(x: Tensor, projections: Projections, number: int) -> Tensor:

@@ -12,7 +12,8 @@ from transformers_patches.neurons.fit_file import LayerFit
 from transformers_patches.plan.load_plan import LayerPlan
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.compensation import Compensation
-from transformers_patches.sparse.neuron_rows import NeuronRows
+from transformers_patches.sparse.layer_selection import LayerSelection
+from transformers_patches.sparse.neuron_rows import BY_INPUT, PAIRED, PLAIN, NeuronRows
 from transformers_patches.sparse.prior import Prior
 from transformers_patches.sparse.prompt_selection import PromptSelection
 from transformers_patches.sparse.request import RequestLayer, RequestState
@@ -36,7 +37,7 @@ def swap_ffns(model: PreTrainedModel, run: ResolvedRun, state: RequestState) -> 
 
 def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestState) -> SparseFFN:
     """What replaces a layer's FFN, still without memory. dense: the module with the layer's projections."""
-    family, plan, settings = run.family, run.plan.layers[layer], run.settings
+    family, plan = run.family, run.plan.layers[layer]
     up, down = getattr(dense, family.up), getattr(dense, family.down)
     prior, activation = _prior(run, layer, plan), family.activation_of(dense, run.config)
     with init_empty_weights():
@@ -48,23 +49,32 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
             input_bias=up.bias is not None,
             weight_format=run.weight_format,
             native=run.native,
-            paired=settings.selection == "up",
+            layout=_layout(run),
         )
-        selection = _selection(run, rows, plan, prior)
+        selection = _selection(run, rows, layer, prior)
         return SparseFFN(rows, selection, state, output_bias=down.bias is not None).to(run.dtype)
+
+
+def _layout(run: ResolvedRun) -> str:
+    if run.layer_choices is not None:
+        return BY_INPUT
+    return PAIRED if run.settings.selection == "up" else PLAIN
 
 
 def _prior(run: ResolvedRun, layer: int, plan: LayerPlan) -> Prior:
     settings = run.settings
-    if settings.max_loss is not None:
+    by_curve = settings.max_loss is not None or run.layer_choices is not None
+    if by_curve and run.base.loss is not None:
         return Prior.of_curve(plan, layer, run.base, settings.sparsity)
     with_threshold = run.fit is not None and run.fit.has_thresholds(settings.selection, settings.sparsity)
     return Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)
 
 
-def _selection(run: ResolvedRun, rows: NeuronRows, plan: LayerPlan, prior: Prior) -> Selection:
+def _selection(run: ResolvedRun, rows: NeuronRows, layer: int, prior: Prior) -> Selection:
     """What chooses the neurons of a layer."""
-    settings = run.settings
+    settings, plan = run.settings, run.plan.layers[layer]
+    if run.layer_choices is not None:
+        return LayerSelection(rows, plan, prior, run.layer_choices[layer])
     if settings.selection in TOKEN_SELECTIONS:
         return TokenSelection(rows, plan, prior, settings.selection, average=settings.token_count == "average")
     return PromptSelection(
@@ -80,7 +90,7 @@ def _selection(run: ResolvedRun, rows: NeuronRows, plan: LayerPlan, prior: Prior
 def selection_for(run: ResolvedRun, layer: int, rows: NeuronRows, known: Prior) -> Selection:
     """What another run chooses a layer's neurons by, over rows that are loaded already. known: the rows' prior."""
     plan = run.plan.layers[layer]
-    return _selection(run, rows, plan, _prior(run, layer, plan).with_norms_of(known))
+    return _selection(run, rows, layer, _prior(run, layer, plan).with_norms_of(known))
 
 
 def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source]:
@@ -93,7 +103,10 @@ def _sources(run: ResolvedRun, layer: int, dense: nn.Module) -> dict[str, Source
             name = f"{family.projection(layer, projection)}.{kind}"
             own = row if kind == "weight" else f"{row}_bias"
             part = name if first is None else part_name(name, first, first + size)
-            sources[f"rows.{own}"] = Source(part, "rows", neurons)
+            by_input = own == "up" and run.layer_choices is not None
+            sources[f"rows.{own}"] = (
+                Source.by_input(part, up.in_features) if by_input else Source(part, "rows", neurons)
+            )
     sources |= _activation_sources(run, layer, dense)
     prefix = family.projection(layer, family.down)
     fitted = run.settings.compensation == "refit"

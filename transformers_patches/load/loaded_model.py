@@ -11,6 +11,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.plan.load_plan import LoadPlan
 from transformers_patches.plan.run import ResolvedRun
+from transformers_patches.sparse.by_input_linear import ByInputLinear
 from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.request import Counters, RequestLayer, RequestState
@@ -91,6 +92,7 @@ class LoadedModel:
         """
         head = self.model.get_output_embeddings()
         skipped = sum(layer.rows.row_bytes * (1 - _read_share(layer)) for layer in self.state.layers)
+        skipped += sum(part.weight_bytes * (1 - part.read_share) for part in self._by_input())
         if isinstance(head, ScreenedHead):
             skipped += head.unread_bytes()
         skipped += sum(ffn.unread_bytes() for ffn in self._cut_ffns())
@@ -124,9 +126,13 @@ class LoadedModel:
             *self.state.layers,
             *self.state.experts,
             *self._cut_ffns(),
+            *self._by_input(),
             *([head] if isinstance(head, ScreenedHead) else []),
         ):
             counting.reset_counters()
+
+    def _by_input(self) -> list[ByInputLinear]:
+        return [module for module in self.model.modules() if isinstance(module, ByInputLinear)]
 
 
 def _read_share(layer: RequestLayer) -> float:

@@ -14,6 +14,7 @@ from transformers_patches.fast_pass.one_token import speed_up_one_token
 from transformers_patches.load.as_stored import as_stored, names_in_model
 from transformers_patches.load.ffn_swap import attach_compensation
 from transformers_patches.load.generation_config import own_generation_config
+from transformers_patches.load.input_swap import choose_inputs
 from transformers_patches.load.loaded_model import LoadedModel, LoadReport
 from transformers_patches.load.meta_model import build_model
 from transformers_patches.load.streaming import stream_weights
@@ -59,13 +60,20 @@ def load_model(
 
 
 def load_from(
-    weights: WeightSource, config: PretrainedConfig, settings: PartInferConfig, files: RunFiles, name: str
+    weights: WeightSource,
+    config: PretrainedConfig,
+    settings: PartInferConfig,
+    files: RunFiles,
+    name: str,
+    *,
+    packed: bool = False,
 ) -> LoadedModel:
-    """`load_model` for any source of weights. name: the model's, for messages."""
+    """`load_model` for any source of weights. name: the model's, for messages. packed: what is loaded becomes a pack."""
     started = time.perf_counter()
     config = as_stored(config, weights)
     _check_files(files, config, weights, name)
-    return load_run(resolve_run(settings, config, files), weights, started)
+    run = resolve_run(settings, config, files, packed=packed or isinstance(weights, Pack))
+    return load_run(run, weights, started)
 
 
 def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedModel:
@@ -80,6 +88,8 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
     state.attach(model)
     if isinstance(weights, Pack):
         state.check_weights = weights.check_unchanged
+    if run.layer_choices is not None:
+        choose_inputs(model, state, run.family, run.layer_choices)
     if run.native:
         replace_linears(model)
         if run.screened:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers_patches.load.cut_swap import swap_cut_ffns
 from transformers_patches.load.experts_swap import swap_experts
 from transformers_patches.load.ffn_swap import swap_ffns
+from transformers_patches.load.input_swap import swap_attention_inputs
 from transformers_patches.modules.quantized import quantize_modules
 from transformers_patches.modules.screened_head import can_be_screened
 from transformers_patches.plan.run import ResolvedRun
@@ -38,6 +39,8 @@ def build_model(run: ResolvedRun, state: RequestState) -> tuple[PreTrainedModel,
     """
     model = build_on_meta(run.config, run.dtype)
     sources = swap_ffns(model, run, state) | swap_experts(model, run, state) | swap_cut_ffns(model, run)
+    if run.layer_choices is not None:
+        sources |= swap_attention_inputs(model, run, state)
     if run.weight_format is not None:
         in_planes = run.screened and can_be_screened(model.get_output_embeddings())
         quantize_modules(

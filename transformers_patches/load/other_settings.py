@@ -7,7 +7,11 @@ from functools import cached_property
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.ffn_swap import selection_for
+from transformers_patches.load.input_swap import set_layer_choices
 from transformers_patches.load.loaded_model import LoadedModel
+from transformers_patches.neurons.byte_ladder import ByteLadder, LayerChoice
+from transformers_patches.neurons.loss_curve import LossCurve
+from transformers_patches.plan.block_bytes import predicted_share
 from transformers_patches.plan.load_plan import LayerPlan
 from transformers_patches.plan.resolve import RunFiles
 from transformers_patches.plan.run import ResolvedRun, resolve_run
@@ -33,6 +37,7 @@ class Setting:
 class _Prepared:
     run: ResolvedRun
     selections: list[Selection]  # in the order of the sparse layers
+    choices: list[LayerChoice] | None = None  # of layers stored by input; the selections then stay
 
 
 class OtherSettings:
@@ -45,7 +50,8 @@ class OtherSettings:
     def __init__(self, loaded: LoadedModel, files: RunFiles) -> None:
         """files: those that the model was loaded with."""
         self.loaded, self.files = loaded, files
-        self._own = _Prepared(loaded.run, [layer.selection for layer in loaded.state.layers])
+        selections = [layer.selection for layer in loaded.state.layers]
+        self._own = _Prepared(loaded.run, selections, loaded.run.layer_choices)
         self._now, self._kept = self._own, {}
 
     def use(self, setting: Setting) -> object:
@@ -55,6 +61,8 @@ class OtherSettings:
         """
         key, prepared = self._prepared(setting)
         if prepared is not self._now:
+            if prepared.choices is not None:
+                set_layer_choices(self.loaded, prepared.choices)
             for layer, selection in zip(self.loaded.state.layers, prepared.selections, strict=True):
                 layer.select_by(selection)
             self.loaded.state.reset()
@@ -82,21 +90,37 @@ class OtherSettings:
 
     @cached_property
     def bounds(self) -> list[dict[str, float]]:
-        """What each bound on the loss would read: `max_loss`, `sparsity`, `predicted_loss`; empty if it can't change."""
+        """What each bound on the loss would read; empty if it can't change.
+
+        `max_loss`; `sparsity`, the share of the bytes that is read; `of`, whose bytes these are: "ffn" or "layers";
+        `predicted_loss`.
+        """
         fixed = self._own.run.settings.max_loss is None or bool(self.loaded.state.experts)
-        curve = None if fixed else self._curve()
-        if curve is None:
+        if fixed or (self._ladder is None and self._curve is None):
             return []
         found = {}
         for bound in (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5):
-            sparsity = curve.sparsity_for(bound)
-            loss = curve.predict("up", "all", 1.0, sparsity)
-            found[sparsity] = {"max_loss": bound, "sparsity": sparsity, "predicted_loss": loss}
+            share = self._share(bound)
+            of, loss = ("layers", predicted_share(share, self._ladder)) if self._ladder else ("ffn", self._predict(share))
+            found[share] = {"max_loss": bound, "sparsity": share, "of": of, "predicted_loss": loss}
         return list(found.values())
 
-    def _curve(self):
+    @cached_property
+    def _ladder(self) -> ByteLadder | None:
+        """What a model whose layers are stored by input goes by."""
+        return None if self._own.choices is None else self.files.base(self._own.run.settings).ladder
+
+    @cached_property
+    def _curve(self) -> LossCurve | None:
+        """What the others go by; None as well where another bound would want layers by input."""
         base = self.files.base(self._own.run.settings)
-        return None if base is None else base.loss
+        return None if base is None or base.ladder is not None else base.loss
+
+    def _share(self, max_loss: float) -> float:
+        return self._curve.sparsity_for(max_loss) if self._ladder is None else self._ladder.bytes_for(max_loss)
+
+    def _predict(self, sparsity: float) -> float | None:
+        return self._curve.predict("up", "all", 1.0, sparsity)
 
     def _prepared(self, setting: Setting) -> tuple[object, _Prepared]:
         self.check(setting)
@@ -105,7 +129,7 @@ class OtherSettings:
             return "own", self._own
         if setting.dense:
             return "dense", self._kept.get("dense") or self._keep("dense", self._dense())
-        sparsity = self._curve().sparsity_for(setting.max_loss)
+        sparsity = self._share(setting.max_loss)
         if own.max_loss is not None and sparsity == own.sparsity:
             return "own", self._own
         return sparsity, self._kept.get(sparsity) or self._keep(sparsity, self._bounded(setting.max_loss))
@@ -135,8 +159,16 @@ class OtherSettings:
                 "and needs a neuron file with a loss curve"
             )
 
+    def _by_choices(self, run: ResolvedRun, share: float) -> _Prepared:
+        """For layers stored by input: another share of their bytes."""
+        choices = [self._ladder.layer(share, number) for number in range(len(self._own.choices))]
+        return _Prepared(run, self._own.selections, choices)
+
     def _dense(self) -> _Prepared:
         run, selections = self._own.run, []
+        if self._own.choices is not None:
+            settings = replace(run.settings, method="dense", use_partial_loading=False, max_loss=None, block_bytes=None)
+            return self._by_choices(replace(run, settings=settings, predicted_loss=0.0), 1.0)
         for number, layer in zip(run.plan.layers, self.loaded.state.layers, strict=True):
             plan, prior = run.plan.layers[number], layer.selection.prior
             whole = LayerPlan(plan.neurons, plan.loaded_count, plan.loaded_count, plan.priority)
@@ -147,6 +179,12 @@ class OtherSettings:
 
     def _bounded(self, max_loss: float) -> _Prepared:
         own = self._own.run
+        if self._own.choices is not None:
+            share = self._share(max_loss)
+            settings = replace(own.settings, max_loss=max_loss, sparsity=share, block_bytes=share)
+            return self._by_choices(
+                replace(own, settings=settings, predicted_loss=predicted_share(share, self._ladder)), share
+            )
         run = resolve_run(replace(own.settings, max_loss=max_loss), own.config, self.files)
         same = [run.plan.layers[number].neurons.equal(plan.neurons) for number, plan in own.plan.layers.items()]
         if not all(same) or run.plan.layers.keys() != own.plan.layers.keys():

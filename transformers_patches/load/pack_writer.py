@@ -226,7 +226,7 @@ def _fill(
     # with the kernels of later runs, if this machine has them, so that the pack has the layout of weights in memory
     plain = replace(settings, device="cpu", memory_limit=False)
     files = RunFiles.of(plain, dataset_neurons, model_neurons)
-    loaded = load_from(recorder, read_config(source), plain, files, model_name(source))
+    loaded = load_from(recorder, read_config(source), plain, files, model_name(source), packed=True)
     recorder.finish()
     run = loaded.run
     _save_neurons(folder / NEURONS, files, run)

@@ -16,6 +16,7 @@ from transformers_patches.load.as_stored import names_in_model
 from transformers_patches.load.column_weights import column_weights
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedWeight, weight_places
 from transformers_patches.plan.run import ResolvedRun
+from transformers_patches.sparse.by_input_linear import ByInputLinear, Joined
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.weights.memory import WeightMemory
 from transformers_patches.weights.parts import rows_of_part, whole_name
@@ -162,6 +163,13 @@ def _is_paired(model: PreTrainedModel, name: str) -> bool:
     return isinstance(module, NeuronRows) and leaf in module.paired_names
 
 
+def _joined(model: PreTrainedModel, name: str) -> Joined | None:
+    """Which weights have their rows next to this one's in memory."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    return module.joined if isinstance(module, ByInputLinear) and leaf == "weight" else None
+
+
 def _memory_for(
     model: PreTrainedModel, weight: _Wanted, weights: WeightSource, run: ResolvedRun, memory: WeightMemory
 ) -> torch.Tensor | QuantizedTensor:
@@ -170,6 +178,7 @@ def _memory_for(
     target = torch.device("cpu") if on_cpu else run.device
     pinned = target.type == "cpu" and run.device.type == "cuda"
     paired = target.type == "cpu" and not pinned and _is_paired(model, weight.name)
+    joined = None if paired or target.type != "cpu" or pinned else _joined(model, weight.name)
     like = weight.place.packed if isinstance(weight.place, QuantizedWeight) else weight.place
     if memory.huge_pages and target.type == "cpu" and not weight.parts:
         held = weights.mapped(weight.source, like, paired=paired)
@@ -179,6 +188,9 @@ def _memory_for(
     def empty(like: torch.Tensor) -> torch.Tensor:
         if paired:  # with the other paired weight of its module
             return memory.empty_paired((weight.name.rpartition(".")[0], like.dtype), like.shape, like.dtype)
+        if joined is not None:
+            widths = [like.shape[1] * outputs // joined.outputs[joined.number] for outputs in joined.outputs]
+            return memory.empty_joined((joined.group, like.dtype), like.shape[0], widths, joined.number, like.dtype)
         return memory.empty(like.shape, like.dtype, target)
 
     values = like.like(empty) if isinstance(like, QuantizedTensor) else empty(like)

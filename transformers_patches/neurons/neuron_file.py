@@ -8,6 +8,7 @@ scores: float32 [layers, N].
 statistics.<name>: float32 [layers, N], see STATISTICS.
 input_squares.<name>: float32, see INPUT_SQUARES.
 loss.<name>: a loss curve, with `loss_points` in the metadata.
+ladder.<name>: a byte ladder, with `ladder_rungs` in the metadata.
 
 The legacy format of the original is JSON, `{"neurons": [[N indices] * layers]}`, best neuron first. Both are validated
 before anything is done with them.
@@ -26,12 +27,13 @@ from transformers import PretrainedConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 from transformers_patches.files import save_tensors_atomic, write_text_atomic
+from transformers_patches.neurons.byte_ladder import ByteLadder
 from transformers_patches.neurons.checks import WHOLE_NUMBERS, check_floats, read_tensors, shown, whole_number
 from transformers_patches.neurons.loss_curve import LossCurve
 
 FORMAT = "partinfer-neurons"
 VERSION = "1"
-LOSS_POINTS = "loss_points"
+LOSS_POINTS, LADDER_RUNGS = "loss_points", "ladder_rungs"
 # Per-token means over all counted tokens of h, the activation that enters the down projection, and of
 # h / ||h||_2 (the norm over the neurons of one token).
 ACTIVATION_STATISTICS = ("mean_abs", "mean", "mean_sq", "normalized_mean_abs", "normalized_mean", "normalized_mean_sq")
@@ -53,7 +55,8 @@ class NeuronFile:
         and `texts`.
     source: where the file was read from, for messages.
     input_squares: float32, for names in INPUT_SQUARES.
-    loss: what decoding with fewer bytes costs; None if that was not measured.
+    loss: what decoding with fewer FFN bytes costs; None if that was not measured.
+    ladder: settings that read fewer bytes of all decoder layers; None if there are none.
     """
 
     ranking: torch.Tensor
@@ -63,6 +66,7 @@ class NeuronFile:
     source: str = "(in memory)"
     input_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     loss: LossCurve | None = None
+    ladder: ByteLadder | None = None
 
     def __post_init__(self) -> None:
         validate_ranking(self.ranking, self.source)
@@ -84,6 +88,8 @@ class NeuronFile:
                 )
         if self.loss is not None:
             self._check_loss(self.loss)
+        if self.ladder is not None and self.ladder.num_layers != self.num_layers:
+            raise PartInferError(f"{self.source}: its byte ladder is of another model: make the file again")
 
     def _check_loss(self, loss: LossCurve) -> None:
         sizes = [loss.thresholds.shape[1:] == (self.num_layers,)]
@@ -126,13 +132,16 @@ class NeuronFile:
                 f"{self.source} ranks {self.num_layers} layers of {self.intermediate_size} neurons, but {model_name} "
                 f"has {config.num_hidden_layers} layers of {size}: use a neuron file made from this model"
             )
-        for name, values in self.input_squares.items():
+        inputs = {f"input_squares.{name}": values for name, values in self.input_squares.items()}
+        if self.ladder is not None:
+            inputs |= {f"ladder.mean.{name}": values for name, values in self.ladder.mean.items()}
+        for name, values in inputs.items():
             width = config.hidden_size
-            if name == "attention_output":
+            if name.endswith(".attention_output"):
                 width = (getattr(config, "head_dim", None) or 0) * config.num_attention_heads or width
             if values.shape[1] != width:
                 raise PartInferError(
-                    f"{self.source} has input_squares.{name} of {values.shape[1]} columns, but {model_name} has {width}: "
+                    f"{self.source} has {name} of {values.shape[1]} columns, but {model_name} has {width}: "
                     "use a neuron file made from this model"
                 )
         ours = self.metadata.get("fingerprint")
@@ -158,6 +167,9 @@ class NeuronFile:
         if self.loss is not None:
             tensors.update({f"loss.{name}": v.float().contiguous() for name, v in self.loss.tensors().items()})
             metadata[LOSS_POINTS] = self.loss.described()
+        if self.ladder is not None:  # in the types that it has, most of them of 16 bits
+            tensors.update({f"ladder.{name}": v.contiguous() for name, v in self.ladder.tensors().items()})
+            metadata[LADDER_RUNGS] = self.ladder.described()
         save_tensors_atomic(path, tensors, metadata)
 
     @classmethod
@@ -170,10 +182,10 @@ class NeuronFile:
 
 
 def has_loss_curve(path: str | Path) -> bool:
-    """Whether a neuron file has one; only the head of the file is read. False for what can't be read."""
+    """Whether a neuron file has one, or a byte ladder; only the head of the file is read. False for what can't be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return LOSS_POINTS in (file.metadata() or {})
+            return not {LOSS_POINTS, LADDER_RUNGS}.isdisjoint(file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
@@ -242,10 +254,12 @@ def _load_safetensors(path: Path) -> NeuronFile:
         )
     for key in ("tokens", "texts", "datasets"):
         whole_number(metadata, key, str(path), 0)
-    statistics, squares, losses = (
+    statistics, squares, losses, rungs = (
         {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
-        for prefix in ("statistics.", "input_squares.", "loss.")
+        for prefix in ("statistics.", "input_squares.", "loss.", "ladder.")
     )
     described = metadata.pop(LOSS_POINTS, None)
     loss = None if described is None else LossCurve.read(described, losses, str(path))
-    return NeuronFile(tensors["ranking"], tensors.get("scores"), statistics, metadata, str(path), squares, loss)
+    described = metadata.pop(LADDER_RUNGS, None)
+    ladder = None if described is None else ByteLadder.read(described, rungs, str(path))
+    return NeuronFile(tensors["ranking"], tensors.get("scores"), statistics, metadata, str(path), squares, loss, ladder)

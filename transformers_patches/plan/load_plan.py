@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,17 @@ class LayerPlan:
     def loaded_count(self) -> int:
         return len(self.neurons)
 
+    def in_order(self) -> LayerPlan:
+        """The same neurons in the model's order, all candidates: what is stored by input has them as they are."""
+        order = self.neurons.argsort()
+        return replace(
+            self,
+            neurons=self.neurons[order],
+            priority=self.priority[order],
+            base_count=0,
+            candidate_count=self.loaded_count,
+        )
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -58,6 +69,10 @@ class LoadPlan:
     intermediate_size: int
     layers: dict[int, LayerPlan]
     experts: dict[int, int] = field(default_factory=dict)
+
+    def in_order(self) -> LoadPlan:
+        """The same with every layer's neurons in the model's order."""
+        return replace(self, layers={number: layer.in_order() for number, layer in self.layers.items()})
 
     @property
     def loaded_fraction(self) -> float:

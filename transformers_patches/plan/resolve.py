@@ -139,11 +139,12 @@ def decide_selection(settings: PartInferConfig, *, informed: bool) -> Decision:
         return Decision(settings.selection, GIVEN)
     if settings.method != "partinfer":
         return Decision("core", METHODS_OWN)
-    if not informed:
+    whole = not settings.use_partial_loading or settings.loaded_neurons_percent == 1
+    if not informed and (not whole or settings.memory_limit):
         return Decision("core", "the neuron file has no statistics")
     if settings.memory_limit:
         return Decision("blend", "with --memory_limit neurons are chosen once per prompt")
-    return Decision("up", "the neuron file has statistics")
+    return Decision("up", "the neuron file has statistics" if informed else "everything is loaded")
 
 
 def decide_token_count(settings: PartInferConfig, fit: FitFile | None) -> Decision:

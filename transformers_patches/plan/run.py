@@ -10,8 +10,16 @@ from transformers import PretrainedConfig
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import Family, family_of
 from transformers_patches.kernels import FORMATS, WeightFormat
+from transformers_patches.neurons.byte_ladder import LayerChoice
 from transformers_patches.neurons.fit_file import FitFile
 from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.plan.block_bytes import (
+    decide_block_bytes,
+    layer_choices,
+    predicted_share,
+    reading_blocks,
+    why_not_by_input,
+)
 from transformers_patches.plan.decision import Decision
 from transformers_patches.plan.load_plan import LoadPlan, build_load_plan
 from transformers_patches.plan.machine import (
@@ -33,7 +41,7 @@ class ResolvedRun:
     config: PretrainedConfig  # the model's
     family: Family  # the model's
     settings: PartInferConfig  # without `auto`
-    decisions: dict[str, Decision]  # by the name of the setting, for all settings that take `auto`
+    decisions: dict[str, Decision]  # by the name of the setting, for block_bytes and all settings that take `auto`
     files: RunFiles  # as given and found
     base: NeuronFile | None  # the one of `files` whose statistics are used
     fit: FitFile | None  # the one of `files`, if it is used
@@ -43,6 +51,7 @@ class ResolvedRun:
     weight_format: WeightFormat | None  # of quantised weights; None: none are quantised
     head_format: WeightFormat | None  # the same of embeddings and output projection
     predicted_loss: float | None  # nats per decoded token over dense; None: nothing near was measured
+    layer_choices: list[LayerChoice] | None = None  # what tokens read of every layer; None: only FFNs are sparse
 
     @property
     def native(self) -> bool:
@@ -70,25 +79,38 @@ class ResolvedRun:
         return "\n".join(f"{name:{names}}  {d.value:{values}}  {d.why}" for name, d in self.decisions.items())
 
 
-def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunFiles) -> ResolvedRun:
+def with_layer_choices(run: ResolvedRun, choices: list[LayerChoice]) -> ResolvedRun:
+    """The same run with what tokens read of every layer; it must load everything and choose by up."""
+    return replace(run, layer_choices=choices, plan=run.plan.in_order())
+
+
+def resolve_run(
+    settings: PartInferConfig, config: PretrainedConfig, files: RunFiles, *, packed: bool = False
+) -> ResolvedRun:
     """Decide everything that the settings leave open.
 
-    Raises PartInferError for an unknown architecture, and for settings that model, files or machine can't meet.
+    packed: the weights come from a pack, or will be one. Raises PartInferError for an unknown architecture, and for
+        settings that model, files or machine can't meet.
     """
     family, layers = family_of(config), config.num_hidden_layers
     base = files.base(settings)
-    settings = within_max_loss(settings, base, layers)
+    dtype = decide_dtype(settings, config)
+    arithmetic, weight_format = types_of(dtype.value)
+    unfit = why_not_by_input(config, family, 1 if weight_format is None else weight_format.group, packed=packed)
+    share, block_bytes = decide_block_bytes(settings, base, unfit)
+    settings = within_max_loss(settings, base, layers) if share is None else reading_blocks(settings, layers, share)
     decisions, fit = resolve_by_files(settings, files, layers)
     decisions["device"] = decide_device(settings)
-    dtype = decisions["dtype"] = decide_dtype(settings, config)
+    decisions["dtype"] = dtype
     head = decisions["head_dtype"] = decide_head_dtype(settings, dtype.value)
     device = torch.device(decisions["device"].value)
     decisions["kernels"] = decide_kernels(settings, device, dtype.value)
     native = decisions["kernels"].value == "native"
     decisions["screen_head"] = decide_screening(settings, native=native, head_dtype=head.value)
     resolved = replace(settings, **{name: decision.value for name, decision in decisions.items()})
-    arithmetic, weight_format = types_of(dtype.value)
-    return ResolvedRun(
+    decisions["block_bytes"] = block_bytes
+    ladder, curve = (None, None) if base is None else (base.ladder, base.loss)
+    run = ResolvedRun(
         config=config,
         family=family,
         settings=resolved,
@@ -101,5 +123,7 @@ def resolve_run(settings: PartInferConfig, config: PretrainedConfig, files: RunF
         dtype=arithmetic,
         weight_format=weight_format,
         head_format=FORMATS.get(head.value),
-        predicted_loss=predicted_loss(resolved, None if base is None else base.loss, layers),
+        predicted_loss=predicted_loss(resolved, curve, layers) if share is None else predicted_share(share, ladder),
     )
+    choices = layer_choices(share, ladder, layers)
+    return run if choices is None else with_layer_choices(run, choices)

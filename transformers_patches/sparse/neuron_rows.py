@@ -29,6 +29,10 @@ KERNEL_ACTIVATIONS = {
     "relu2": "relu2",
 }
 
+# How rows lie in memory: each weight by itself; those of gate and down interleaved; and beside that, `up` stored by
+# input, [H, L], so that tokens can leave inputs out.
+PLAIN, PAIRED, BY_INPUT = "plain", "paired", "by_input"
+
 Rows = dict[str, Weight]  # weights of some neurons by name: gate, up, down [n, H], gate_bias, up_bias [n]
 
 
@@ -67,7 +71,7 @@ class NeuronRows(nn.Module):
         input_bias: bool,
         weight_format: kernels.WeightFormat | None = None,
         native: bool = False,
-        paired: bool = False,
+        layout: str = PLAIN,
     ) -> None:
         """Rows without values, for a loader to fill.
 
@@ -76,9 +80,12 @@ class NeuronRows(nn.Module):
         gated, input_bias: whether there is a gate, and whether the input projections have biases.
         weight_format: of quantised weights; None for floats.
         native: whether few tokens go through the native kernels.
-        paired: whether the rows of gate and down are interleaved in memory.
+        layout: PLAIN, PAIRED or BY_INPUT.
         """
         super().__init__()
+        self.up_by_input = (
+            layout == BY_INPUT
+        )  # then neurons can't be taken apart: `first` and `gathered` are for others
         self.count, self.hidden_size = count, hidden_size
         self.gated, self.input_bias = gated, input_bias
         named = isinstance(activation, str)
@@ -88,13 +95,14 @@ class NeuronRows(nn.Module):
         self.weight_names = [*inputs, "down"]
         self.row_names = self.weight_names + ([f"{name}_bias" for name in inputs] if input_bias else [])
         # Weights whose rows are interleaved in memory, because the native kernels read both for scattered neurons.
-        self.paired_names = ("gate", "down") if paired and gated and self.kernel_activation is not None else ()
+        self.paired_names = ("gate", "down") if layout != PLAIN and gated and self.kernel_activation is not None else ()
         for name in self.row_names:
-            shape = (count,) if name.endswith("_bias") else (count, hidden_size)
+            by_input = self.up_by_input and name == "up"
+            shape = (count,) if name.endswith("_bias") else (hidden_size, count) if by_input else (count, hidden_size)
             if weight_format is None or len(shape) == 1:
                 setattr(self, name, nn.Parameter(torch.empty(shape), False))
             else:  # columns of down are outputs, of which some are much larger than others
-                setattr(self, name, QuantizedWeight(*shape, weight_format, column_scales=name == "down"))
+                setattr(self, name, QuantizedWeight(*shape, weight_format, column_scales=name == "down" or by_input))
 
     @property
     def matrices(self) -> int:
@@ -152,6 +160,8 @@ class NeuronRows(nn.Module):
 
     def project(self, x: torch.Tensor, rows: Rows, name: str) -> torch.Tensor:
         """x [..., H] times the rows of an input projection, with its bias: [..., n]."""
+        if name == "up" and self.up_by_input:
+            return (kernels.combine if self.kernel_activation is None else combine)(x, rows["up"])
         product = kernels.project if self.kernel_activation is None else multiply
         return product(x, rows[name], rows.get(f"{name}_bias"))
 

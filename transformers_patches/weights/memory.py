@@ -57,6 +57,18 @@ class WeightMemory:
         first, self._second[pair] = self.empty((shape[0], 2, shape[1]), dtype, torch.device("cpu")).unbind(1)
         return first
 
+    def empty_joined(
+        self, group: object, rows: int, widths: list[int], number: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """One of several matrices, [rows, widths[number]], whose rows lie next to each other.
+
+        The calls of a group, one for each number, return parts of one memory.
+        """
+        if group not in self._second:
+            self._second[group] = self.empty((rows, sum(widths)), dtype, torch.device("cpu"))
+        start = sum(widths[:number])
+        return self._second[group][:, start : start + widths[number]]
+
 
 def give_back_freed() -> None:
     """Return freed memory to the system after reading weights: glibc would keep some of it. Does nothing elsewhere."""

@@ -55,6 +55,11 @@ class Source:
     size: int | None = None
     largest: torch.Tensor | None = None
 
+    @classmethod
+    def by_input(cls, name: str, inputs: int) -> Source:
+        """All columns of a linear layer's weight, as the rows of one that is stored by input."""
+        return cls(name, "columns", torch.arange(inputs), size=inputs)
+
 
 class WeightSource(ABC):
     """The tensors of a model.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.conftest import random_neuron_file
+from tests.transformers_patches.made_up_files import made_up_ladder
 from tests.transformers_patches.neurons.test_loss_curve import curve
 from tests.transformers_patches.plan.test_max_loss import with_curve
 from transformers_patches.config import PartInferConfig
@@ -96,3 +99,39 @@ def test_neurons_in_another_order_are_refused(tiny_checkpoints):
     with pytest.raises(PartInferError, match="stores neurons in another order"):
         settings.use(Setting(0.6))
     assert answer(loaded) == before
+
+
+@pytest.fixture
+def by_input(tiny_checkpoints):
+    """A model whose layers are stored by input, and others of its kind by their bounds."""
+    neurons = replace(NEURONS, ladder=made_up_ladder())
+    given = {"dtype": "float32", "device": "cpu"}
+
+    def load_bound(bound: float):
+        return load_model(tiny_checkpoints["llama"], PartInferConfig(max_loss=bound, **given), neurons)
+
+    loaded = load_bound(0.04)
+    return loaded, OtherSettings(loaded, RunFiles(neurons)), load_bound
+
+
+@pytest.mark.parametrize("bound", [0.02, 0.06])
+def test_layers_by_input_follow_another_bound(by_input, bound):
+    loaded, settings, load_bound = by_input
+    assert loaded.run.layer_choices is not None
+    other, own = load_bound(bound), answer(loaded)
+    settings.use(Setting(bound))
+    loaded.reset_counters()
+    assert answer(loaded) == answer(other)
+    assert loaded.token_bytes() == other.token_bytes()
+    assert loaded.run.predicted_loss == other.run.predicted_loss
+    settings.use(Setting())
+    assert answer(loaded) == own
+
+
+def test_layers_by_input_compute_everything_when_dense(by_input, tiny_checkpoints):
+    loaded, settings, _ = by_input
+    settings.use(Setting(dense=True))
+    loaded.reset_counters()
+    assert answer(loaded) == answer(load(tiny_checkpoints["llama"], method="dense"))
+    assert loaded.bytes_fraction() == 1.0
+    assert {bound["of"] for bound in settings.bounds} == {"layers"}

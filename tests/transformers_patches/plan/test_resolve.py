@@ -180,7 +180,8 @@ def test_screening(asked, native, head, expected):
 def test_a_resolved_run_has_no_auto_and_says_why(with_kernels):
     run = resolve_run(settings(), CONFIG, RunFiles(with_statistics(1)))
     assert "auto" not in run.settings.to_dict().values()
-    assert set(run.decisions) == {name for name, value in PartInferConfig().to_dict().items() if value == "auto"}
+    auto = {name for name, value in PartInferConfig().to_dict().items() if value == "auto"}
+    assert set(run.decisions) == {"block_bytes", *auto}
     assert (run.dtype, run.weight_format, run.native, run.screened) == (torch.bfloat16, None, True, False)
     assert list(run.plan.layers) == [1, 2, 3, 4]
     lines = run.describe().splitlines()

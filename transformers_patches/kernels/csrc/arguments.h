@@ -7,6 +7,7 @@
 #include <c10/util/string_view.h>
 
 #include <atomic>
+#include <cmath>
 #include <optional>
 
 #include "dispatch.h"
@@ -394,6 +395,38 @@ inline AttentionCall attention_call(const Norms& norms, at::TensorList weights, 
   return call;
 }
 
+// The same with q, k and v in one layer by input, and o in another.
+inline AttentionCall attention_call(const Norms& norms, const ByInput& qkv, const ByInput& o, int64_t window,
+                                    double scale, int64_t head_dim, int64_t kv_heads) {
+  norms.check();
+  const Tensor& norm = norms.weights[0];
+  TORCH_CHECK_VALUE(norm.dim() == 1 && norm.numel() > 0, "norm must be [hidden], got ", norm.sizes());
+  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 2 == 0, "a head must have an even size above 0, got ", head_dim);
+  TORCH_CHECK_VALUE(window >= 0, "window must be a number of positions, or 0 for none, got ", window);
+  AttentionCall call;
+  call.type = float_type(norm, "norm");
+  call.hidden = norm.numel();
+  call.head_dim = head_dim;
+  call.qkv_inputs = qkv;
+  call.o_inputs = o;
+  call.kv_heads = kv_heads;
+  call.heads = o.inputs / head_dim;
+  TORCH_CHECK_VALUE(kv_heads > 0 && call.heads > 0 && call.heads % kv_heads == 0 && call.heads * head_dim == o.inputs &&
+                        o.outputs == call.hidden && qkv.inputs == call.hidden &&
+                        qkv.outputs == (call.heads + 2 * kv_heads) * head_dim,
+                    "the projections don't fit ", kv_heads, " key heads of ", head_dim, ": q, k and v have ", qkv.inputs,
+                    " inputs and ", qkv.outputs, " outputs, o ", o.inputs, " and ", o.outputs);
+  call.norm = norms.norm(0, norm, call.hidden, "norm");
+  call.next_norm = norms.norm(1, norm, call.hidden, "next_norm");
+  if (norms.weights.size() > 2) {
+    call.q_norm = norms.norm(2, norm, head_dim, "q_norm");
+    call.k_norm = norms.norm(3, norm, head_dim, "k_norm");
+  }
+  call.window = window;
+  call.scale = float(scale);
+  return call;
+}
+
 // Where the token's keys and values go: [1, heads, capacity, head size], of which `length` positions are filled.
 inline void place_in_cache(AttentionCall& call, const Tensor& keys, const Tensor& values, int64_t length) {
   const auto fits = [&](const Tensor& part) {
@@ -430,11 +463,40 @@ inline DenseFfnCall dense_call(Type type, int64_t hidden, at::TensorList weights
   return call;
 }
 
-inline const float* sizes_of(const Tensor& scale, int64_t rows) {
-  TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == rows &&
-                        scale.is_contiguous(),
-                    "scale must be contiguous float32 [", rows, "], got ", scale.scalar_type(), " ", scale.sizes());
-  return reinterpret_cast<const float*>(pointer(scale));
+inline const float* floats_of(const Tensor& values, const char* name, int64_t count) {
+  TORCH_CHECK_VALUE(values.scalar_type() == at::kFloat && values.dim() == 1 && values.size(0) == count &&
+                        values.is_contiguous(),
+                    name, " must be contiguous float32 [", count, "], got ", values.scalar_type(), " ", values.sizes());
+  return reinterpret_cast<const float*>(pointer(values));
+}
+
+inline const float* sizes_of(const Tensor& scale, int64_t rows) { return floats_of(scale, "scale", rows); }
+
+// A linear layer stored by input, [inputs, outputs]. vectors: mean and norm [inputs], constant [outputs].
+inline ByInput by_input_of(const Tensor& weight, const optional<Tensor>& scales, const optional<Tensor>& column_scales,
+                           int64_t bits, at::TensorList vectors, double threshold) {
+  TORCH_CHECK_VALUE(vectors.size() == 3, "a layer by input needs mean, norm and constant, got ", vectors.size(), " vectors");
+  TORCH_CHECK_VALUE(!std::isnan(threshold), "threshold must be a number, got NaN");
+  ByInput layer;
+  layer.inputs = rows_of(weight, "weight");
+  layer.outputs = weight.size(1);
+  if (scales.has_value()) {
+    layer.type = quant_type(bits);
+    layer.outputs *= layer.type == Type::Q4 ? 2 : 1;
+    layer.weight = quant_matrix(weight, *scales, "weight", layer.inputs, layer.outputs, layer.type);
+    layer.column_scales = column_scales_of({weight, *scales, column_scales}, layer.outputs);
+  } else {
+    TORCH_CHECK_VALUE(!column_scales.has_value(), "column scales belong to quantised weights");
+    check_matrix(weight, "weight", layer.inputs, layer.outputs);
+    layer.type = float_type(weight, "weight");
+    layer.weight = float_matrix(weight);
+  }
+  TORCH_CHECK_VALUE(layer.inputs > 0 && layer.outputs > 0, "a layer by input can't be empty, got ", weight.sizes());
+  layer.mean = floats_of(vectors[0], "mean", layer.inputs);
+  layer.norm = floats_of(vectors[1], "norm", layer.inputs);
+  layer.constant = floats_of(vectors[2], "constant", layer.outputs);
+  layer.threshold = float(threshold);
+  return layer;
 }
 
 // call: without x and out.
@@ -442,7 +504,12 @@ inline ByUpCall by_up_call(const FfnCall& call, const Tensor& scale, int64_t row
   const int64_t candidates = call.rows.prefix + call.rows.count;
   TORCH_CHECK_VALUE(keep <= candidates, "keep_count must be at most the ", candidates, " candidates, got ", keep);
   TORCH_CHECK_VALUE(keep >= -1, "keep_count must be a number of neurons, or -1 for a threshold, got ", keep);
-  return {call, sizes_of(scale, rows), keep, float(threshold)};
+  ByUpCall chosen;
+  chosen.ffn = call;
+  chosen.size = sizes_of(scale, rows);
+  chosen.keep = keep;
+  chosen.threshold = float(threshold);
+  return chosen;
 }
 
 }  // namespace partinfer

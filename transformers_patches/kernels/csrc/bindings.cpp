@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "bus_errors.h"
+#include "by_input.h"
 #include "core_counts.h"
 #include "layouts.h"
 #include "probe.h"
@@ -105,6 +106,26 @@ Tensor quant_weighted_rows(const Tensor& h, const Tensor& weight, const Tensor& 
   const int64_t columns = columns_for(h, weight) * (type == Type::Q4 ? 2 : 1), rows = weight.size(0);
   const Matrix matrix = quant_matrix(weight, scales, "weight", rows, columns, type);
   return weighted_rows_of(h, type, matrix, column_scales_of({weight, scales, column_scales}, columns), rows, columns);
+}
+
+// x [..., inputs], each token by itself: the outputs, and how many inputs each has read, int64 [tokens].
+std::tuple<Tensor, Tensor> by_input(const Tensor& x, const Tensor& weight, const optional<Tensor>& scales,
+                                    const optional<Tensor>& column_scales, int64_t bits, at::TensorList vectors,
+                                    double threshold) {
+  const ByInput layer = by_input_of(weight, scales, column_scales, bits, vectors, threshold);
+  const Input2d input = input_of(x);
+  TORCH_CHECK_VALUE(input.hidden == layer.inputs, "x must be [..., ", layer.inputs, "], got ", x.sizes());
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = layer.outputs;
+  Tensor out = at::empty(shape, x.options().dtype(at::kFloat));
+  Tensor read = at::empty({input.tokens}, x.options().dtype(at::kLong));
+  const Type type = float_type(x, "x");
+  const char* values = pointer(input.x);
+  for (int64_t t = 0; t < input.tokens; ++t)
+    read.mutable_data_ptr<int64_t>()[t] =
+        run_by_input(*current().load(), layer, values + t * layer.inputs * element_size(type), type,
+                     out.mutable_data_ptr<float>() + t * layer.outputs, at::get_num_threads());
+  return {out.to(x.scalar_type()), read};
 }
 
 Tensor linear_like(const Tensor& x, Type type, const Matrix& weight, int64_t rows, const optional<Tensor>& bias,
@@ -441,6 +462,9 @@ TORCH_LIBRARY(partinfer, m) {
       "Tensor? column_scales, int bits, int prefix, Tensor? index, str activation) -> Tensor");
   m.def("weighted_rows(Tensor h, Tensor weight) -> Tensor");
   m.def("quant_weighted_rows(Tensor h, Tensor weight, Tensor scales, Tensor? column_scales, int bits) -> Tensor");
+  m.def(
+      "by_input(Tensor x, Tensor weight, Tensor? scales, Tensor? column_scales, int bits, Tensor[] vectors, "
+      "float threshold) -> (Tensor, Tensor)");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("quant_linear(Tensor x, Tensor weight, Tensor scales, int bits, Tensor? bias) -> Tensor");
   m.def(
@@ -490,6 +514,7 @@ TORCH_LIBRARY_IMPL(partinfer, CPU, m) {
   m.impl("quant_sparse_ffn", quant_sparse_ffn);
   m.impl("quant_sparse_ffn_plain", quant_sparse_ffn_plain);
   m.impl("weighted_rows", weighted_rows);
+  m.impl("by_input", by_input);
   m.impl("quant_weighted_rows", quant_weighted_rows);
   m.impl("linear", linear);
   m.impl("quant_linear", quant_linear);

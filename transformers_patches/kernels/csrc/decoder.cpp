@@ -5,6 +5,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -25,6 +26,7 @@ struct Layer {
   std::vector<const char*> added;  // [hidden] each: what is added to the FFN's output, one after the other
   Tensor norm;                    // says type and size
   std::vector<Tensor> attention_weights, ffn_weights;  // kept alive
+  Read read, total;               // by the last token, and by all since they were last asked for
 };
 
 void keep(std::vector<Tensor>& kept, const optional<Tensor>& tensor) {
@@ -46,15 +48,54 @@ class Decoder : public torch::CustomClassHolder {
     Layer layer;
     layer.attention = attention_call({norms, norm_biases, eps}, weights, scales, biases, bits, window, scale, head_dim);
     layer.norm = norms[0];
-    if (!layers_.empty()) {
-      const Tensor& like = layers_[0].norm;
-      TORCH_CHECK_VALUE(layer.norm.numel() == like.numel() && layer.norm.scalar_type() == like.scalar_type(),
-                        "all layers must have the hidden size and the type of the first, ", like.numel(), " and ",
-                        like.scalar_type(), ", got ", layer.norm.numel(), " and ", layer.norm.scalar_type());
-    }
+    check_like_first(layer);
     keep(layer.attention_weights, weights, scales, biases);
     keep(layer.attention_weights, norms, norm_biases, Biases());
     layers_.push_back(std::move(layer));
+  }
+
+  // The same with weights that are stored by input: q, k and v in one, and o. vectors: mean, norm and constant of both.
+  void add_layer_by_input(std::vector<Tensor> norms, std::vector<Tensor> norm_biases, double eps,
+                          std::vector<Tensor> weights, std::vector<Tensor> scales, std::vector<Tensor> column_scales,
+                          int64_t bits, std::vector<Tensor> vectors, std::vector<double> thresholds, int64_t window,
+                          double scale, int64_t head_dim, int64_t kv_heads) {
+    TORCH_CHECK_VALUE(weights.size() == 2 && vectors.size() == 6 && thresholds.size() == 2 &&
+                          (scales.empty() || scales.size() == 2) && (column_scales.empty() || column_scales.size() == 2),
+                      "expected two weights with three vectors and a threshold each");
+    const auto part = [&](size_t i) {
+      const optional<Tensor> scale_of = scales.empty() ? optional<Tensor>() : scales[i];
+      const optional<Tensor> columns = column_scales.empty() ? optional<Tensor>() : column_scales[i];
+      return by_input_of(weights[i], scale_of, columns, bits, at::TensorList(vectors).slice(3 * i, 3), thresholds[i]);
+    };
+    Layer layer;
+    layer.attention = attention_call({norms, norm_biases, eps}, part(0), part(1), window, scale, head_dim, kv_heads);
+    layer.norm = norms[0];
+    check_like_first(layer);
+    keep(layer.attention_weights, weights, scales, Biases());
+    keep(layer.attention_weights, vectors, column_scales, Biases());
+    keep(layer.attention_weights, norms, norm_biases, Biases());
+    layers_.push_back(std::move(layer));
+  }
+
+  // What the attention of a layer by input reads from now on.
+  void set_input_thresholds(int64_t number, double attention, double output) {
+    AttentionCall& call = at(number).attention;
+    TORCH_CHECK_VALUE(call.qkv_inputs.inputs > 0, "layer ", number, " isn't stored by input");
+    TORCH_CHECK_VALUE(!std::isnan(attention) && !std::isnan(output), "thresholds must be numbers");
+    call.qkv_inputs.threshold = float(attention);
+    call.o_inputs.threshold = float(output);
+  }
+
+  // What all layers have read since this was last asked: int64 [layers, 5], in the order of `Read`.
+  Tensor take_counts() {
+    Tensor counts = at::empty({int64_t(layers_.size()), 5}, at::TensorOptions().dtype(at::kLong));
+    int64_t* out = counts.mutable_data_ptr<int64_t>();
+    for (Layer& layer : layers_) {
+      for (const int64_t count : {layer.total.attention, layer.total.output, layer.total.ffn, layer.total.neurons, layer.total.down})
+        *out++ = count;
+      layer.total = Read();
+    }
+    return counts;
   }
 
   // A layer's FFN is dense, as in the op dense_ffn.
@@ -69,16 +110,36 @@ class Decoder : public torch::CustomClassHolder {
 
   // A layer's FFN is that of some rows of gate, up and down, as in the op sparse_ffn, or of fc1 and fc2, as in
   // sparse_ffn_plain; with `size` the token keeps `keep_count` of them, or those above `threshold`, as in sparse_ffn_by_up
-  // and sparse_ffn_plain_by_size. added: [hidden] each, onto the output.
+  // and sparse_ffn_plain_by_size. added: [hidden] each, onto the output. up_vectors: mean, norm and constant if up is
+  // stored by input, [hidden, rows], with column scales of its own; up_threshold is for its inputs. down_size: float32
+  // [rows], with which only rows of down are read whose |h| * size is above down_threshold.
   void set_active(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales,
                   const optional<Tensor>& column_scales, Biases biases, int64_t bits, std::string activation,
                   int64_t prefix, const optional<Tensor>& index, const optional<Tensor>& size, int64_t keep_count,
-                  double threshold, std::vector<Tensor> added) {
+                  double threshold, std::vector<Tensor> added, std::vector<Tensor> up_vectors,
+                  const optional<Tensor>& up_column_scales, double up_threshold, const optional<Tensor>& down_size,
+                  double down_threshold) {
     Layer& layer = at(number);
-    const auto rows_like = weights.size() == 2 ? plain_rows : gated_rows;
+    const bool by_input = !up_vectors.empty();
+    const auto rows_like = by_input ? gate_and_down_rows : weights.size() == 2 ? plain_rows : gated_rows;
     const FfnCall call = rows_like(layer, {weights, scales, biases, bits}, column_scales, activation, prefix, index);
     const int64_t rows = weights[0].size(0);
-    const ByUpCall checked = size.has_value() ? by_up_call(call, *size, rows, keep_count, threshold) : ByUpCall{call};
+    ByUpCall checked;
+    checked.ffn = call;
+    if (size.has_value()) checked = by_up_call(call, *size, rows, keep_count, threshold);
+    TORCH_CHECK_VALUE(size.has_value() || (!by_input && !down_size.has_value()), "inputs and rows of down are chosen with `size` only");
+    if (by_input) {
+      const optional<Tensor> up_scales = scales.empty() ? optional<Tensor>() : scales[1];
+      checked.up = by_input_of(weights[1], up_scales, up_column_scales, bits, up_vectors, up_threshold);
+      TORCH_CHECK_VALUE(checked.up.inputs == call.hidden && checked.up.outputs == rows && prefix == rows,
+                        "up by input must be [", call.hidden, ", ", rows, "], all neurons candidates, got ",
+                        weights[1].sizes(), " and ", prefix);
+    }
+    if (down_size.has_value()) {
+      TORCH_CHECK_VALUE(!std::isnan(down_threshold), "down_threshold must be a number, got NaN");
+      checked.down_size = floats_of(*down_size, "down_size", rows);
+      checked.down_threshold = float(down_threshold);
+    }
     std::vector<const char*> vectors;
     for (const Tensor& one : added) vectors.push_back(vector_like(one, layer.norm, layer.attention.hidden, "added"));
     check_nothing_ignored(size.has_value() && weights.size() == 3, scales, column_scales, biases);
@@ -91,6 +152,9 @@ class Decoder : public torch::CustomClassHolder {
     keep(layer.ffn_weights, column_scales);
     keep(layer.ffn_weights, index);
     keep(layer.ffn_weights, size);
+    keep(layer.ffn_weights, up_vectors, at::TensorList(), Biases());
+    keep(layer.ffn_weights, up_column_scales);
+    keep(layer.ffn_weights, down_size);
   }
 
   // The norm after the last layer.
@@ -191,9 +255,12 @@ class Decoder : public torch::CustomClassHolder {
       call.delta = add;
       call.sum = static_cast<char*>(sum.data_ptr());
       call.next = static_cast<char*>(next.data_ptr());
+      layer.read = Read();
+      call.read = &layer.read;
       run_attention(kernels, call, threads);
       computed.mutable_data_ptr<int64_t>()[number - first] =
           ffn(kernels, layer, call.next, static_cast<char*>(out.data_ptr()), threads);
+      add_read(layer.total, layer.read);
       from = call.sum;
       add = pointer(out);
     }
@@ -204,6 +271,14 @@ class Decoder : public torch::CustomClassHolder {
   }
 
  private:
+  void check_like_first(const Layer& layer) const {
+    if (layers_.empty()) return;
+    const Tensor& like = layers_[0].norm;
+    TORCH_CHECK_VALUE(layer.norm.numel() == like.numel() && layer.norm.scalar_type() == like.scalar_type(),
+                      "all layers must have the hidden size and the type of the first, ", like.numel(), " and ",
+                      like.scalar_type(), ", got ", layer.norm.numel(), " and ", layer.norm.scalar_type());
+  }
+
   Layer& at(int64_t number) {
     TORCH_CHECK_VALUE(number >= 0 && number < int64_t(layers_.size()), "there are ", layers_.size(),
                       " layers, got number ", number);
@@ -234,6 +309,17 @@ class Decoder : public torch::CustomClassHolder {
     call.gate_bias = vector_of(biases.get(0), "bias_gate", weights[0].size(0));
     call.up_bias = vector_of(biases.get(1), "bias_up", weights[0].size(0));
     return call;
+  }
+
+  // `up` is stored by input, and checked for itself
+  static FfnCall gate_and_down_rows(const Layer& layer, const LayerWeights& given, const optional<Tensor>& column_scales,
+                                    const std::string& activation, int64_t prefix, const optional<Tensor>& index) {
+    const auto& [weights, scales, biases, bits] = given;
+    given.check(3);
+    const Input2d like = input_of(layer.norm);
+    if (scales.empty()) return plain_call(like, weights[0], {}, weights[2], prefix, index, activation, layer.norm);
+    return plain_call(like, {weights[0], scales[0]}, {}, {weights[2], scales[2], column_scales}, bits, prefix, index,
+                      activation, layer.norm);
   }
 
   static FfnCall plain_rows(const Layer& layer, const LayerWeights& given, const optional<Tensor>& column_scales,
@@ -329,6 +415,14 @@ class Decoder : public torch::CustomClassHolder {
     kernels.dequantise_rows(task);
   }
 
+  static void add_read(Read& total, const Read& one) {
+    total.attention += one.attention;
+    total.output += one.output;
+    total.ffn += one.ffn;
+    total.neurons += one.neurons;
+    total.down += one.down;
+  }
+
   static int64_t ffn(const Kernels& kernels, Layer& layer, const char* x, char* out, int threads) {
     int64_t computed = 0;
     FfnCall& rows = layer.rows.ffn;
@@ -343,7 +437,7 @@ class Decoder : public torch::CustomClassHolder {
         computed = rows.rows.prefix + rows.rows.count;
         break;
       case Ffn::BY_UP:
-        computed = run_by_up(kernels, layer.rows, threads);
+        computed = run_by_up(kernels, layer.rows, threads, &layer.read);
         break;
       default:
         break;  // `run` has refused it
@@ -367,6 +461,9 @@ TORCH_LIBRARY_FRAGMENT(partinfer, m) {
   m.class_<Decoder>("Decoder")
       .def(torch::init<>())
       .def("add_layer", &Decoder::add_layer)
+      .def("add_layer_by_input", &Decoder::add_layer_by_input)
+      .def("set_input_thresholds", &Decoder::set_input_thresholds)
+      .def("take_counts", &Decoder::take_counts)
       .def("set_dense", &Decoder::set_dense)
       .def("set_active", &Decoder::set_active)
       .def("set_norm", &Decoder::set_norm)

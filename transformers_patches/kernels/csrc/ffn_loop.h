@@ -13,7 +13,16 @@ constexpr int RUN_BLOCK = 128;  // neurons computed before their rows of down ar
 
 // Whether h is 0 for most neurons, so that it pays to compute many before reading any row of down.
 inline bool skips_rows(const FfnTask& task) {
-  return task.activation == Activation::RELU || task.activation == Activation::RELU2;
+  return task.activation == Activation::RELU || task.activation == Activation::RELU2 || task.down_size != nullptr;
+}
+
+// Sets h of one token to 0 where it is small.
+inline void drop_small(const FfnTask& task, int64_t start, int64_t count, float* h) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = h[i * MAX_TOKENS];
+    const float size = (value < 0.0f ? -value : value) * task.down_size[row_number(task.rows, start + i)];
+    if (!(size > task.down_threshold)) h[i * MAX_TOKENS] = 0.0f;
+  }
 }
 
 inline float known_value(const FfnTask& task, int64_t token, int64_t position) {
@@ -196,11 +205,13 @@ inline void ffn(const FfnTask& task) {
       if (run) run_activations<Products>(task, start, count, h);
     }
     if (!run) list_activations<Products>(task, start, count, rows, h);
+    if (task.down_size != nullptr) drop_small(task, start, count, h);
     int64_t actives = 0;
     for (int64_t i = 0; i < count; ++i) {
       active[actives] = int32_t(i);
       actives += !skips || any_nonzero(h + i * MAX_TOKENS, task.x.tokens);
     }
+    if (task.down_read != nullptr) __atomic_fetch_add(task.down_read, actives, __ATOMIC_RELAXED);
     RowRef down[ADD_ROWS], next[ADD_ROWS];
     const float* factors[ADD_ROWS];
     for (int64_t a = 0; a < actives; a += ADD_ROWS) {

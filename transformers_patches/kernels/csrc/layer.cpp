@@ -1,7 +1,9 @@
 #include "layer.h"
 
-#include "attention.h"
+#include <algorithm>
 
+#include "attention.h"
+#include "by_input.h"
 #include "shared_ffn.h"
 
 namespace partinfer {
@@ -51,7 +53,8 @@ void run_attention(const Kernels& kernels, const AttentionCall& call, int thread
   const int64_t size = element_size(call.type), head_bytes = call.head_dim * size;
   const int64_t q_count = call.heads * call.head_dim, kv_count = call.kv_heads * call.head_dim;
   scratch.reserve(3 * Scratch::padded(size_t(q_count * 4)) + 2 * Scratch::padded(size_t(kv_count * 4)) +
-                  2 * Scratch::padded(size_t(call.hidden * 4)) + 2 * Scratch::padded(size_t(call.head_dim * 4)));
+                  2 * Scratch::padded(size_t(call.hidden * 4)) + 2 * Scratch::padded(size_t(call.head_dim * 4)) +
+                  Scratch::padded(size_t(std::max(call.qkv_inputs.outputs, call.o_inputs.outputs) * 4)));
   char* normed = scratch.take<char>(call.hidden * size);
   char* attended = scratch.take<char>(call.hidden * size);
   char* q = scratch.take<char>(q_count * size);
@@ -61,11 +64,20 @@ void run_attention(const Kernels& kernels, const AttentionCall& call, int thread
   char* mixed_narrow = scratch.take<char>(q_count * size);
   float* cosine = scratch.take<float>(call.head_dim);
   float* sine = scratch.take<float>(call.head_dim);
+  float* products = scratch.take<float>(std::max(call.qkv_inputs.outputs, call.o_inputs.outputs));
 
   kernels.norm({call.type, call.x, call.delta, call.sum, call.norm, call.hidden, normed});
-  const LinearCall qkv[] = {linear_call(call.q, call.type, normed, q), linear_call(call.k, call.type, normed, k),
-                            linear_call(call.v, call.type, normed, v)};
-  run_linears(kernels, qkv, 3, threads);
+  if (call.qkv_inputs.inputs > 0) {
+    const int64_t read = run_by_input(kernels, call.qkv_inputs, normed, call.type, products, threads);
+    if (call.read != nullptr) call.read->attention = read;
+    narrow(kernels, products, q_count, call.type, q);
+    narrow(kernels, products + q_count, kv_count, call.type, k);
+    narrow(kernels, products + q_count + kv_count, kv_count, call.type, v);
+  } else {
+    const LinearCall qkv[] = {linear_call(call.q, call.type, normed, q), linear_call(call.k, call.type, normed, k),
+                              linear_call(call.v, call.type, normed, v)};
+    run_linears(kernels, qkv, 3, threads);
+  }
 
   const bool rotates = call.cosine != nullptr;
   if (rotates) {
@@ -87,8 +99,14 @@ void run_attention(const Kernels& kernels, const AttentionCall& call, int thread
 
   attend_all(kernels, call, q, mixed, threads);
   narrow(kernels, mixed, q_count, call.type, mixed_narrow);
-  const LinearCall o = linear_call(call.o, call.type, mixed_narrow, attended);
-  run_linears(kernels, &o, 1, threads);
+  if (call.o_inputs.inputs > 0) {
+    const int64_t read = run_by_input(kernels, call.o_inputs, mixed_narrow, call.type, products, threads);
+    if (call.read != nullptr) call.read->output = read;
+    narrow(kernels, products, call.hidden, call.type, attended);
+  } else {
+    const LinearCall o = linear_call(call.o, call.type, mixed_narrow, attended);
+    run_linears(kernels, &o, 1, threads);
+  }
   kernels.norm({call.type, call.sum, attended, call.sum, call.next_norm, call.hidden, call.next});
 }
 

@@ -16,6 +16,8 @@ struct LayerWeight {
 // All of one token. x, delta [hidden]; keys, values [kv_heads, capacity, head_dim], of which `length` are filled.
 struct AttentionCall {
   LayerWeight q, k, v, o;
+  ByInput qkv_inputs, o_inputs;  // in place of the four: q, k and v one after the other, and o
+  Read* read = nullptr;          // what is read of them is told here, if there is one
   Norm norm, next_norm;   // [hidden]
   Norm q_norm, k_norm;    // [head_dim], without a weight: none
   Type type = Type::F32;  // of every vector here

@@ -84,6 +84,10 @@ struct FfnTask {
   // [tokens, value_stride]: up·x of every position, already known, so that `up` is not read; without a gate either, h itself
   const float* up_values = nullptr;
   int64_t value_stride = 0;
+  // [rows of the weights] or null: of one token, only rows of down with |h| * size above the threshold are read
+  const float* down_size = nullptr;
+  float down_threshold = 0.0f;
+  int64_t* down_read = nullptr;      // with down_size: how many, added up by all threads
   float* y = nullptr;                // [tokens, y_stride], in the kernel's own column order
   int64_t y_stride = 0;
 };

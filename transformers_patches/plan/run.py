@@ -96,7 +96,9 @@ def resolve_run(
     base = files.base(settings)
     dtype = decide_dtype(settings, config)
     arithmetic, weight_format = types_of(dtype.value)
-    unfit = why_not_by_input(config, family, 1 if weight_format is None else weight_format.group, packed=packed)
+    group = 1 if weight_format is None else weight_format.group
+    has_ladder = base is not None and base.ladder is not None
+    unfit = why_not_by_input(config, family, group, packed=packed) if has_ladder else None
     share, block_bytes = decide_block_bytes(settings, base, unfit)
     settings = within_max_loss(settings, base, layers) if share is None else reading_blocks(settings, layers, share)
     decisions, fit = resolve_by_files(settings, files, layers)

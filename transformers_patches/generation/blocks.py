@@ -4,7 +4,8 @@ A matrix product over other rows may round in another way, so that a prompt pref
 in the last bits. With fixed ends every pass is the same for all prompts that begin alike: what one has prefilled up to a
 block's end, another can go on from, and its tokens are those that it would have without (prefixes.py).
 
-A pass of a block's length costs hardly more per token than a longer one, and its activations take less memory.
+Blocks take up to a third more time than one pass (measured with 300 and 1,100 tokens), so they are only for those who
+keep prompts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def block_ends(start: int, length: int) -> Iterator[int]:
 
 
 def prefill_blocks(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, reached: Callable[[int], None] | None
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, reached: Callable[[int], None]
 ) -> None:
     """Prefill a prompt's whole blocks, all but its last tokens.
 
@@ -35,5 +36,4 @@ def prefill_blocks(
     for end in block_ends(start, ids.shape[1]):
         model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
         start = end
-        if reached is not None:
-            reached(end)
+        reached(end)

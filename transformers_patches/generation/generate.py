@@ -215,7 +215,7 @@ def generate_ids(
     """transformers' generation, as every answer runs it: from prompts [B, T] without padding to ids [B, T + new].
 
     cache: holds a prefix of the prompts.
-    reached: called with the length of the cache after each block of the prompts.
+    reached: called with the length of the cache after each block of the prompts; None: they are prefilled in one pass.
     options: further arguments of transformers' generate().
     """
     loop = one_sequence_loop(loaded.model, loaded.state, config, streamer, len(ids), options)
@@ -226,7 +226,8 @@ def generate_ids(
         }
     cache = new_cache(loaded.model) if cache is None else cache
     with loaded.state.expect_prompt(ids.shape[1]), torch.inference_mode():
-        prefill_blocks(loaded.model, ids, cache, reached)
+        if reached is not None:  # else in one pass, which is up to a quarter faster
+            prefill_blocks(loaded.model, ids, cache, reached)
         return loaded.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -74,7 +74,7 @@ class PartInferConfig:
     block_bytes: float | None = _option(
         None,
         "instead of the fractions: load everything, and read this share of the weight bytes of all decoder layers for a "
-        "decoded token, attention and FFN together, as the neuron file's byte ladder spreads it (what --max_loss chooses)",
+        "decoded token, attention and FFN together, as the neuron file's byte ladder spreads it",
         type=float,
     )
     base_neurons_percent: float | None = _option(

@@ -29,10 +29,12 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="the model's neuron file, .safetensors, which gets curve and ladder")
+    parser.add_argument("file", type=Path, help="the model's neuron file, .safetensors, which gets the curve")
     add_text_arguments(parser)
     add_model_arguments(parser)
     add_loss_tokens(parser)
+    text = "make the byte ladder as well, which partinfer.py --block_bytes needs: takes several times as long"
+    parser.add_argument("--ladder", action="store_true", help=text)
     flags.add_json(parser)
     flags.add_quiet(parser)
     flags.add_config(parser)
@@ -54,10 +56,12 @@ def main(arguments: argparse.Namespace) -> None:
     texts = texts_to_score(arguments, source, loaded)
     if not texts:
         raise PartInferError("no text is long enough to measure losses on: two tokens of a prompt, and one to score")
-    neurons.ladder = ladder_of(arguments, loaded, texts)
+    if arguments.ladder:
+        neurons.ladder = ladder_of(arguments, loaded, texts)
     del loaded
     neurons.loss = measure(arguments, neurons, texts)
-    neurons.ladder = measure_ladder(arguments, neurons, texts)
+    if arguments.ladder:
+        neurons.ladder = measure_ladder(arguments, neurons, texts)
     with interrupts_deferred():
         neurons.save(arguments.file)
     content = {"output": str(arguments.file), **losses(neurons)}

@@ -17,10 +17,8 @@ from profiler.collect import Collector
 from profiler.expected_loss import (
     add_loss_tokens,
     expectation,
-    ladder_of,
     losses,
     measure,
-    measure_ladder,
     texts_to_score,
 )
 from profiler.loss_measurement import ScoredText
@@ -104,7 +102,6 @@ def profile(arguments: argparse.Namespace, source: ResolvedSource, output: Path,
     neurons, texts = counted  # the model's memory is free by now: measuring loads it again
     if texts:
         neurons.loss = measure(arguments, neurons, texts)
-        neurons.ladder = measure_ladder(arguments, neurons, texts)
     with interrupts_deferred():
         neurons.save(output)
         ProfileCheckpoint(output).remove()
@@ -152,8 +149,6 @@ def _count(
     neurons = rank(values, arguments.score, metadata, input_squares=statistics.input_squares())
     alone = processes.num_processes == 1 or source.dataset != SELF  # own texts are written by all processes together
     texts = texts_to_score(arguments, source, loaded) if alone and arguments.loss_tokens else []
-    if texts:
-        neurons.ladder = ladder_of(arguments, loaded, texts)
     return neurons, texts
 
 
@@ -218,5 +213,5 @@ def _report(arguments: argparse.Namespace, neurons: NeuronFile, output: Path) ->
     content = {"output": os.fspath(output), **data}
     if neurons.loss is not None:
         content |= losses(neurons)
-        text = f"{expectation(neurons.loss, neurons.ladder)}\n\n{text}"
+        text = f"{expectation(neurons.loss)}\n\n{text}"
     cli.report(arguments.json, content, text)

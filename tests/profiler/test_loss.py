@@ -86,10 +86,9 @@ def test_run_measures_and_the_command_measures_again(model_folder, questions, tm
     assert main(["run", *common, "--max_new_tokens", "4", "--output", str(output), "--quiet"]) == 0
     shown = capsys.readouterr().out
     assert "FFN bytes read at --max_loss" in shown
-    assert "bytes of all decoder layers read at --max_loss" in shown
     first = NeuronFile.load(output).loss
     assert {p.layers for p in first.points} == {ALL}  # 3 layers are too few for the default ones
-    assert main(["loss", str(output), *common, "--max_new_tokens", "8", "--json=-", "--quiet"]) == 0
+    assert main(["loss", str(output), *common, "--max_new_tokens", "8", "--ladder", "--json=-", "--quiet"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert len(content["losses"]) == len(first.points)
     rungs = NeuronFile.load(output).ladder.rungs

@@ -64,7 +64,7 @@ def _layout(run: ResolvedRun) -> str:
 def _prior(run: ResolvedRun, layer: int, plan: LayerPlan) -> Prior:
     settings = run.settings
     by_curve = settings.max_loss is not None or run.layer_choices is not None
-    if by_curve and run.base.loss is not None:
+    if by_curve and run.base is not None and run.base.loss is not None:
         return Prior.of_curve(plan, layer, run.base, settings.sparsity)
     with_threshold = run.fit is not None and run.fit.has_thresholds(settings.selection, settings.sparsity)
     return Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)

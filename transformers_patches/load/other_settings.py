@@ -95,8 +95,8 @@ class OtherSettings:
         `max_loss`; `sparsity`, the share of the bytes that is read; `of`, whose bytes these are: "ffn" or "layers";
         `predicted_loss`.
         """
-        fixed = self._own.run.settings.max_loss is None or bool(self.loaded.state.experts)
-        if fixed or (self._ladder is None and self._curve is None):
+        fixed = self._own.run.settings.max_loss is None and self._ladder is None
+        if fixed or self.loaded.state.experts or (self._ladder is None and self._curve is None):
             return []
         found = {}
         for bound in (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5):
@@ -112,9 +112,9 @@ class OtherSettings:
 
     @cached_property
     def _curve(self) -> LossCurve | None:
-        """What the others go by; None as well where another bound would want layers by input."""
+        """What the others go by."""
         base = self.files.base(self._own.run.settings)
-        return None if base is None or base.ladder is not None else base.loss
+        return None if base is None else base.loss
 
     def _share(self, max_loss: float) -> float:
         return self._curve.sparsity_for(max_loss) if self._ladder is None else self._ladder.bytes_for(max_loss)

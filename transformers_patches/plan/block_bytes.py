@@ -25,18 +25,9 @@ def decide_block_bytes(
     base: the neuron file whose ladder counts. unfit: why weights can't be stored by input; None if they can.
     Raises PartInferError if a share is asked for that can't be had.
     """
-    if settings.block_bytes is not None:
-        return settings.block_bytes, Decision(f"{settings.block_bytes:g}", _checked(settings, base, unfit))
-    if settings.max_loss is None:
-        return None, Decision(OFF, "no bound on the loss is given")
-    if unfit is not None:
-        return None, Decision(OFF, unfit)
-    if settings.memory_limit:
-        return None, Decision(OFF, "with --memory_limit only FFNs are sparse")
-    if base is None or base.ladder is None:
-        return None, Decision(OFF, "there is no neuron file" if base is None else f"{base.source} has no byte ladder")
-    share = base.ladder.bytes_for(settings.max_loss)
-    return share, Decision(f"{share:g}", f"the fewest whose predicted loss is at most {settings.max_loss:g}")
+    if settings.block_bytes is None:
+        return None, Decision(OFF, "not asked for: where FFNs alone are sparse the same loss is faster (docs/whole_model.md)")
+    return settings.block_bytes, Decision(f"{settings.block_bytes:g}", _checked(settings, base, unfit))
 
 
 def why_not_by_input(config: PretrainedConfig, family: Family, group: int, *, packed: bool) -> str | None:

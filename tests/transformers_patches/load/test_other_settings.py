@@ -103,22 +103,22 @@ def test_neurons_in_another_order_are_refused(tiny_checkpoints):
 
 @pytest.fixture
 def by_input(tiny_checkpoints):
-    """A model whose layers are stored by input, and others of its kind by their bounds."""
+    """A model whose layers are stored by input, and others of its kind by the share of bytes that they read."""
     neurons = replace(NEURONS, ladder=made_up_ladder())
     given = {"dtype": "float32", "device": "cpu"}
 
-    def load_bound(bound: float):
-        return load_model(tiny_checkpoints["llama"], PartInferConfig(max_loss=bound, **given), neurons)
+    def load_share(share: float):
+        return load_model(tiny_checkpoints["llama"], PartInferConfig(block_bytes=share, **given), neurons)
 
-    loaded = load_bound(0.04)
-    return loaded, OtherSettings(loaded, RunFiles(neurons)), load_bound
+    loaded = load_share(0.7)
+    return loaded, OtherSettings(loaded, RunFiles(neurons)), load_share
 
 
-@pytest.mark.parametrize("bound", [0.02, 0.06])
-def test_layers_by_input_follow_another_bound(by_input, bound):
-    loaded, settings, load_bound = by_input
+@pytest.mark.parametrize("bound, share", [(0.02, 0.8), (0.06, 0.6)])
+def test_layers_by_input_follow_another_bound(by_input, bound, share):
+    loaded, settings, load_share = by_input
     assert loaded.run.layer_choices is not None
-    other, own = load_bound(bound), answer(loaded)
+    other, own = load_share(share), answer(loaded)
     settings.use(Setting(bound))
     loaded.reset_counters()
     assert answer(loaded) == answer(other)

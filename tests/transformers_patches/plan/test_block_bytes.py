@@ -41,43 +41,27 @@ def test_a_given_share_takes_the_ladders_choices_for_all_layers():
     assert run.decisions["block_bytes"].why == "as given"
 
 
-def test_a_bound_takes_the_fewest_bytes_of_the_ladder():
-    run = resolve(with_ladder(), max_loss=0.04 + 1e-9)
-    assert run.settings.block_bytes == pytest.approx(0.7)
+def test_a_resolved_run_is_resolved_again_to_the_same():
+    run = resolve(with_ladder(), block_bytes=0.7)
     assert run.predicted_loss == pytest.approx(0.04)
-    assert len(run.layer_choices) == LAYERS
-    assert run.decisions["block_bytes"].value == "0.7"
-    assert "predicted loss is at most 0.04" in run.decisions["block_bytes"].why
-    again = resolve_run(run.settings, CONFIG, run.files)
-    assert again.settings == run.settings
-
-
-def test_a_bound_that_nothing_keeps_reads_everything():
-    run = resolve(with_ladder(), max_loss=0.0)
-    assert (run.settings.block_bytes, run.layer_choices, run.predicted_loss) == (1.0, None, 0.0)
+    assert resolve_run(run.settings, CONFIG, run.files).settings == run.settings
 
 
 def test_everything_needs_no_ladder():
     assert resolve(random_neuron_file(1), block_bytes=1.0).predicted_loss == 0.0
 
 
-def test_without_a_ladder_and_for_packs_the_curve_decides():
-    without = random_neuron_file(1)
-    without.loss = curve()
-    for run, reason in (
-        (resolve(without, max_loss=0.1), "has no byte ladder"),
-        (resolve(with_ladder(), max_loss=0.1, packed=True), "packs hold no weights by input"),
-    ):
-        assert (run.settings.block_bytes, run.layer_choices, run.settings.sparsity) == (None, None, 0.6)
-        assert run.predicted_loss == pytest.approx(0.1)
-        assert run.decisions["block_bytes"].value == "off"
-        assert reason in run.decisions["block_bytes"].why
+def test_a_bound_on_the_loss_goes_by_the_curve():
+    run = resolve(with_ladder(), max_loss=0.1)
+    assert (run.settings.block_bytes, run.layer_choices, run.settings.sparsity) == (None, None, 0.6)
+    assert run.predicted_loss == pytest.approx(0.1)
+    assert run.decisions["block_bytes"].value == "off"
+    assert "FFNs alone" in run.decisions["block_bytes"].why
 
 
 def test_settings_of_ones_own_are_as_they_were():
     run = resolve(with_ladder(), sparsity=0.4)
     assert (run.settings.block_bytes, run.layer_choices) == (None, None)
-    assert run.decisions["block_bytes"].why == "no bound on the loss is given"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +114,3 @@ def test_quantised_weights_by_input_need_whole_groups():
     """80 neurons are no whole groups of 32."""
     with pytest.raises(PartInferError, match="groups of 32, which quantised weights by input need"):
         resolve(with_ladder(), block_bytes=0.6, dtype="int8")
-    run = resolve(with_ladder(), max_loss=0.1, dtype="int4")
-    assert run.layer_choices is None
-    assert "groups of 32" in run.decisions["block_bytes"].why

@@ -82,12 +82,33 @@ class Fitting:
         biases = [torch.randn_like(norm) for norm in norms] if self.source.random() < 0.3 else []
         return [norms, biases, 1e-5, *self.linears((q, HIDDEN), (k, HIDDEN), (k, HIDDEN), (HIDDEN, q))]
 
+    def threshold(self) -> float:
+        return self.source.choice((-1.0, 0.0, 0.3))
+
+    def attention_by_input(self) -> list:
+        """Norms, and weights by input of q, k and v together and of o, for `add_layer_by_input`."""
+        q = HEADS * HEAD_SIZE
+        shapes = ((HIDDEN, q + 2 * KV_HEADS * HEAD_SIZE), (q, HIDDEN))
+        weights, scales, columns = (
+            [self.data(*shape) for shape in shapes],
+            [self.scales(*shape) for shape in shapes],
+            [torch.rand(outputs) for _, outputs in shapes],
+        )
+        packed = [scales, self.source.choice(([], columns))] if self.bits else [[], []]
+        vectors = [part for shape in shapes for part in vectors_by_input(*shape)]
+        return [*self.attention()[:3], weights, *packed, self.bits, vectors, [self.threshold(), self.threshold()]]
+
     def rope(self) -> list:
         angles = torch.rand(1, 1, HEAD_SIZE)
         return self.source.choice(([None, None], [angles.cos().to(self.dtype), angles.sin().to(self.dtype)]))
 
     def cache(self) -> Tensor:
         return self.floats(1, KV_HEADS, CAPACITY, HEAD_SIZE)
+
+
+def vectors_by_input(inputs: int, outputs: int) -> list[Tensor]:
+    """Mean, norm and constant of a layer by input."""
+    return [torch.randn(inputs), torch.rand(inputs), torch.randn(outputs)]
 
 
 def fitting_arguments(name: str, source: random.Random) -> list:
@@ -148,6 +169,12 @@ def _special(make: Fitting) -> dict[str, Callable[[], list]]:
     def dense_ffn() -> list:
         return [vector, *make.linears((NEURONS, HIDDEN), (NEURONS, HIDDEN), (HIDDEN, NEURONS)), "silu"]
 
+    def by_input() -> list:
+        scales = make.scales(HIDDEN, NEURONS) if make.bits else None
+        columns = make.maybe(torch.rand(NEURONS)) if make.bits else None
+        weight, vectors = make.data(HIDDEN, NEURONS), vectors_by_input(HIDDEN, NEURONS)
+        return [make.floats(make.tokens, HIDDEN), weight, scales, columns, make.bits, vectors, make.threshold()]
+
     counts, priority = torch.randint(0, 9, (NEURONS,)), torch.randperm(NEURONS)
     return {
         "screened_linear": screened_linear,
@@ -156,6 +183,7 @@ def _special(make: Fitting) -> dict[str, Callable[[], list]]:
         "quantize": lambda: converted(False),
         "dequantize": lambda: converted(True),
         "attention_step": attention_step,
+        "by_input": by_input,
         "dense_ffn": dense_ffn,
         "add_norm": lambda: [
             vector,
@@ -178,11 +206,30 @@ def _special(make: Fitting) -> dict[str, Callable[[], list]]:
     }
 
 
+def _layer_step(make: Fitting) -> tuple[str, list]:
+    """The call that adds a layer, by output or by input."""
+    window = make.source.choice((0, 2))
+    if make.source.random() < 0.7:
+        return "add_layer", [*make.attention(), window, 0.25, HEAD_SIZE]
+    return "add_layer_by_input", [*make.attention_by_input(), window, 0.25, HEAD_SIZE, KV_HEADS]
+
+
+def _by_input_of_up(make: Fitting, weights: list[Tensor], scales: list[Tensor]) -> list:
+    """Arguments of `set_active` about inputs of up; puts up by input among the weights, if it is to be."""
+    if make.source.random() < 0.5:
+        return [[], None, -1.0]
+    weights[1] = make.data(HIDDEN, NEURONS)
+    if make.bits:
+        scales[1] = make.scales(HIDDEN, NEURONS)
+    columns = make.maybe(torch.rand(NEURONS)) if make.bits else None
+    return [vectors_by_input(HIDDEN, NEURONS), columns, make.threshold()]
+
+
 def decoder_steps(source: random.Random) -> list[tuple[str, list]]:
     """The calls that make a decoder of a few layers and use it."""
     make = Fitting(source, source.random() < 0.5)
     layers = source.choice((1, 2, 3))
-    steps = [("add_layer", [*make.attention(), source.choice((0, 2)), 0.25, HEAD_SIZE]) for _ in range(layers)]
+    steps = [_layer_step(make) for _ in range(layers)]
     for number in range(layers):
         if source.random() < 0.4:
             ffn = make.linears((NEURONS, HIDDEN), (NEURONS, HIDDEN), (HIDDEN, NEURONS))
@@ -195,7 +242,15 @@ def decoder_steps(source: random.Random) -> list[tuple[str, list]]:
         columns = make.maybe(torch.rand(HIDDEN)) if bits else None
         choice = [60, make.index(), size, source.choice((-1, 10)), 0.1]
         added = [make.floats(HIDDEN) for _ in range(source.randrange(3))]
-        steps.append(("set_active", [number, weights, scales, columns, biases, bits, "silu", *choice, added]))
+        by_input = _by_input_of_up(make, weights, scales) if gated and size is not None else [[], None, -1.0]
+        if by_input[0]:
+            choice[0], choice[1] = NEURONS, None
+        down = [make.maybe(torch.rand(NEURONS)) if size is not None else None, make.threshold()]
+        arguments = [number, weights, scales, columns, biases, bits, "silu", *choice, added, *by_input, *down]
+        steps.append(("set_active", arguments))
+        if steps[number][0] == "add_layer_by_input":
+            steps.append(("set_input_thresholds", [number, make.threshold(), make.threshold()]))
+    steps.append(("take_counts", []))
     steps.append(("set_norm", [make.floats(HIDDEN), make.maybe(make.floats(HIDDEN)), 1e-5]))
     planes, plane_scales = (
         torch.randint(0, 256, (2, VOCABULARY, HIDDEN // 2), dtype=torch.uint8),

@@ -175,13 +175,14 @@ def test_rows_of_fc2_are_skipped_where_relu_gives_zero(variant):
 
 
 def test_extreme_activations_stay_finite(variant):
-    """exp must not overflow: silu(-1000) is 0, silu(1000) is 1000."""
+    """exp must not overflow: silu(-1000) is 0, silu(1000) is 1000, and relu² of it 1000²."""
     x = torch.ones(1, 32)
     gate = torch.cat((torch.full((8, 32), -1000 / 32), torch.full((8, 32), 1000 / 32)))
     up, down = torch.full((16, 32), 1 / 32), torch.eye(32)[:16].contiguous()
     for activation in reference.ACTIVATIONS:
         result = ffn(x, [gate, up, down], 16, None, activation)
-        torch.testing.assert_close(result, torch.tensor([[0.0] * 8 + [1000.0] * 8 + [0.0] * 16]), atol=1e-4, rtol=1e-5)
+        high = 1000.0**2 if activation == "relu2" else 1000.0
+        torch.testing.assert_close(result, torch.tensor([[0.0] * 8 + [high] * 8 + [0.0] * 16]), atol=1e-4, rtol=1e-5)
 
 
 BAD_ARGUMENTS = {

@@ -142,6 +142,13 @@ def fitting_arguments(name: str, source: random.Random) -> list:
     return list(arguments.values())
 
 
+def _by_input(make: Fitting) -> list:
+    scales = make.scales(HIDDEN, NEURONS) if make.bits else None
+    columns = make.maybe(torch.rand(NEURONS)) if make.bits else None
+    weight, vectors = make.data(HIDDEN, NEURONS), vectors_by_input(HIDDEN, NEURONS)
+    return [make.floats(make.tokens, HIDDEN), weight, scales, columns, make.bits, vectors, make.threshold()]
+
+
 def _special(make: Fitting) -> dict[str, Callable[[], list]]:
     """Operations whose arguments don't follow from their names."""
     planes = torch.randint(0, 256, (2, VOCABULARY, HIDDEN // 2), dtype=torch.uint8)
@@ -169,12 +176,6 @@ def _special(make: Fitting) -> dict[str, Callable[[], list]]:
     def dense_ffn() -> list:
         return [vector, *make.linears((NEURONS, HIDDEN), (NEURONS, HIDDEN), (HIDDEN, NEURONS)), "silu"]
 
-    def by_input() -> list:
-        scales = make.scales(HIDDEN, NEURONS) if make.bits else None
-        columns = make.maybe(torch.rand(NEURONS)) if make.bits else None
-        weight, vectors = make.data(HIDDEN, NEURONS), vectors_by_input(HIDDEN, NEURONS)
-        return [make.floats(make.tokens, HIDDEN), weight, scales, columns, make.bits, vectors, make.threshold()]
-
     counts, priority = torch.randint(0, 9, (NEURONS,)), torch.randperm(NEURONS)
     return {
         "screened_linear": screened_linear,
@@ -183,7 +184,7 @@ def _special(make: Fitting) -> dict[str, Callable[[], list]]:
         "quantize": lambda: converted(False),
         "dequantize": lambda: converted(True),
         "attention_step": attention_step,
-        "by_input": by_input,
+        "by_input": lambda: _by_input(make),
         "dense_ffn": dense_ffn,
         "add_norm": lambda: [
             vector,

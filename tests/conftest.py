@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.model_table import COMMON
 from transformers_patches.neurons.neuron_file import NeuronFile
 
 # no time limit per example (the machine may be busy), no database folder, the same examples on every run
@@ -21,21 +22,9 @@ settings.load_profile("project")
 ROOT = Path(__file__).parent.parent
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 
-LAYERS, HIDDEN, INTERMEDIATE, VOCABULARY = 6, 32, 80, 128
-_COMMON = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": INTERMEDIATE,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 256,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,  # activations far from each other, so that selections are clear
-}
+LAYERS, INTERMEDIATE = 6, 80
+HIDDEN, VOCABULARY = COMMON["hidden_size"], COMMON["vocab_size"]
+_COMMON = {**COMMON, "num_hidden_layers": LAYERS, "intermediate_size": INTERMEDIATE}
 _OPT = {k: v for k, v in _COMMON.items() if k not in ("num_key_value_heads", "head_dim", "initializer_range")}
 FAMILY_CONFIGS: dict[str, tuple[str, dict]] = {
     "llama": ("llama", _COMMON),

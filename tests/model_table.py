@@ -28,7 +28,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "initializer_range": 0.2,
+    "initializer_range": 0.2,  # activations far from each other, so that selections are clear
 }
 SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
 YARN = {

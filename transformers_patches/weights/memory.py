@@ -29,7 +29,7 @@ class WeightMemory:
         self.huge_pages = huge_pages
         self._block = torch.empty(0, dtype=torch.uint8)
         self._used = 0
-        self._second: dict[object, torch.Tensor] = {}
+        self._joined: dict[object, torch.Tensor] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A contiguous tensor."""
@@ -52,10 +52,11 @@ class WeightMemory:
 
         Where the same row of both is needed, one stretch of twice the length is read, which is faster.
         """
-        if pair in self._second:
-            return self._second.pop(pair)
-        first, self._second[pair] = self.empty((shape[0], 2, shape[1]), dtype, torch.device("cpu")).unbind(1)
-        return first
+        first = pair not in self._joined
+        part = self.empty_joined(pair, shape[0], [shape[1]] * 2, 0 if first else 1, dtype)
+        if not first:
+            del self._joined[pair]
+        return part
 
     def empty_joined(
         self, group: object, rows: int, widths: list[int], number: int, dtype: torch.dtype
@@ -64,10 +65,10 @@ class WeightMemory:
 
         The calls of a group, one for each number, return parts of one memory.
         """
-        if group not in self._second:
-            self._second[group] = self.empty((rows, sum(widths)), dtype, torch.device("cpu"))
+        if group not in self._joined:
+            self._joined[group] = self.empty((rows, sum(widths)), dtype, torch.device("cpu"))
         start = sum(widths[:number])
-        return self._second[group][:, start : start + widths[number]]
+        return self._joined[group][:, start : start + widths[number]]
 
 
 def give_back_freed() -> None:

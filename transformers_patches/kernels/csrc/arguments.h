@@ -356,22 +356,36 @@ inline void set_rope(AttentionCall& call, const Tensor& x, const optional<Tensor
   call.sine = vector_like(sine, x, call.head_dim, "sine");
 }
 
+// What every layer's attention has: norms, sizes of heads, window and scale.
+inline AttentionCall attention_around(const Norms& norms, int64_t window, double scale, int64_t head_dim) {
+  norms.check();
+  const Tensor& norm = norms.weights[0];
+  TORCH_CHECK_VALUE(norm.dim() == 1 && norm.numel() > 0, "norm must be [hidden], got ", norm.sizes());
+  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 2 == 0, "a head must have an even size above 0, got ", head_dim);
+  TORCH_CHECK_VALUE(window >= 0, "window must be a number of positions, or 0 for none, got ", window);
+  AttentionCall call;
+  call.type = float_type(norm, "norm");
+  call.hidden = norm.numel();
+  call.head_dim = head_dim;
+  call.norm = norms.norm(0, norm, call.hidden, "norm");
+  call.next_norm = norms.norm(1, norm, call.hidden, "next_norm");
+  if (norms.weights.size() > 2) {
+    call.q_norm = norms.norm(2, norm, head_dim, "q_norm");
+    call.k_norm = norms.norm(3, norm, head_dim, "k_norm");
+  }
+  call.window = window;
+  call.scale = float(scale);
+  return call;
+}
+
 // A layer's attention without what belongs to a token: x, delta, cosine, sine, sum, next and the cache's place.
 inline AttentionCall attention_call(const Norms& norms, at::TensorList weights, at::TensorList scales,
                                     const c10::List<optional<Tensor>>& biases, int64_t bits, int64_t window,
                                     double scale, int64_t head_dim) {
   const LayerWeights given{weights, scales, biases, bits};
   given.check(4);
-  norms.check();
-  const Tensor& norm = norms.weights[0];
-  const int64_t hidden = norm.numel();
-  TORCH_CHECK_VALUE(norm.dim() == 1 && hidden > 0, "norm must be [hidden], got ", norm.sizes());
-  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 2 == 0, "a head must have an even size above 0, got ", head_dim);
-  TORCH_CHECK_VALUE(window >= 0, "window must be a number of positions, or 0 for none, got ", window);
-  AttentionCall call;
-  call.type = float_type(norm, "norm");
-  call.hidden = hidden;
-  call.head_dim = head_dim;
+  AttentionCall call = attention_around(norms, window, scale, head_dim);
+  const int64_t hidden = call.hidden;
   call.q = given.weight(0, hidden, "q");
   call.k = given.weight(1, hidden, "k");
   call.v = given.weight(2, hidden, "v");
@@ -384,29 +398,13 @@ inline AttentionCall attention_call(const Norms& norms, at::TensorList weights, 
                     "the projections don't fit heads of ", head_dim, ": q has ", call.q.rows, " rows, k ", call.k.rows,
                     ", v ", call.v.rows, ", o ", call.o.rows);
   check_same_type({call.q, call.k, call.v}, "q, k and v");
-  call.norm = norms.norm(0, norm, hidden, "norm");
-  call.next_norm = norms.norm(1, norm, hidden, "next_norm");
-  if (norms.weights.size() > 2) {
-    call.q_norm = norms.norm(2, norm, head_dim, "q_norm");
-    call.k_norm = norms.norm(3, norm, head_dim, "k_norm");
-  }
-  call.window = window;
-  call.scale = float(scale);
   return call;
 }
 
 // The same with q, k and v in one layer by input, and o in another.
 inline AttentionCall attention_call(const Norms& norms, const ByInput& qkv, const ByInput& o, int64_t window,
                                     double scale, int64_t head_dim, int64_t kv_heads) {
-  norms.check();
-  const Tensor& norm = norms.weights[0];
-  TORCH_CHECK_VALUE(norm.dim() == 1 && norm.numel() > 0, "norm must be [hidden], got ", norm.sizes());
-  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 2 == 0, "a head must have an even size above 0, got ", head_dim);
-  TORCH_CHECK_VALUE(window >= 0, "window must be a number of positions, or 0 for none, got ", window);
-  AttentionCall call;
-  call.type = float_type(norm, "norm");
-  call.hidden = norm.numel();
-  call.head_dim = head_dim;
+  AttentionCall call = attention_around(norms, window, scale, head_dim);
   call.qkv_inputs = qkv;
   call.o_inputs = o;
   call.kv_heads = kv_heads;
@@ -416,14 +414,6 @@ inline AttentionCall attention_call(const Norms& norms, const ByInput& qkv, cons
                         qkv.outputs == (call.heads + 2 * kv_heads) * head_dim,
                     "the projections don't fit ", kv_heads, " key heads of ", head_dim, ": q, k and v have ", qkv.inputs,
                     " inputs and ", qkv.outputs, " outputs, o ", o.inputs, " and ", o.outputs);
-  call.norm = norms.norm(0, norm, call.hidden, "norm");
-  call.next_norm = norms.norm(1, norm, call.hidden, "next_norm");
-  if (norms.weights.size() > 2) {
-    call.q_norm = norms.norm(2, norm, head_dim, "q_norm");
-    call.k_norm = norms.norm(3, norm, head_dim, "k_norm");
-  }
-  call.window = window;
-  call.scale = float(scale);
   return call;
 }
 

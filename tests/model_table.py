@@ -5,6 +5,7 @@ README's list of models and the table in docs/models.md come from it: `python -m
 
 from __future__ import annotations
 
+import copy
 import re
 import textwrap
 from dataclasses import dataclass, field
@@ -205,15 +206,86 @@ MODELS: dict[str, Model] = {
         why_whole=f"in layers with experts {WHY_EXPERTS}",
         down="feed_forward.w2",
     ),
-    "gpt_oss": Model(
-        "gpt-oss in 16 bits", {**LOCAL, **SLIDING}, whole=EVERY, why_whole="its experts are laid out in their own way"
+    "gpt_oss": Model("gpt-oss in 16 bits", {**LOCAL, **SLIDING}, whole=EVERY, why_whole=WHY_EXPERTS),
+}
+# What else configs of these architectures may say: name, model_type and more options.
+YARN_ALONE = {key: value for key, value in YARN.items() if key != "partial_rotary_factor"}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+WINDOW = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 64,
+    "factor": 4.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 32}
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "llama, RoPE of Llama 3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama, biases": ("llama", BIASES),
+    "qwen2, windows in some layers": ("qwen2", WINDOW),
+    "qwen3_moe, YaRN": ("qwen3_moe", {"rope_parameters": YARN_ALONE}),
+    "qwen3_moe, windows in some layers": ("qwen3_moe", WINDOW),
+    "qwen3_moe, dense layers": ("qwen3_moe", {"mlp_only_layers": [0, 1]}),
+    "qwen3_moe, experts in every second layer": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "qwen2_moe, a dense layer": ("qwen2_moe", {"mlp_only_layers": [0]}),
+    "mixtral, windows": ("mixtral", {"sliding_window": 6}),
+    "olmoe, clipped": ("olmoe", {"clip_qkv": 1.0}),
+    "glm4_moe, norms of q and k": ("glm4_moe", {"use_qk_norm": True}),
+    "phi3, LongRoPE": (
+        "phi3",
+        {
+            "hidden_size": 64,
+            "head_dim": 16,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": LONG,
+        },
     ),
+    "glm4, dynamic RoPE": ("glm4", {"rope_parameters": DYNAMIC}),
+    "nemotron, biases": ("nemotron", BIASES),
+    "seed_oss, biases": ("seed_oss", {**BIASES, "attention_out_bias": True}),
+    "smollm3, biases": ("smollm3", BIASES),
+    "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "falcon_h1, biases and a norm": (
+        "falcon_h1",
+        {**BIASES, "projectors_bias": True, "mamba_rms_norm": True},
+    ),
+    "lfm2, its own size": ("lfm2", {"block_auto_adjust_ff_dim": True, "block_multiple_of": 32}),
+    "granitemoehybrid, experts": ("granitemoehybrid", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "granitemoehybrid, attention": (
+        "granitemoehybrid",
+        {"layer_types": ["full_attention"] * LAYERS, "position_embedding_type": "rope"},
+    ),
+    "gemma3n, sizes by layer": (
+        "gemma3n_text",
+        {"intermediate_size": [SIZE, SIZE, 128, SIZE], "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    ),
+    "gemma3n, shared keys": ("gemma3n_text", {"num_kv_shared_layers": 2}),
+    "gemma4, experts": ("gemma4_text", GEMMA4_EXPERTS),
+    "gemma4, twice as wide": ("gemma4_text", {"use_double_wide_mlp": True, "num_kv_shared_layers": 2}),
+    "gemma4, keys as values": (
+        "gemma4_text",
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "global_head_dim": 16},
+    ),
+    "gemma4, embeddings once": ("gemma4_text", {"hidden_size_per_layer_input": 0}),
 }
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
-    """A seeded random model in float32; biases, norms and other vectors are random too, so that nothing is untested."""
-    config = AutoConfig.for_model(model_type, **{**COMMON, **MODELS[model_type].options})
+def tiny_model(model_type: str, options: dict | None = None) -> PreTrainedModel:
+    """A seeded random model in float32; biases, norms and other vectors are random too, so that nothing is untested.
+
+    options: of its config, beside those of the table.
+    """
+    given = copy.deepcopy({**COMMON, **MODELS[model_type].options, **(options or {})})  # some configs change theirs
+    config = AutoConfig.for_model(model_type, **given)
     torch.manual_seed(list(MODELS).index(model_type))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

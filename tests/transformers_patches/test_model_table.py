@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
 
 from profiler.collect import Collector
 from profiler.layerwise import FFNWeights, LayerwiseModel, make_batches
 from profiler.loss_measurement import LossMeasurement, ScoredText
 from tests.conftest import random_neuron_file
-from tests.model_table import LAYERS, MODELS, SIZE, tiny_model
+from tests.model_table import LAYERS, MODELS, SIZE, VARIANTS, tiny_model
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod
 from tests.transformers_patches.model_passes import padded_prompts, passes, run, run_reference
 from transformers_patches import kernels
@@ -83,6 +83,43 @@ def test_every_family_but_opt_is_in_the_table():
     assert set(FAMILIES) - set(MODELS) == {"opt"}
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_configs_are_transformers(made, tmp_path, name):
+    """Bit for bit with PyTorch, and greedy tokens with the native kernels. Read from files: configs may change there.
+
+    For some experts from_pretrained takes other matrix products than from_config: then to rounding.
+    """
+    model_type, options = VARIANTS[name]
+    tiny_model(model_type, options).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    dense = {"method": "dense", "device": "cpu", "dtype": "float32"}
+    ours = {kernel: load_model(tmp_path, PartInferConfig(**dense, kernels=kernel)) for kernel in ("torch", "auto")}
+    plain, expected = run(ours["torch"].model, PASSES), run(theirs, PASSES)
+    if "experts" in name:
+        assert differences(plain, expected, PASSES) < 1e-5
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(plain, expected, strict=True))
+    assert differences(run(ours["auto"].model, PASSES), run(theirs, PASSES), PASSES) < 1e-4
+    ids, config = torch.arange(5, 16)[None], GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    config.eos_token_id = None
+    expected = theirs.generate(ids, generation_config=config, past_key_values=DynamicCache(config=theirs.config))
+    assert torch.equal(generate_ids(ours["auto"], ids, config, None), expected)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen3_5_text", "glm4_moe", "lfm2_moe", "falcon_h1", "gpt_oss", "gemma3n_text"]
+)
+def test_sixteen_bits_are_transformers_bit_for_bit(made, model_type):
+    """What transformers keeps in float32 (biases of routers, decays) is in float32 here, too."""
+    one = made(model_type)
+    theirs = AutoModelForCausalLM.from_pretrained(one.folder, dtype=torch.bfloat16).eval()
+    ours = one.load(method="dense", dtype="bfloat16").model
+    types = {name: p.dtype for name, p in theirs.state_dict().items()}
+    assert types == {name: p.dtype for name, p in ours.state_dict().items()}
+    for a, b in zip(run(ours, PASSES), run(theirs, PASSES), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_dense_is_transformers_bit_for_bit(made, model_type):
     one = made(model_type)
@@ -126,6 +163,10 @@ def put_experts(ours: Experts, theirs: nn.Module) -> None:
     gate, up, down = (
         torch.stack([kernels.dequantize(rows.weight(name)) for rows in ours.rows]) for name in ("gate", "up", "down")
     )
+    if ours.interleaved:
+        theirs.gate_up_proj = nn.Parameter(torch.stack([gate, up], dim=2).flatten(1, 2).transpose(1, 2).contiguous())
+        theirs.down_proj = nn.Parameter(down)
+        return
     theirs.gate_up_proj = nn.Parameter(torch.cat([gate, up], dim=1))
     theirs.down_proj = nn.Parameter(down.transpose(1, 2).contiguous())
 
@@ -135,7 +176,7 @@ def test_native_experts_are_transformers(native, made, model_type):
     one = made(model_type)
     loaded = one.load(method="dense", kernels="native")
     paths = layer_paths(loaded.model, native=True)
-    known = model_type not in ("gpt_oss", "bitnet", "gemma3n_text")  # laid out in a way of their own, or none
+    known = model_type not in ("bitnet", "gemma3n_text")  # they have no experts
     assert [path == EXPERTS for path in paths] == [known and n in MODELS[model_type].whole for n in range(LAYERS)]
     assert differences(run(loaded.model, PASSES), run(one.model, PASSES), PASSES) < 1e-4
     if known:
@@ -257,7 +298,7 @@ def test_it_is_profiled(made, model_type):
 def test_the_default_runs_everything(made, model_type):
     one = made(model_type)
     settings = settings_for(one.folder, {"device": "cpu", "dtype": "float32"}, "QA")
-    dense = model_type in ("bitnet", "gpt_oss")
+    dense = model_type == "bitnet"
     assert (settings.method, why_dense(one.folder) is not None) == ("dense" if dense else "partinfer", dense)
     loaded = load_model(one.folder, settings)
     assert len(loaded.plan.layers) + len(loaded.plan.experts) == (0 if dense else LAYERS)

@@ -7,6 +7,7 @@ explains how they work.
 
 from transformers_patches.kernels.blockwise import multiplies_fast
 from transformers_patches.kernels.decoder import Decoder
+from transformers_patches.kernels.experts import ExpertTable
 from transformers_patches.kernels.formats import FORMATS, GROUP, INT4, INT8, WeightFormat, format_named
 from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, ByInput, Projections
 from transformers_patches.kernels.library import available, use_variant, variant, variants, why_not
@@ -46,6 +47,7 @@ __all__ = [
     "AttentionLayer",
     "ByInput",
     "Decoder",
+    "ExpertTable",
     "Needed",
     "Projections",
     "QuantizedTensor",

@@ -43,6 +43,8 @@ DRIVERS = (
     "typical_size",
     "by_input",
     "by_up",
+    "experts",
+    "expert_table",
     "screened",
     "layouts",
     "dispatch",

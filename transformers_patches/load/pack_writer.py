@@ -12,6 +12,7 @@ import torch
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.families import family_of
 from transformers_patches.files import atomic_folder, write_text_atomic
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load.loader import load_from
@@ -203,6 +204,12 @@ def write_pack(
         raise PartInferError(f"{source} is a pack already: give the model that it was made from")
     if not settings.use_partial_loading:
         raise PartInferError("a pack holds the neurons of partial loading: add --use_partial_loading")
+    config = read_config(source)
+    experts = family_of(config).experts
+    if experts is not None and experts.interleaved:
+        raise PartInferError(
+            f"{config.model_type}'s experts can't be packed, because columns of gate and up take turns: load the checkpoint itself"
+        )
     with exclusive(output):
         _check_absent(output)  # again: another process may just have written it
         with atomic_folder(output) as folder:

@@ -39,7 +39,7 @@ def layer_paths(model: PreTrainedModel, *, native: bool) -> list[str]:
 def _path_of(layer: nn.Module) -> str:
     """Of a layer whose attention is transformers' own."""
     for module in layer.modules():
-        if isinstance(module, Experts) and module.rows[0].kernel_activation is not None:
+        if isinstance(module, Experts) and module.native_activation is not None:
             return EXPERTS
         if isinstance(module, CutFFN):
             return FFN if module.rows.kernel_activation is not None else LINEAR

@@ -30,8 +30,9 @@ KERNEL_ACTIVATIONS = {
 }
 
 # How rows lie in memory: each weight by itself; those of gate and down interleaved; and beside that, `up` stored by
-# input, [H, L], so that tokens can leave inputs out.
-PLAIN, PAIRED, BY_INPUT = "plain", "paired", "by_input"
+# input, [H, L], so that tokens can leave inputs out. Or as PLAIN where files have down by neuron, too: quantised, its
+# columns have no scales, for which all of them would have to be read first.
+PLAIN, PAIRED, BY_INPUT, BY_ROW = "plain", "paired", "by_input", "by_row"
 
 Rows = dict[str, Weight]  # weights of some neurons by name: gate, up, down [n, H], gate_bias, up_bias [n]
 
@@ -80,7 +81,7 @@ class NeuronRows(nn.Module):
         gated, input_bias: whether there is a gate, and whether the input projections have biases.
         weight_format: of quantised weights; None for floats.
         native: whether few tokens go through the native kernels.
-        layout: PLAIN, PAIRED or BY_INPUT.
+        layout: PLAIN, PAIRED, BY_INPUT or BY_ROW.
         """
         super().__init__()
         self.up_by_input = (
@@ -95,14 +96,15 @@ class NeuronRows(nn.Module):
         self.weight_names = [*inputs, "down"]
         self.row_names = self.weight_names + ([f"{name}_bias" for name in inputs] if input_bias else [])
         # Weights whose rows are interleaved in memory, because the native kernels read both for scattered neurons.
-        self.paired_names = ("gate", "down") if layout != PLAIN and gated and self.kernel_activation is not None else ()
+        self.paired_names = ("gate", "down") if layout in (PAIRED, BY_INPUT) and gated and self.kernel_activation is not None else ()
         for name in self.row_names:
             by_input = self.up_by_input and name == "up"
             shape = (count,) if name.endswith("_bias") else (hidden_size, count) if by_input else (count, hidden_size)
             if weight_format is None or len(shape) == 1:
                 setattr(self, name, nn.Parameter(torch.empty(shape), False))
             else:  # columns of down are outputs, of which some are much larger than others
-                setattr(self, name, QuantizedWeight(*shape, weight_format, column_scales=name == "down" or by_input))
+                scaled = (name == "down" and layout != BY_ROW) or by_input
+                setattr(self, name, QuantizedWeight(*shape, weight_format, column_scales=scaled))
 
     @property
     def matrices(self) -> int:

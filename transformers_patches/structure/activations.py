@@ -10,6 +10,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 NAMES = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2")  # those that are compared with by their type
+CLAMPED_SILU = "clamped_silu"  # gpt-oss's; transformers has no name for it
+CLAMP, ALPHA = 7.0, 1.702  # its numbers; csrc/types.h and csrc/activation.h have the same
+
+
+def clamped(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two factors of gpt-oss's activations, which bounds gate·x above and up·x on both sides."""
+    gate = gate.clamp(max=CLAMP)
+    return gate * torch.sigmoid(gate * ALPHA), up.clamp(-CLAMP, CLAMP) + 1
 
 
 class Scaled(nn.Module):

@@ -11,12 +11,12 @@ from tests.transformers_patches.model_passes import padded_prompts, passes, run
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
-from transformers_patches.sparse.experts import LEAST_TOKENS
+from transformers_patches.sparse.experts import LEAST_TOKENS, Experts
 
 SIZE, USED = 32, 2
 SETTINGS = {"method": "partinfer", "selection": "up", "compensation": "none", "loaded_neurons_percent": 1.0}
 SHAPE = {"start_num": 0, "end_num": LAYERS - 1, "device": "cpu", "dtype": "float32"}
-MODELS = ["qwen3_moe", "mixtral", "granitemoe"]
+MODELS = ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"]
 
 
 class NaiveExperts(nn.Module):
@@ -33,8 +33,7 @@ class NaiveExperts(nn.Module):
         y = torch.zeros_like(x)
         for token, sequence in enumerate(self.sequences):
             for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
-                gate, up = (self.experts.gate_up_proj[expert] @ x[token]).chunk(2)
-                act, down = nn.functional.silu(gate), self.experts.down_proj[expert]
+                act, up, down, bias = self.expert(expert, x[token])
                 h = act * up
                 known = self.squares.setdefault((expert, sequence), [])
                 if self.prefills:
@@ -44,8 +43,20 @@ class NaiveExperts(nn.Module):
                     size = ((sums + sums.mean() / len(known)) / (len(known) + 1)).sqrt()
                     scores = up.abs() * size * down.norm(dim=0)
                     h = h * (scores >= scores.topk(self.kept).values[-1])
-                y[token] += weight * (down @ h)
+                y[token] += weight * (down @ h + bias)
         return y
+
+    def expert(
+        self, expert: int, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | int]:
+        """Both factors of an expert's activations, its output projection [H, N], and that one's bias."""
+        gate_up, down = self.experts.gate_up_proj[expert], self.experts.down_proj[expert]
+        if not hasattr(self.experts, "down_proj_bias"):
+            gate, up = (gate_up @ x).chunk(2)
+            return nn.functional.silu(gate), up, down, 0
+        both = x @ gate_up + self.experts.gate_up_proj_bias[expert]
+        gate, up = both[::2].clamp(max=7), both[1::2].clamp(-7, 7) + 1
+        return gate * torch.sigmoid(1.702 * gate), up, down.T, self.experts.down_proj_bias[expert]
 
 
 def reference_logits(model, kept: int, all_passes) -> list[torch.Tensor]:
@@ -114,3 +125,34 @@ def test_what_experts_cannot_do_is_refused(tmp_path):
     settings = SETTINGS | {"loaded_neurons_percent": 0.7}
     with pytest.raises(PartInferError, match="--method dense, or --selection up --loaded_neurons_percent 1"):
         load_model(tmp_path, PartInferConfig(**settings, **SHAPE))
+
+
+def test_experts_may_be_fetched_before_they_are_read(native, tmp_path):
+    """Whoever keeps experts elsewhere is asked for them, and says where their rows lie then."""
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, PartInferConfig(method="dense", kernels="native", **SHAPE))
+    expected = run(loaded.model, all_passes := passes(*padded_prompts([9], "left"), [1, 1]))
+    asked: list[int] = []
+    for module in loaded.model.modules():
+        if isinstance(module, Experts):
+            module.before = Fetching(module, asked)
+    assert all(torch.equal(a, b) for a, b in zip(run(loaded.model, all_passes), expected, strict=True))
+    assert len(asked) >= LAYERS * USED * 2
+
+
+class Fetching:
+    """Has the rows of experts in memory only while they are used; between, that memory holds something else."""
+
+    def __init__(self, experts: Experts, asked: list[int]) -> None:
+        self.experts, self.asked, self.present = experts, asked, []
+        self.kept = [{name: rows.weight(name).clone() for name in rows.row_names} for rows in experts.rows]
+
+    def __call__(self, numbers: list[int]) -> None:
+        self.asked += numbers
+        for number, weights in enumerate(self.kept):
+            rows, needed = self.experts.rows[number], number in numbers
+            for name, weight in weights.items():
+                value = weight.clone() if needed else torch.full_like(weight, torch.nan)
+                setattr(rows, name, nn.Parameter(value, requires_grad=False))
+            self.experts.moved(number)

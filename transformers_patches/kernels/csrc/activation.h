@@ -47,6 +47,12 @@ inline void activate(Activation activation, float* values, int64_t count) {
     case Activation::RELU2:
       for (int64_t i = 0; i < count; ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i] * values[i];
       return;
+    case Activation::CLAMPED_SILU:
+      for (int64_t i = 0; i < count; ++i) {
+        const float x = values[i] > CLAMP ? CLAMP : values[i];
+        values[i] = x / (1.0f + fast_exp(-1.702f * x));
+      }
+      return;
   }
 }
 

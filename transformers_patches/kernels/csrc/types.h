@@ -7,7 +7,9 @@
 namespace partinfer {
 
 enum class Type : int32_t { F32, BF16, F16, Q8, Q4 };
-enum class Activation : int32_t { SILU, GELU, GELU_TANH, RELU, RELU2 };
+// CLAMPED_SILU is that of gpt-oss: x / (1 + e^(-1.702 x)) of min(x, CLAMP).
+enum class Activation : int32_t { SILU, GELU, GELU_TANH, RELU, RELU2, CLAMPED_SILU };
+constexpr float CLAMP = 7.0f;
 
 struct bf16_t {
   uint16_t bits;

@@ -219,6 +219,13 @@ def test_values_that_look_like_flags_are_values(tmp_path):
     assert (arguments.prompt, arguments.quiet, arguments.json) == ("-x", False, "-")
 
 
+def test_keys_to_ignore_in_a_config_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(flags, "IGNORED_GGUF_KEYS", set())
+    (tmp_path / "settings.yaml").write_text("ignore_gguf_key: [llama.a, llama.b]\n")
+    flags.parse(partinfer.build_parser(), ["--config", str(tmp_path / "settings.yaml")])
+    assert {"llama.a", "llama.b"} == flags.IGNORED_GGUF_KEYS
+
+
 def test_a_config_file_that_is_no_utf8_is_wrong_usage(tmp_path, capsys):
     (tmp_path / "settings.yaml").write_bytes(b"prompt: caf\xe9")
     with pytest.raises(SystemExit) as stopped:

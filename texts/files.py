@@ -26,7 +26,9 @@ JSON_ENDINGS, TABLE_ENDINGS = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv", "
 PLAIN_ENDINGS = (".txt", ".text", ".md", ".raw", ".tokens")
 ENDINGS = (*JSON_ENDINGS, *TABLE_ENDINGS, ".parquet", *PLAIN_ENDINGS)
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
-_REFUSED = {  # first bytes -> what to say
+_REFUSED = {  # first bytes -> what to say; UTF-32's begin like UTF-16's
+    b"\xff\xfe\0\0": "is UTF-32: write it as UTF-8, such as with iconv -f UTF-32 -t UTF-8",
+    b"\0\0\xfe\xff": "is UTF-32: write it as UTF-8, such as with iconv -f UTF-32 -t UTF-8",
     b"\xff\xfe": "is UTF-16: write it as UTF-8, such as with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "is UTF-16: write it as UTF-8, such as with iconv -f UTF-16 -t UTF-8",
     b"PK\x03\x04": "is a ZIP archive or an office document: unpack it, or save its table as CSV",
@@ -166,14 +168,16 @@ def _parsed(text: str, where: str) -> object:
 
 def _read_json(path: Path, file: TextIO) -> Iterator[Record]:
     """JSON lines, or one list of objects, which may take any number of lines."""
+    first = True
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        if number == 1 and _ending(path) == ".json" and line.lstrip().startswith("["):
+        if first and _ending(path) == ".json" and line.lstrip().startswith("["):
             rows = _parsed(line + file.read(), str(path))
             for place, row in enumerate(rows, start=1):
                 yield _object(row, f"{path}, row {place}")
             return
+        first = False
         yield _object(_parsed(line, _line(path, number)), _line(path, number))
 
 

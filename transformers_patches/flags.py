@@ -173,7 +173,7 @@ def _flag(option: str, action: argparse.Action, value: object) -> list[str]:
         if not isinstance(value, bool):
             raise ValueError(f"expected true or false, got {value!r:.60}")
         return ([f"{option}={action.const}"] if action.nargs else [option]) if value else []
-    several = isinstance(action, argparse._AppendAction)
+    several = isinstance(action, argparse._AppendAction | _IgnoreKey)
     if isinstance(value, list) and not several:
         raise ValueError(f"expected one value, got a list of {len(value)}")
     items = value if isinstance(value, list) else [value]

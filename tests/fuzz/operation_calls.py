@@ -423,6 +423,8 @@ def main() -> None:
     if options.variant:
         torch.ops.partinfer.set_variant(options.variant)
     torch.set_num_threads(2)
+    # PyTorch prints an argument of a wrong type, and would read the memory of one that has none any more
+    torch.Tensor.__repr__ = lambda values, **_: f"Tensor of {tuple(values.shape)}"
     kinds = options.kinds or [*operations(), DECODER]
     first = 0
     if options.after:

@@ -41,3 +41,31 @@ def test_memory_does_not_grow_with_every_length_also_if_torch_is_there_already()
     if unlimited < 80:
         pytest.skip("PyTorch does not use oneDNN here")
     assert growth("cli.limit_primitives()") < 0.6 * unlimited
+
+
+LENGTHS = """
+import os, random
+from transformers_patches import cli
+cli.prepare_torch()
+from transformers_patches.config import PartInferConfig
+from transformers_patches.generation.generate import GenerationOptions, generate
+from transformers_patches.load.loader import load_model
+from transformers_patches.weights.model_files import load_tokenizer
+folder, source = "models/SmolLM2-135M-Instruct", random.Random(0)
+tokenizer, loaded = load_tokenizer(folder), load_model(folder, PartInferConfig(method="dense", device="cpu"))
+for number, length in enumerate(source.sample(range(8, 318), 310)):
+    prompt = [source.randrange(20, 40000) for _ in range(length)]
+    generate(loaded, tokenizer, prompt, GenerationOptions(max_new_tokens=2))
+    if number == 49:
+        before = int(open("/proc/self/statm").read().split()[1])
+print((int(open("/proc/self/statm").read().split()[1]) - before) * 4096 / 1e6)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_prompts_of_new_lengths_take_no_more_memory(demo_model):
+    """310 lengths; what the first 50 of them take is left aside."""
+    done = subprocess.run([sys.executable, "-c", LENGTHS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 50

@@ -14,7 +14,8 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.lookup import TASK_TYPES
 
-FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack", "serve")
+FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack", "export", "serve")
+WRITERS = ("pack", "export")  # they write --output
 SERVER_FLAGS = ("host", "port", "api_key")
 
 
@@ -34,9 +35,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--function",
         choices=FUNCTIONS,
         default="normal",
-        help="compare answers dense, too; pack writes --output; serve offers OpenAI's API and a chat page",
+        help="compare answers dense, too; pack and export write --output; serve offers OpenAI's API and a chat page",
     )
-    task.add_argument("--output", metavar="FOLDER", help="of --function pack: the planned neurons, to load them faster")
+    task.add_argument(
+        "--output",
+        metavar="PATH",
+        help="the planned neurons: a folder to load them faster (pack); a folder that transformers loads, or a file that "
+        "llama.cpp loads if the name ends in .gguf (export)",
+    )
     task.add_argument("--task_type", choices=TASK_TYPES, default="QA")
     task.add_argument("--prompt", help="the text; - reads standard input (a predefined prompt)")
     task.add_argument("--num_fewshot", type=int, help="worked examples before the prompt (0; 3 for base models)")
@@ -85,8 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     folder = find_model(arguments.model_name, arguments.checkpoint_path)
     settings = _settings_with_files(folder, arguments)
-    if arguments.function == "pack":
-        return _pack(settings, folder, arguments)
+    if arguments.function in WRITERS:
+        return (_pack if arguments.function == "pack" else _export)(settings, folder, arguments)
     if arguments.function == "serve":
         from server.serve import serve
 
@@ -107,10 +113,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-    if arguments.function == "pack" and not arguments.output:
-        raise PartInferError("--function pack writes a folder: name it with --output FOLDER")
-    if arguments.output and arguments.function != "pack":
-        raise PartInferError(f"--output belongs to --function pack, got --function {arguments.function}")
+    if arguments.function in WRITERS and not arguments.output:
+        raise PartInferError(f"--function {arguments.function} writes a folder: name it with --output FOLDER")
+    if arguments.output and arguments.function not in WRITERS:
+        raise PartInferError(f"--output belongs to --function pack or export, got --function {arguments.function}")
 
 
 def _check_server(arguments: argparse.Namespace) -> None:
@@ -141,6 +147,30 @@ def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
         cli.write_json(arguments.json, {"output": arguments.output, **sizes})
     if arguments.json != flags.STANDARD_OUTPUT and not arguments.quiet:
         print(f"{arguments.output}: {made['bytes'] / 1e6:.0f} of {made['bytes_dense'] / 1e6:.0f} MB", file=sys.stderr)
+    return cli.DONE
+
+
+def _export(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> int:
+    """Write the planned neurons as a plain model, and say what is in it."""
+    from transformers_patches.load.export import write_export
+
+    made = write_export(folder, arguments.output, settings)
+    plan = made.plan
+    same = {
+        "loaded_neurons_percent": plan.settings.loaded_neurons_percent,
+        "start_num": plan.settings.start_num,
+        "end_num": plan.settings.end_num,
+        "compensation": plan.settings.compensation,
+    }
+    if arguments.json:
+        sizes = {"neurons": plan.size, "bytes": made.bytes, "bytes_dense": made.bytes_dense, "notes": list(plan.notes)}
+        cli.write_json(arguments.json, {"output": arguments.output, "settings": same, **sizes})
+    if arguments.json != flags.STANDARD_OUTPUT and not arguments.quiet:
+        for note in plan.notes:
+            print(note, file=sys.stderr)
+        equal = " ".join(f"--{name} {value}" for name, value in same.items())
+        sizes = f"{plan.size} neurons in each layer, {made.bytes / 1e6:.0f} of {made.bytes_dense / 1e6:.0f} MB"
+        print(f"{arguments.output}: {sizes}; the same as --method dense --use_partial_loading {equal}", file=sys.stderr)
     return cli.DONE
 
 

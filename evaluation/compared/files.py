@@ -60,7 +60,7 @@ class ComparedFiles:
         return self._found[kind]
 
     def _written(self, dtype: str) -> ComparedFile:
-        from evaluation.compared.gguf_model import write_gguf
+        from transformers_patches.weights.gguf_writer import write_gguf
 
         path = self._folder / f"{dtype}.gguf"
         write_gguf(path, self._weights(), self._config, dtype)

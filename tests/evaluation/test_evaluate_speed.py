@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from evaluation.compared.gguf_model import write_gguf
 from evaluation.compared.kinds import ComparedFile
 from evaluation.evaluate_speed import main
 from evaluation.methods import Configuration
@@ -26,6 +25,7 @@ from tests.tiny_gguf import write_tiny_gguf
 from transformers_patches import flags
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.weights.gguf_writer import write_gguf
 from transformers_patches.weights.safetensors_folder import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

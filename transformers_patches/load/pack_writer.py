@@ -237,7 +237,7 @@ def _fill(
     recorder.finish()
     run = loaded.run
     _save_neurons(folder / NEURONS, files, run)
-    _copy_rest(source, folder)
+    copy_rest(source, folder)
     layers = sorted({*run.plan.layers, *run.plan.experts})
     made = {name: getattr(run.settings, name) for name in (*FIXED, *KEPT)}
     description = {
@@ -270,12 +270,13 @@ def _save_neurons(folder: Path, files: RunFiles, run: ResolvedRun) -> None:
                 FitFile.save(fit, fit_path(path))
 
 
-def _copy_rest(source: Path, folder: Path) -> None:
-    """Config, tokenizer and what else a model folder holds; those of a GGUF file as such a folder has them."""
+def copy_rest(source: Path, folder: Path, skip: tuple[str, ...] = ()) -> None:
+    """Config, tokenizer and what else a model folder holds, except `skip`; those of a GGUF file as a folder has them."""
     if is_gguf(source):
-        read_config(source).save_pretrained(folder)
+        if "config.json" not in skip:
+            read_config(source).save_pretrained(folder)
         gguf_tokenizer(source).save_pretrained(folder)
         return
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_NOT_COPIED):
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith((*_NOT_COPIED, *skip)):
             shutil.copyfile(path, folder / path.name)

@@ -35,7 +35,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise PartInferError(f"{path} has no tokenizer (its tokenizer.ggml.model is none): use a file that has one")
     vocabulary = read_vocabulary(metadata)
     try:
-        backend = _sentencepiece(vocabulary) if vocabulary.kind == SENTENCEPIECE else _byte_level(vocabulary)
+        backend = _sentencepiece(vocabulary) if vocabulary.kind == SENTENCEPIECE else byte_level(vocabulary)
     except PartInferError:
         raise
     except Exception as error:  # tokenizers raises plain Exceptions
@@ -61,7 +61,8 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
+def byte_level(vocabulary: Vocabulary) -> Tokenizer:
+    """BPE over bytes, without what is matched whole."""
     ids = {token: place for place, token in enumerate(vocabulary.tokens)}
     tokenizer = Tokenizer(models.BPE(ids, vocabulary.merges, ignore_merges=vocabulary.pre.ignore_merges))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in vocabulary.pre.patterns]

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.compared import files
 from evaluation.compared.files import ComparedFiles, own_file, own_kind
-from evaluation.compared.gguf_model import write_gguf
 from evaluation.compared.kinds import QUANTIZED, parse_compared
 from evaluation.windows import Example
 from tests.conftest import LAYERS
 from tests.tiny_gguf import tiny_model, write_tiny_gguf
 from transformers_patches.errors import PartInferError
+from transformers_patches.weights.gguf_writer import write_gguf
 from transformers_patches.weights.safetensors_folder import Checkpoint
 
 needs_llama_cpp = pytest.mark.skipif(

@@ -214,6 +214,8 @@ def test_few_bits_are_transformers_with_the_weights_that_they_stand_for(made, mo
         if isinstance(module, Experts):
             put_experts(module, plain.get_submodule(name))
     assert differences(run(loaded.model, ONE), run(plain, ONE), ONE) < 1e-4
+    ids, config = torch.arange(5, 16)[None], GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert generate_ids(loaded, ids, config, None).shape[1] > ids.shape[1]
 
 
 @pytest.mark.parametrize("model_type", SPARSE)
@@ -233,7 +235,10 @@ def test_a_pack_is_the_model(made, tmp_path, model_type, dtype):
     write_pack(one.folder, tmp_path / "pack", options, BASE, OTHER)
     packed = load_model(tmp_path / "pack", options)
     for a, b in zip(run(packed.model, ONE), run(loaded.model, ONE), strict=True):
-        assert torch.equal(a, b)
+        if model_type == "gemma3n_text":  # layers that cut activations are stored by neuron in packs, and add in another order
+            assert (a - b).abs().max() < (1e-4 if dtype == "float32" else 0.3)
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

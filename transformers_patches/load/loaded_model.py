@@ -15,6 +15,7 @@ from transformers_patches.sparse.by_input_linear import ByInputLinear
 from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.request import Counters, RequestLayer, RequestState
+from transformers_patches.sparse.zeros_ffn import ZerosFFN
 
 
 @dataclass
@@ -112,8 +113,8 @@ class LoadedModel:
         mixtures = [module for module in self.model.modules() if isinstance(module, Experts)]
         return round(sum(experts.row_bytes * (1 - experts.read_share()) for experts in mixtures))
 
-    def _cut_ffns(self) -> list[CutFFN]:
-        return [module for module in self.model.modules() if isinstance(module, CutFFN)]
+    def _cut_ffns(self) -> list[CutFFN | ZerosFFN]:
+        return [module for module in self.model.modules() if isinstance(module, CutFFN | ZerosFFN)]
 
     def unchosen_expert_bytes(self) -> int:
         """Bytes of the experts that a token's router does not choose."""

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import family_of
@@ -84,6 +84,7 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
     model, sources = build_model(run, state)
     stream_weights(model, weights, sources, run, memory)
     give_back_freed()
+    _know_type(model, run)
     attach_compensation(state.layers, sources, run)
     state.attach(model)
     if isinstance(weights, Pack):
@@ -102,6 +103,13 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
         bytes_resident=weight_bytes(model),
     )
     return LoadedModel(model, run.without_files(), state, report)
+
+
+def _know_type(model: PreTrainedModel, run: ResolvedRun) -> None:
+    """transformers takes a model's type and device from its parameters; nanochat, quantised, has none left."""
+    if next(model.parameters(), None) is None:
+        empty = torch.empty(0, dtype=run.dtype, device=run.device)
+        model.register_parameter("of_type", torch.nn.Parameter(empty, requires_grad=False))
 
 
 def _check_files(files: RunFiles, config: PretrainedConfig, weights: WeightSource, name: str) -> None:

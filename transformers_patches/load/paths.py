@@ -12,6 +12,7 @@ from transformers_patches.fast_pass.one_token import one_token_pass
 from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.sparse_ffn import SparseFFN
+from transformers_patches.sparse.zeros_ffn import ZerosFFN
 
 DECODER = "native decoder"
 FFN = "native FFN"
@@ -41,7 +42,7 @@ def _path_of(layer: nn.Module) -> str:
     for module in layer.modules():
         if isinstance(module, Experts) and module.native_activation is not None:
             return EXPERTS
-        if isinstance(module, CutFFN):
+        if isinstance(module, CutFFN | ZerosFFN):
             return FFN if module.rows.kernel_activation is not None else LINEAR
         if isinstance(module, SparseFFN):
             return FFN if _is_native(module) else LINEAR

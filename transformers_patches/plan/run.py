@@ -52,6 +52,7 @@ class ResolvedRun:
     head_format: WeightFormat | None  # the same of embeddings and output projection
     predicted_loss: float | None  # nats per decoded token over dense; None: nothing near was measured
     layer_choices: list[LayerChoice] | None = None  # what tokens read of every layer; None: only FFNs are sparse
+    packed: bool = False  # the weights come from a pack, or will be one
 
     @property
     def native(self) -> bool:
@@ -126,6 +127,7 @@ def resolve_run(
         weight_format=weight_format,
         head_format=FORMATS.get(head.value),
         predicted_loss=predicted_loss(resolved, curve, layers) if share is None else predicted_share(share, ladder),
+        packed=packed,
     )
     choices = layer_choices(share, ladder, layers)
     return run if choices is None else with_layer_choices(run, choices)

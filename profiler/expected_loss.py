@@ -39,13 +39,13 @@ def texts_to_score(arguments: argparse.Namespace, source: ResolvedSource, loaded
     sequences = islice(text_sequences(arguments, source, loaded), arguments.skip, None)
     if arguments.limit is not None:
         sequences = islice(sequences, arguments.limit)
-    return scored_texts(_continued(sequences, arguments, loaded), arguments.loss_tokens)
+    return scored_texts(continued(sequences, arguments, loaded), arguments.loss_tokens)
 
 
-def _continued(
+def continued(
     sequences: Iterator[list[int]], arguments: argparse.Namespace, loaded: ProfiledModel
 ) -> Iterator[tuple[list[int], int]]:
-    """(token ids, how many of them are the prompt)."""
+    """Each sequence with the model's continuation, and how many of its ids are the prompt."""
     while batch := [ids for ids in islice(sequences, arguments.batch_size) if ids]:
         longer = batch
         if arguments.max_new_tokens:

@@ -15,7 +15,7 @@ DTYPES = (*FLOAT_DTYPES, *QUANTIZED_DTYPES)
 HEAD_DTYPE = "int8"  # default of a quantised output projection: 4 bits cost the most there
 KERNELS = ("auto", "native", "torch")
 SCREENING = ("auto", "on", "off")
-PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass")  # once per prompt; formulas in prompt_evidence.py
+PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass", "similarity")  # once per prompt; formulas in prompt_evidence.py
 TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selection.py
 SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
 COMPENSATIONS = ("auto", "none", "mean", "refit")
@@ -86,7 +86,7 @@ class PartInferConfig:
     selection: str = _option(
         "auto",
         "what chooses the neurons: per prompt by core-neuron count (core, CoreInfer's), sum of squares of h / ||h|| "
-        "(griffin), mean |h| ||W_down|| of prompt and neuron file (blend), ranks of both (glass); per token by "
+        "(griffin), mean |h| ||W_down|| of prompt and neuron file (blend), ranks of both (glass), core neurons of similar texts (similarity); per token by "
         "|up x| rms(gate) ||W_down|| (up) or |gate| rms(up x) ||W_down|| (gate); auto: up where the neuron file has "
         "statistics, else core",
         choices=SELECTIONS,

@@ -4,6 +4,7 @@ import torch
 
 from tests.conftest import HIDDEN, INTERMEDIATE, LAYERS, random_neuron_file
 from transformers_patches.neurons.byte_ladder import INPUTS, THRESHOLDS, ByteLadder, Rung
+from transformers_patches.neurons.clusters import Clusters
 from transformers_patches.neurons.fit_file import FitFile, LayerFit
 from transformers_patches.neurons.loss_curve import ALL, DEFAULT, LossCurve, LossPoint
 from transformers_patches.neurons.neuron_file import NeuronFile
@@ -25,6 +26,13 @@ def with_statistics(seed: int) -> NeuronFile:
         "down_norm": draw() + 0.5,
     }
     return neurons
+
+
+def made_up_clusters(count: int = 3, layers: int = LAYERS, size: int = INTERMEDIATE) -> Clusters:
+    """Random clusters of texts."""
+    generator = torch.Generator().manual_seed(9)
+    centers = torch.nn.functional.normalize(torch.randn(count, layers, size, generator=generator), dim=2)
+    return Clusters(centers.half(), torch.randint(0, 20, centers.shape, generator=generator).int())
 
 
 def with_input_squares(seed: int, layers: int = LAYERS, hidden: int = HIDDEN, size: int = INTERMEDIATE) -> NeuronFile:

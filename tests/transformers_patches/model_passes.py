@@ -4,6 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import HIDDEN, VOCABULARY, random_neuron_file
+from tests.transformers_patches.made_up_files import made_up_clusters
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod, positions
 from transformers_patches.families import family_of
 from transformers_patches.load.loaded_model import LoadedModel
@@ -12,6 +13,7 @@ from transformers_patches.sparse.sparse_ffn import SparseFFN
 SPARSE = range(1, 5)
 PROMPT = torch.arange(3, 15)[None]
 DATASET, MODEL = random_neuron_file(1), random_neuron_file(2)
+DATASET.clusters = made_up_clusters()
 METHODS = {
     "partinfer": {"method": "partinfer"},
     "coreinfer": {"method": "coreinfer"},

@@ -67,7 +67,10 @@ def test_fractions_not_given_follow_sparsity():
             {"method": "dense", "use_partial_loading": True, "loaded_neurons_percent": 0.2},
             "base_neurons_percent must be at most loaded_neurons_percent, got 0.3 > 0.2",
         ),
-        ({"selection": "best"}, "selection must be one of auto, core, griffin, blend, glass, up, gate, got 'best'"),
+        (
+            {"selection": "best"},
+            "selection must be one of auto, core, griffin, blend, glass, similarity, up, gate, got 'best'",
+        ),
         ({"compensation": "mean+rank"}, r"compensation must be one of auto, none, mean, refit, got 'mean\+rank'"),
         ({"compensation": "lowrank"}, "compensation must be one of auto, none, mean, refit, got 'lowrank'"),
         ({"budget": "even"}, "budget must be one of auto, uniform, per_layer, got 'even'"),

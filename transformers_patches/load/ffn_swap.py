@@ -67,7 +67,8 @@ def _prior(run: ResolvedRun, layer: int, plan: LayerPlan) -> Prior:
     if by_curve and run.base is not None and run.base.loss is not None:
         return Prior.of_curve(plan, layer, run.base, settings.sparsity)
     with_threshold = run.fit is not None and run.fit.has_thresholds(settings.selection, settings.sparsity)
-    return Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)
+    prior = Prior.of(plan, layer, run.base, _fit_of(run, layer), with_threshold=with_threshold)
+    return prior.with_clusters(plan, layer, run.base.clusters) if settings.selection == "similarity" else prior
 
 
 def _selection(run: ResolvedRun, rows: NeuronRows, layer: int, prior: Prior) -> Selection:

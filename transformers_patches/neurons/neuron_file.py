@@ -9,6 +9,7 @@ statistics.<name>: float32 [layers, N], see STATISTICS.
 input_squares.<name>: float32, see INPUT_SQUARES.
 loss.<name>: a loss curve, with `loss_points` in the metadata.
 ladder.<name>: a byte ladder, with `ladder_rungs` in the metadata.
+clusters.<name>: clusters of texts.
 
 The legacy format of the original is JSON, `{"neurons": [[N indices] * layers]}`, best neuron first. Both are validated
 before anything is done with them.
@@ -29,6 +30,7 @@ from transformers_patches.families import family_of
 from transformers_patches.files import save_tensors_atomic, write_text_atomic
 from transformers_patches.neurons.byte_ladder import ByteLadder
 from transformers_patches.neurons.checks import WHOLE_NUMBERS, check_floats, read_tensors, shown, whole_number
+from transformers_patches.neurons.clusters import Clusters
 from transformers_patches.neurons.loss_curve import LossCurve
 
 FORMAT = "partinfer-neurons"
@@ -57,6 +59,7 @@ class NeuronFile:
     input_squares: float32, for names in INPUT_SQUARES.
     loss: what decoding with fewer FFN bytes costs; None if that was not measured.
     ladder: settings that read fewer bytes of all decoder layers; None if there are none.
+    clusters: groups of texts and their neurons; None if there are none.
     """
 
     ranking: torch.Tensor
@@ -67,6 +70,7 @@ class NeuronFile:
     input_squares: dict[str, torch.Tensor] = field(default_factory=dict)
     loss: LossCurve | None = None
     ladder: ByteLadder | None = None
+    clusters: Clusters | None = None
 
     def __post_init__(self) -> None:
         validate_ranking(self.ranking, self.source)
@@ -88,6 +92,8 @@ class NeuronFile:
                 )
         if self.loss is not None:
             self._check_loss(self.loss)
+        if self.clusters is not None:
+            self.clusters.check(tuple(self.ranking.shape), self.source)
         if self.ladder is not None and self.ladder.num_layers != self.num_layers:
             raise PartInferError(f"{self.source}: its byte ladder is of another model: make the file again")
 
@@ -170,6 +176,8 @@ class NeuronFile:
         if self.ladder is not None:  # in the types that it has, most of them of 16 bits
             tensors.update({f"ladder.{name}": v.contiguous() for name, v in self.ladder.tensors().items()})
             metadata[LADDER_RUNGS] = self.ladder.described()
+        if self.clusters is not None:
+            tensors.update({f"clusters.{name}": v.contiguous() for name, v in self.clusters.tensors().items()})
         save_tensors_atomic(path, tensors, metadata)
 
     @classmethod
@@ -254,12 +262,22 @@ def _load_safetensors(path: Path) -> NeuronFile:
         )
     for key in ("tokens", "texts", "datasets"):
         whole_number(metadata, key, str(path), 0)
-    statistics, squares, losses, rungs = (
+    statistics, squares, losses, rungs, clusters = (
         {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
-        for prefix in ("statistics.", "input_squares.", "loss.", "ladder.")
+        for prefix in ("statistics.", "input_squares.", "loss.", "ladder.", "clusters.")
     )
     described = metadata.pop(LOSS_POINTS, None)
     loss = None if described is None else LossCurve.read(described, losses, str(path))
     described = metadata.pop(LADDER_RUNGS, None)
     ladder = None if described is None else ByteLadder.read(described, rungs, str(path))
-    return NeuronFile(tensors["ranking"], tensors.get("scores"), statistics, metadata, str(path), squares, loss, ladder)
+    return NeuronFile(
+        tensors["ranking"],
+        tensors.get("scores"),
+        statistics,
+        metadata,
+        str(path),
+        squares,
+        loss,
+        ladder,
+        Clusters.read(clusters, str(path)),
+    )

@@ -87,6 +87,11 @@ def resolve_by_files(
             "profile again with python -m profiler run, or use --compensation none"
         )
     selection = decide_selection(settings, informed=statistics or fit is not None)
+    if selection.value == "similarity" and (base is None or base.clusters is None):
+        name = "there is no neuron file" if base is None else f"{base.source} has none"
+        raise PartInferError(
+            f"selection similarity needs clusters of texts, but {name}: add them with python -m profiler cluster"
+        )
     used = fit if compensation.value == "refit" or budget.value == "per_layer" else None
     fitted = fit if compensation.value == "refit" else None
     token_count = decide_token_count(replace(settings, selection=selection.value), fitted)

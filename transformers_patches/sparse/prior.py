@@ -8,6 +8,7 @@ import torch
 
 from transformers_patches import kernels
 from transformers_patches.kernels import QuantizedTensor, Weight
+from transformers_patches.neurons.clusters import Clusters
 from transformers_patches.neurons.fit_file import LayerFit
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.load_plan import LayerPlan
@@ -23,6 +24,7 @@ class Prior:
     mean: float32 [L], the mean of h.
     gate_size: float32 [L], the root of the mean of act(gate)^2.
     threshold: the score above which a token computes a neuron.
+    clusters: of texts, [C, L] each.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Prior:
         threshold: float | None = None,
     ) -> None:
         self.mean_abs, self.mean, self.gate_size, self.threshold = mean_abs, mean, gate_size, threshold
+        self.clusters: Clusters | None = None
         self._down_norm: torch.Tensor | None = None
 
     @classmethod
@@ -62,6 +65,11 @@ class Prior:
         changed = copy.copy(self)
         changed.gate_size, changed.threshold = gate_size, threshold if threshold and threshold > 0 else None
         return changed
+
+    def with_clusters(self, plan: LayerPlan, layer: int, clusters: Clusters) -> Prior:
+        """The same with a file's clusters."""
+        self.clusters = Clusters(*(t[:, layer][:, plan.neurons] for t in (clusters.centers, clusters.counts)))
+        return self
 
     def with_norms_of(self, other: Prior) -> Prior:
         """The same, with ||W_down|| taken from a prior of the same neurons, where that has computed it."""

@@ -121,6 +121,22 @@ class Glass(_Sums):
         return -((1 - GLOBAL_WEIGHT) * local + GLOBAL_WEIGHT * prior)
 
 
+class Similarity(_Sums):
+    """`similarity`: the core neurons of similar texts (CoreInfer's similarity-guided way, arXiv 2410.18311).
+
+    The prompt belongs to the cluster whose center has the largest cosine with sum_t h_t / ||h_t||_2. The score is how
+    many of the cluster's texts have a neuron among their core neurons.
+    """
+
+    def _per_token(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(h, dim=1)
+
+    def scores(self) -> torch.Tensor:
+        centers = self.prior.clusters.centers.to(self.sums.device, torch.float32)
+        nearest = torch.nn.functional.cosine_similarity(centers, self.sums[None], dim=1).argmax()
+        return self.prior.clusters.counts[int(nearest)].to(self.sums.device, torch.float32)
+
+
 def _places(values: torch.Tensor) -> torch.Tensor:
     """float32 [L]: 0 for the largest value, 1 for the next, …; equal values in order."""
     order = values.argsort(descending=True, stable=True)
@@ -150,4 +166,10 @@ def best_scored(scores: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
     return ranked[:wanted].sort().values.int()
 
 
-EVIDENCE: dict[str, type[Evidence]] = {"core": CoreNeurons, "griffin": Griffin, "blend": Blend, "glass": Glass}
+EVIDENCE: dict[str, type[Evidence]] = {
+    "core": CoreNeurons,
+    "griffin": Griffin,
+    "blend": Blend,
+    "glass": Glass,
+    "similarity": Similarity,
+}

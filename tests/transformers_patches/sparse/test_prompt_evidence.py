@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from tests.transformers_patches.made_up_files import with_statistics
 from tests.transformers_patches.model_passes import DATASET, SPARSE, padded_prompts, passes, run, selection_of
 from transformers_patches.config import PROMPT_SELECTIONS, PartInferConfig
+from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
+from transformers_patches.neurons.clusters import Clusters
 from transformers_patches.plan.load_plan import LayerPlan
 from transformers_patches.sparse.prior import Prior
 from transformers_patches.sparse.prompt_evidence import EVIDENCE
@@ -53,6 +55,37 @@ def test_the_choice_is_that_of_the_formula(seed, tokens, name):
     scores = FORMULAS[name](h.double().tolist(), mean_abs.double().tolist(), norms, places.tolist())
     others = sorted(range(BASE, LOADED), key=lambda i: (-round(scores[i], 5), places[i]))
     assert evidence.choose().tolist() == sorted(others[: COMPUTED - BASE])
+
+
+@given(seed=st.integers(0, 1000), tokens=st.integers(1, 6), loaded=st.integers(COMPUTED, LOADED))
+def test_similarity_takes_the_neurons_of_the_nearest_cluster(seed, tokens, loaded):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(tokens, loaded, generator=generator)
+    known = Clusters(
+        torch.randn(3, 5, LOADED, generator=generator).half(),
+        torch.randint(0, 4, (3, 5, LOADED), generator=generator).int(),
+    )
+    neurons = torch.randperm(LOADED, generator=generator)[:loaded]
+    plan = LayerPlan(neurons, BASE, COMPUTED, torch.randperm(30, generator=generator)[:loaded])
+    prior = Prior().with_clusters(plan, 2, known)
+    evidence = EVIDENCE["similarity"](plan, prior, torch.zeros(loaded, HIDDEN), torch.device("cpu"), 0.2)
+    for part in h.split(2):
+        evidence.observe(part)
+
+    def cosine(center):
+        a, b = [sum(token[i] / math.hypot(*token) for token in h.tolist()) for i in range(loaded)], center.tolist()
+        return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+
+    nearest = max(range(3), key=lambda cluster: cosine(known.centers[cluster, 2, neurons].float()))
+    counts = known.counts[nearest, 2, neurons].tolist()
+    others = sorted(range(BASE, loaded), key=lambda i: (-counts[i], int(plan.priority[i])))
+    assert evidence.choose().tolist() == sorted(others[: COMPUTED - BASE])
+
+
+def test_similarity_needs_clusters(tiny_checkpoints):
+    settings = PartInferConfig(selection="similarity", start_num=1, end_num=4, device="cpu")
+    with pytest.raises(PartInferError, match="needs clusters of texts, but .* has none: .*profiler cluster"):
+        load_model(tiny_checkpoints["llama"], settings, with_statistics(3))
 
 
 def test_a_long_prompt_outweighs_the_prior():

@@ -26,6 +26,7 @@ class LoadReport:
     bytes_read: int  # read from disk, those of a fit file included
     bytes_dense: int  # of the whole checkpoint
     bytes_resident: int  # in memory
+    bytes_in_file: int = 0  # of weights that stay in their files, of which a token reads a few rows
 
 
 @dataclass
@@ -106,7 +107,7 @@ class LoadedModel:
     def _whole_bytes(self) -> int:
         """Bytes of all weights but those of an input embedding of its own."""
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
-        return self.report.bytes_resident - (0 if embedding is head.weight else embedding.nbytes)
+        return self.report.bytes_resident + self.report.bytes_in_file - (0 if embedding is head.weight else embedding.nbytes)
 
     def _unread_expert_bytes(self) -> int:
         """Bytes of experts that a token does not read: those of others than its router chooses, and neurons left out."""

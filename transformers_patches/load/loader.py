@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.resolve import RunFiles
 from transformers_patches.plan.run import ResolvedRun, resolve_run
 from transformers_patches.sparse.request import RequestState
+from transformers_patches.weights.by_row import RowsInFile
 from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.memory import WeightMemory, give_back_freed
 from transformers_patches.weights.model_files import open_weights, read_config
@@ -82,13 +84,12 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
     fit_bytes = run.fit_bytes  # counted now, because rows are freed as they are read
     state, memory = RequestState(), WeightMemory(huge_pages=run.native)
     model, sources = build_model(run, state)
-    stream_weights(model, weights, sources, run, memory)
+    rows_in_file = stream_weights(model, weights, sources, run, memory)
     give_back_freed()
     _know_type(model, run)
     attach_compensation(state.layers, sources, run)
     state.attach(model)
-    if isinstance(weights, Pack):
-        state.check_weights = weights.check_unchanged
+    state.check_weights = partial(_check_weights, weights, rows_in_file)
     if run.layer_choices is not None:
         choose_inputs(model, state, run.family, run.layer_choices)
     if run.native:
@@ -100,7 +101,8 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
         seconds=time.perf_counter() - started,
         bytes_read=weights.bytes_read + fit_bytes,
         bytes_dense=weights.total_bytes(),
-        bytes_resident=weight_bytes(model),
+        bytes_resident=weight_bytes(model) - rows_in_file.nbytes,
+        bytes_in_file=rows_in_file.nbytes,
     )
     return LoadedModel(model, run.without_files(), state, report)
 
@@ -110,6 +112,14 @@ def _know_type(model: PreTrainedModel, run: ResolvedRun) -> None:
     if next(model.parameters(), None) is None:
         empty = torch.empty(0, dtype=run.dtype, device=run.device)
         model.register_parameter("of_type", torch.nn.Parameter(empty, requires_grad=False))
+
+
+def _check_weights(weights: WeightSource, rows_in_file: RowsInFile) -> None:
+    """Raise PartInferError if a file that weights are mapped from was changed. Drops what the last prompt read of it."""
+    if isinstance(weights, Pack):
+        weights.check_unchanged()
+    rows_in_file.check_unchanged()
+    rows_in_file.give_back()
 
 
 def _check_files(files: RunFiles, config: PretrainedConfig, weights: WeightSource, name: str) -> None:

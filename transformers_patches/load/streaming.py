@@ -18,6 +18,7 @@ from transformers_patches.modules.quantized import QuantizedEmbedding, Quantized
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.by_input_linear import ByInputLinear, Joined
 from transformers_patches.sparse.neuron_rows import NeuronRows
+from transformers_patches.weights.by_row import RowsInFile
 from transformers_patches.weights.memory import WeightMemory
 from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import Source, WeightSource
@@ -36,16 +37,22 @@ class _Wanted:
 
 def stream_weights(
     model: PreTrainedModel, weights: WeightSource, sources: dict[str, Source], run: ResolvedRun, memory: WeightMemory
-) -> None:
-    """Give every parameter memory on its device, and read it.
+) -> RowsInFile:
+    """Give every parameter memory on its device, and read it. Returns the weights that stay in their files.
 
     sources: where parameters come from that the checkpoint does not have under their own name. Raises PartInferError if
     anything is left over on either side.
     """
-    wanted = _wanted(model, weights, sources, run)
+    wanted, rows_in_file = _wanted(model, weights, sources, run), RowsInFile()
+    by_row = _read_by_row(model, run)
 
     def requests() -> Iterator[tuple[Source, torch.Tensor | QuantizedTensor]]:
         for weight in wanted:
+            if weight.name in by_row and not weight.parts:
+                held = weights.by_row(weight.source, _like(weight.place), rows_in_file)
+                if held is not None:
+                    _hold(model, weight.name, weight.place, held)
+                    continue
             held = _memory_for(model, weight, weights, run, memory)
             _hold(model, weight.name, weight.place, held)
             yield from _reads(weight, held)
@@ -63,6 +70,19 @@ def stream_weights(
         raise PartInferError(
             f"{weights.source}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again"
         )
+    return rows_in_file
+
+
+def _read_by_row(model: PreTrainedModel, run: ResolvedRun) -> set[str]:
+    """Names of weights of which a token reads a few rows: the embedding, unless it is the output projection as well."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if run.device.type != "cpu" or head is None or embedding is head.weight or model.config.tie_word_embeddings:
+        return set()
+    return {name for name, place in weight_places(model) if place is embedding}
+
+
+def _like(place: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedTensor:
+    return place.packed if isinstance(place, QuantizedWeight) else place
 
 
 def _reads(
@@ -179,7 +199,7 @@ def _memory_for(
     pinned = target.type == "cpu" and run.device.type == "cuda"
     paired = target.type == "cpu" and not pinned and _is_paired(model, weight.name)
     joined = None if paired or target.type != "cpu" or pinned else _joined(model, weight.name)
-    like = weight.place.packed if isinstance(weight.place, QuantizedWeight) else weight.place
+    like = _like(weight.place)
     if memory.huge_pages and target.type == "cpu" and not weight.parts:
         held = weights.mapped(weight.source, like, paired=paired)
         if held is not None:

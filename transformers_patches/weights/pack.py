@@ -19,6 +19,8 @@ from transformers_patches.config import HEAD_DTYPE, PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.weights import parallel_reads
+from transformers_patches.weights.by_row import RowsInFile
 from transformers_patches.weights.mapped_files import MappedFiles
 from transformers_patches.weights.pack_description import (
     ADDED,
@@ -193,6 +195,26 @@ class Pack(Checkpoint):
         if entry.get("format") or source.fit is not None:
             return None
         return self._in_file("packed" if entry else "", source, like)
+
+    def by_row(
+        self, source: Source, like: torch.Tensor | QuantizedTensor, rows: RowsInFile
+    ) -> torch.Tensor | QuantizedTensor | None:
+        entry = self._packed.get(source.name)
+        if entry is None:
+            return super().by_row(source, like, rows)
+        quantized = isinstance(like, QuantizedTensor)
+        if entry["how"] != "whole" or not quantized or entry.get("format") != like.format.name:
+            return None
+        kept = like.data.nbytes // 2 if like.in_planes else 0
+        data = self._left_in_file(f"data.{source.name}", like.data, rows, held=kept)
+        if data is None:
+            return None
+        if not like.in_planes:
+            scales = self._left_in_file(f"scales.{source.name}", like.scales, rows)
+            return None if scales is None else like.over(data, scales)
+        scales = torch.empty_like(like.scales, device="cpu")
+        parallel_reads.run(self._row_reads(f"scales.{source.name}", scales))
+        return like.over(data, scales)
 
     def _in_file(self, kind: str, source: Source, like: torch.Tensor) -> torch.Tensor | None:
         """A stored tensor where its file is mapped; None unless the whole tensor is wanted, as it is."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.weights import parallel_reads
+from transformers_patches.weights.by_row import RowsInFile
 from transformers_patches.weights.config_file import one_line
 from transformers_patches.weights.file_kinds import is_safetensors, what_it_is
 from transformers_patches.weights.file_state import FilesInUse
@@ -197,6 +198,24 @@ class Checkpoint(WeightSource):
         """
         parallel_reads.run(read for source, out in requests for read in self._reads(source, out))
         self._in_use.check_unchanged()
+
+    def by_row(
+        self, source: Source, like: torch.Tensor | QuantizedTensor, rows: RowsInFile
+    ) -> torch.Tensor | QuantizedTensor | None:
+        if source.how != "whole" or isinstance(like, QuantizedTensor):
+            return None
+        return self._left_in_file(source.name, like, rows)
+
+    def _left_in_file(self, name: str, like: torch.Tensor, rows: RowsInFile, *, held: int = 0) -> torch.Tensor | None:
+        """A stored tensor where its file is mapped, but for the first `held` bytes; None if it isn't like this."""
+        place = self._place(name)
+        if (place.dtype, place.shape) != (like.dtype, tuple(like.shape)) or place.start % place.dtype.itemsize:
+            return None
+        values = rows.tensor(place.path, place.start, place.nbytes, held=held)
+        if values is None:
+            return None
+        self.bytes_read += held
+        return values.view(place.dtype).view(place.shape)
 
     def _reads(self, source: Source, out: torch.Tensor | QuantizedTensor) -> Iterator[Read]:
         """The reads that a request needs, each with what is done with its bytes."""

@@ -12,6 +12,7 @@ from transformers_patches import kernels
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.kernels.quantization import column_scales
 from transformers_patches.neurons.fit_file import LayerFit
+from transformers_patches.weights.by_row import RowsInFile
 from transformers_patches.weights.parallel_reads import scratch
 
 QUANTIZED_AT_ONCE = 2**21  # values; bounds the floats in memory while a weight is quantised
@@ -122,6 +123,16 @@ class WeightSource(ABC):
 
         like: a weight of the same shape and type. paired: whether its rows are to be interleaved with another's, as by
         WeightMemory.empty_paired.
+        """
+        return None
+
+    def by_row(
+        self, source: Source, like: torch.Tensor | QuantizedTensor, rows: RowsInFile
+    ) -> torch.Tensor | QuantizedTensor | None:
+        """A whole weight that stays in its file, where tokens read a few rows of it; None if it can't.
+
+        like: a weight of the same shape and type. Of one in planes only the low plane stays in the file. rows: what
+        keeps it.
         """
         return None
 

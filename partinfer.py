@@ -14,7 +14,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons.lookup import TASK_TYPES
 
-FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack", "export", "serve")
+FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack", "export", "plan", "serve")
 WRITERS = ("pack", "export")  # they write --output
 SERVER_FLAGS = ("host", "port", "api_key")
 
@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--function",
         choices=FUNCTIONS,
         default="normal",
-        help="compare answers dense, too; pack and export write --output; serve offers OpenAI's API and a chat page",
+        help="compare answers dense, too; pack and export write --output; plan shows what "
+        "--memory has room for; serve offers OpenAI's API and a chat page",
     )
     task.add_argument(
         "--output",
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = _settings_with_files(folder, arguments)
     if arguments.function in WRITERS:
         return (_pack if arguments.function == "pack" else _export)(settings, folder, arguments)
+    if arguments.function == "plan":
+        return _plan(settings, folder, arguments)
     if arguments.function == "serve":
         from server.serve import serve
 
@@ -171,6 +174,18 @@ def _export(settings: PartInferConfig, folder: Path, arguments: argparse.Namespa
         equal = " ".join(f"--{name} {value}" for name, value in same.items())
         sizes = f"{plan.size} neurons in each layer, {made.bytes / 1e6:.0f} of {made.bytes_dense / 1e6:.0f} MB"
         print(f"{arguments.output}: {sizes}; the same as --method dense --use_partial_loading {equal}", file=sys.stderr)
+    return cli.DONE
+
+
+def _plan(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> int:
+    """Print what could be run within --memory, and what would be."""
+    from transformers_patches.load.plan_table import as_json, as_text, plan_rows
+
+    rows = plan_rows(folder, settings)
+    if arguments.json:
+        cli.write_json(arguments.json, as_json(rows))
+    if arguments.json != flags.STANDARD_OUTPUT:
+        print(as_text(rows))
     return cli.DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import asdict, dataclass, field, fields
 
 from transformers_patches.errors import PartInferError
@@ -21,6 +22,7 @@ SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
 COMPENSATIONS = ("auto", "none", "mean", "refit")
 BUDGETS = ("auto", "uniform", "per_layer")
 TOKEN_COUNTS = ("auto", "exact", "average")
+ON_DEMAND = ("auto", "on", "off")
 
 DEFAULT_BASE, DEFAULT_LOADED = 0.3, 0.7
 # settings that decide what is computed: where one of these is given, there is no default bound on the loss
@@ -39,6 +41,14 @@ FIRST_LAYERS_KEPT, LAST_LAYERS_KEPT = 3, 2  # layers that stay whole when start_
 def neuron_count(fraction: float, intermediate_size: int) -> int:
     """Neurons in a fraction of a layer: fraction * N, rounded half to even, at least 1. The only rule for this."""
     return max(1, round(fraction * intermediate_size))
+
+
+def parse_bytes(text: str) -> int | None:
+    """A number of bytes with K, M or G for their thousands, millions or billions behind it; None if it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.strip().upper())
+    if found is None:
+        return None
+    return round(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])
 
 
 def _option(default, help_text: str, **argparse_options):
@@ -122,6 +132,21 @@ class PartInferConfig:
         "keep the FFN weights of the sparse layers on the CPU and move only active neurons to the GPU",
         action="store_true",
     )
+    memory: str | None = _option(
+        None,
+        "bound on the memory of the whole process, such as 900M or 1.5G: what does not fit is read from the pack when a token "
+        "needs it, or it is said how much would do",
+        metavar="BYTES",
+    )
+    context: int = _option(
+        1024, "with --memory, tokens of prompt and answer that the key-value cache has room for", type=int
+    )
+    on_demand: str = _option(
+        "auto",
+        "whether neurons beyond --loaded_neurons_percent stay within reach, in the pack's file, and are read when a token "
+        "chooses them (CPUs, native kernels); auto: where a pack holds all of them; off: they are left out",
+        choices=ON_DEMAND,
+    )
     dtype: str = _option(
         "auto",
         f"weights and arithmetic; auto: as the checkpoint says; {', '.join(QUANTIZED_DTYPES)}: quantised weights",
@@ -175,9 +200,12 @@ class PartInferConfig:
         if self.method == "partinfer":
             self.use_partial_loading = True
             self._check_order("base_neurons_percent", "sparsity")
-        if self.method != "dense" and self.use_partial_loading:
+        self._check_choice("on_demand", ON_DEMAND)
+        self._check_memory()
+        leaves_out = self.use_partial_loading and self.on_demand != "on"
+        if self.method != "dense" and leaves_out:
             self._check_order("sparsity", "loaded_neurons_percent")
-        if self.use_partial_loading:
+        if leaves_out:
             self._check_order("base_neurons_percent", "loaded_neurons_percent")
         self._check_selection()
         if self.memory_limit and self.device == "cpu":
@@ -195,6 +223,19 @@ class PartInferConfig:
             )
         if self.memory_limit:
             raise PartInferError("memory_limit moves FFN neurons only, got block_bytes too: leave one of them out")
+
+    def _check_memory(self) -> None:
+        if self.context < 1:
+            raise PartInferError(f"context must be at least 1 token, got {self.context}")
+        if self.memory is not None and parse_bytes(self.memory) is None:
+            raise PartInferError(f"memory must be a number of bytes such as 900M or 1.5G, got {self.memory!r}")
+        if self.memory is not None and self.on_demand == "on":
+            raise PartInferError("memory decides what is read on demand, got on_demand on: leave one of them out")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The bound on the process's memory; None: there is none."""
+        return None if self.memory is None else parse_bytes(self.memory)
 
     def _check_selection(self) -> None:
         if self.memory_limit and self.selects_per_token:

@@ -25,9 +25,7 @@ def block_ends(start: int, length: int) -> Iterator[int]:
     yield from range((start // BLOCK + 1) * BLOCK, length, BLOCK)
 
 
-def prefill_blocks(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, reached: Callable[[int], None]
-) -> None:
+def prefill_blocks(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, reached: Callable[[int], None]) -> None:
     """Prefill a prompt's whole blocks, all but its last tokens.
 
     ids: [B, T]. cache: holds the first of them, or none. reached: called with the length of the cache after each block.

@@ -240,8 +240,13 @@ def generate_ids(
 
 
 def _context(loaded: LoadedModel) -> int | None:
-    """How many tokens a prompt and its answer may have together; None if the config does not say."""
-    return getattr(loaded.model.config, "max_position_embeddings", None) or None
+    """How many tokens a prompt and its answer may have together; None if the config does not say.
+
+    A bound on memory was planned for --context tokens.
+    """
+    limit = getattr(loaded.model.config, "max_position_embeddings", None) or None
+    planned = None if loaded.settings.memory is None else loaded.settings.context
+    return min((most for most in (limit, planned) if most is not None), default=None)
 
 
 def _check_length(loaded: LoadedModel, prompt_ids: list[int]) -> None:
@@ -249,7 +254,8 @@ def _check_length(loaded: LoadedModel, prompt_ids: list[int]) -> None:
         raise PartInferError("the prompt has no tokens: give a text with --prompt")
     limit = _context(loaded)
     if limit is not None and len(prompt_ids) >= limit:
-        raise PartInferError(f"the prompt has {len(prompt_ids)} tokens, the model's context is {limit}: shorten it")
+        whose = "the model's context is" if loaded.settings.memory is None else "--memory was planned with --context"
+        raise PartInferError(f"the prompt has {len(prompt_ids)} tokens, {whose} {limit}: shorten it")
 
 
 def _finish_reason(interrupted: bool, recorder: _Recorder, config: GenerationConfig) -> str:

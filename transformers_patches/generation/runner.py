@@ -27,6 +27,7 @@ from transformers_patches.generation.prompts import (
     task_prompt_ids,
     uses_chat_template,
 )
+from transformers_patches.kernels import FetchCounts
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.paths import in_words, layer_paths
 from transformers_patches.plan.max_loss import DEFAULT_MAX_LOSS, SPOILS
@@ -68,6 +69,7 @@ class Runner:
         self.options = self._with_task_stop(options)
         self.results: list[tuple[str, GenerationResult]] = []
         self.failed: list[tuple[str, str]] = []  # prompts and what was wrong
+        self.fetched: list[FetchCounts] = []  # what each answer has read on demand
 
     def _warn(self) -> None:
         """Warn if the settings spoil the answers, and name the flag that helps."""
@@ -217,8 +219,9 @@ class Runner:
         self.results.append((text, result))
         if shown:
             print(flush=True)
+        summary = self._summary(result)
         if not self.arguments.quiet:
-            print(self._summary(result), file=sys.stderr)
+            print(summary, file=sys.stderr)
         return cli.INTERRUPTED if result.finish_reason == "interrupted" else cli.DONE
 
     @staticmethod
@@ -252,6 +255,14 @@ class Runner:
             f"weights read {report.bytes_read / MEGABYTE:.0f} of {report.bytes_dense / MEGABYTE:.0f} MB, "
             f"held {report.bytes_resident / MEGABYTE:.0f} MB"
         )
+        if self.loaded.rows_on_disk is not None:
+            counts = self.loaded.rows_on_disk.take_counts()
+            self.fetched.append(counts)
+            found = counts.found / counts.chosen if counts.chosen else 1.0
+            parts.append(
+                f"{self.loaded.run.resident:.1%} of gate and down in memory, where {found:.1%} of the chosen rows were found, "
+                f"{counts.bytes_read / MEGABYTE:.0f} MB read for prompt and answer"
+            )
         parts.append(f"peak memory {peak_memory_bytes() / MEGABYTE:.0f} MB")
         return f"[{' · '.join(parts)}]"
 
@@ -279,6 +290,8 @@ class Runner:
             "weight_bytes_read": loaded.report.bytes_read,
             "weight_bytes_dense": loaded.report.bytes_dense,
             "weight_bytes_resident": loaded.report.bytes_resident,
+            "resident_neurons_percent": loaded.run.resident,  # of gate and down; null: nothing is read on demand
+            "fetched": [dataclasses.asdict(counts) for counts in self.fetched],
             "load_s": loaded.report.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "settings": loaded.settings.to_dict(),

@@ -35,6 +35,8 @@ from transformers_patches.kernels.operations import (
     weighted_rows,
 )
 from transformers_patches.kernels.quantization import QuantizedTensor, Weight
+from transformers_patches.kernels.rows_on_disk import UNIT as RECORD_UNIT
+from transformers_patches.kernels.rows_on_disk import FetchCounts, RecordPlace, RowsOnDisk
 from transformers_patches.kernels.screening import SOFTMAX, Needed, Screen
 
 __all__ = [
@@ -48,9 +50,13 @@ __all__ = [
     "ByInput",
     "Decoder",
     "ExpertTable",
+    "FetchCounts",
     "Needed",
     "Projections",
     "QuantizedTensor",
+    "RECORD_UNIT",
+    "RecordPlace",
+    "RowsOnDisk",
     "Screen",
     "Weight",
     "WeightFormat",

@@ -45,6 +45,7 @@ DRIVERS = (
     "by_up",
     "experts",
     "expert_table",
+    "rows_on_disk",
     "screened",
     "layouts",
     "dispatch",

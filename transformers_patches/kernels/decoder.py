@@ -5,8 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from transformers_patches.errors import PartInferError
 from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, Projections
 from transformers_patches.kernels.screening import SOFTMAX, Needed, Screen
+
+
+class _Reading:
+    """Turns the error about a file of weights that can't be read into a PartInferError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError) and "can't be read" in str(error):
+            raise PartInferError(str(error).splitlines()[0]) from None
 
 
 class Decoder:
@@ -61,9 +73,19 @@ class Decoder:
         weights = (p.weights, p.scales, p.column_scales, p.biases, p.native_code)
         choice = (active.prefix, active.index, active.size, keep_count, active.threshold)
         up = active.up
+        if active.on_disk is not None:
+            self._set_on_disk(number, active, choice)
+            return
         inputs = ([], None, -1.0) if up is None else (up.vectors, up.parts[2], up.threshold)
         down = (active.down_size, active.down_threshold)
         self._native.set_active(number, *weights, active.activation, *choice, list(active.added), *inputs, *down)
+
+    def _set_on_disk(self, number: int, active: ActiveNeurons, choice: tuple) -> None:
+        rows, layer = active.on_disk
+        p, (prefix, index, size, keep_count, threshold) = active.projections, choice
+        up = (p.weights[1], p.scales[1] if p.scales else None, p.column_scales, p.native_code)
+        kept = (prefix, index, size, keep_count, threshold, list(active.added))
+        self._native.set_active_on_disk(number, rows.native, layer, *up, active.activation, *kept)
 
     def set_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         """Set the norm after the last layer, [H]: an RMSNorm, or with a bias a LayerNorm.
@@ -99,7 +121,8 @@ class Decoder:
         The other arguments are those of `run`. Returns the logits [1, 1, V], how many neurons each FFN computed, int64
         [layers], and how many logits are exact.
         """
-        return self._native.logits(token, position, *rope, *caches, length, *needed.arguments)
+        with _Reading():
+            return self._native.logits(token, position, *rope, *caches, length, *needed.arguments)
 
     def run(
         self,
@@ -121,4 +144,5 @@ class Decoder:
         Returns x, delta and how many neurons each FFN computed, int64 [layers] (0 for a dense FFN). After the model's
         last layer x is the sum of both, and delta is the norm of it.
         """
-        return self._native.run(layers.start, layers.stop, x, delta, *rope, *caches, length)
+        with _Reading():
+            return self._native.run(layers.start, layers.stop, x, delta, *rope, *caches, length)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from transformers_patches.kernels.formats import WeightFormat
 from transformers_patches.kernels.quantization import QuantizedTensor, Weight
+from transformers_patches.kernels.rows_on_disk import RowsOnDisk
 
 Linear = tuple[Weight, Tensor | None]  # weight [out, in] and bias
 
@@ -119,6 +120,8 @@ class ActiveNeurons:
     down_size: float32 [L]; with it, of the neurons that a token has chosen only rows of down are read for which
         |h_i| down_size_i is above `down_threshold`.
     down_threshold: see down_size.
+    on_disk: gate and down are a layer of these rows, by its number there, and what `projections` has for them is where
+        `fetch` puts them.
     """
 
     projections: Projections
@@ -133,6 +136,7 @@ class ActiveNeurons:
     up: ByInput | None = None
     down_size: Tensor | None = None
     down_threshold: float = -1.0
+    on_disk: tuple[RowsOnDisk, int] | None = None
 
     # Whether the native kernels can compute this. PyTorch computes by_gate, biases of a gated FFN that chooses per
     # token, activations other than these by name, and weight formats without a native kernel.

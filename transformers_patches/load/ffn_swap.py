@@ -17,6 +17,7 @@ from transformers_patches.sparse.neuron_rows import BY_INPUT, PAIRED, PLAIN, Neu
 from transformers_patches.sparse.prior import Prior
 from transformers_patches.sparse.prompt_selection import PromptSelection
 from transformers_patches.sparse.request import RequestLayer, RequestState
+from transformers_patches.sparse.rows_on_demand import OnDemandRows
 from transformers_patches.sparse.selection import Selection
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 from transformers_patches.sparse.token_selection import TokenSelection
@@ -41,7 +42,7 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
     up, down = getattr(dense, family.up), getattr(dense, family.down)
     prior, activation = _prior(run, layer, plan), family.activation_of(dense, run.config)
     with init_empty_weights():
-        rows = NeuronRows(
+        rows = (NeuronRows if run.resident is None else OnDemandRows)(
             plan.loaded_count,
             up.in_features,
             activation,

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformers_patches.config import PartInferConfig
+from transformers_patches.kernels import RowsOnDisk
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.plan.load_plan import LoadPlan
 from transformers_patches.plan.run import ResolvedRun
@@ -26,7 +27,7 @@ class LoadReport:
     bytes_read: int  # read from disk, those of a fit file included
     bytes_dense: int  # of the whole checkpoint
     bytes_resident: int  # in memory
-    bytes_in_file: int = 0  # of weights that stay in their files, of which a token reads a few rows
+    bytes_in_file: int = 0  # of weights that stay in their files: read by row, or neurons on demand
 
 
 @dataclass
@@ -41,6 +42,7 @@ class LoadedModel:
     state: RequestState  # the request that the model is working on
     report: LoadReport
     stop_strings: tuple[str, ...] = ()  # that the model's own generation config names
+    rows_on_disk: RowsOnDisk | None = None  # what reads neurons on demand, if there are such
 
     @property
     def settings(self) -> PartInferConfig:
@@ -107,7 +109,11 @@ class LoadedModel:
     def _whole_bytes(self) -> int:
         """Bytes of all weights but those of an input embedding of its own."""
         embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings()
-        return self.report.bytes_resident + self.report.bytes_in_file - (0 if embedding is head.weight else embedding.nbytes)
+        return (
+            self.report.bytes_resident
+            + self.report.bytes_in_file
+            - (0 if embedding is head.weight else embedding.nbytes)
+        )
 
     def _unread_expert_bytes(self) -> int:
         """Bytes of experts that a token does not read: those of others than its router chooses, and neurons left out."""

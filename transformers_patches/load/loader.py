@@ -17,8 +17,9 @@ from transformers_patches.load.ffn_swap import attach_compensation
 from transformers_patches.load.generation_config import own_generation_config
 from transformers_patches.load.input_swap import choose_inputs
 from transformers_patches.load.loaded_model import LoadedModel, LoadReport
+from transformers_patches.load.memory_plan import within_memory
 from transformers_patches.load.meta_model import build_model
-from transformers_patches.load.streaming import stream_weights
+from transformers_patches.load.streaming import KeptOnDisk, stream_weights
 from transformers_patches.load.threads import check_threads
 from transformers_patches.modules.fast_linear import replace_linears
 from transformers_patches.modules.quantized import weight_bytes
@@ -28,7 +29,6 @@ from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.resolve import RunFiles
 from transformers_patches.plan.run import ResolvedRun, resolve_run
 from transformers_patches.sparse.request import RequestState
-from transformers_patches.weights.by_row import RowsInFile
 from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.memory import WeightMemory, give_back_freed
 from transformers_patches.weights.model_files import open_weights, read_config
@@ -47,6 +47,20 @@ def load_model(
     Neuron files that are not given are read from the paths in the settings, if there are any. Raises PartInferError
     for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.
     """
+    weights, config, settings, files = _opened(folder, settings, dataset_neurons, model_neurons)
+    loaded = load_from(weights, config, settings, files, model_name(folder))
+    made = loaded.model.generation_config
+    loaded.model.generation_config, loaded.stop_strings = own_generation_config(Path(folder), made, config.vocab_size)
+    return loaded
+
+
+def _opened(
+    folder: str | Path,
+    settings: PartInferConfig,
+    dataset_neurons: NeuronFile | None = None,
+    model_neurons: NeuronFile | None = None,
+) -> tuple[WeightSource, PretrainedConfig, PartInferConfig, RunFiles]:
+    """What a model is loaded from."""
     config = read_config(folder)
     family_of(config)  # an unknown architecture is the first thing to say
     files = RunFiles.of(settings, dataset_neurons, model_neurons)
@@ -55,10 +69,13 @@ def load_model(
         settings = weights.with_own_type(settings)
         if not files.neurons:
             files = RunFiles.of(settings, **weights.neuron_files())
-    loaded = load_from(weights, config, settings, files, model_name(folder))
-    made = loaded.model.generation_config
-    loaded.model.generation_config, loaded.stop_strings = own_generation_config(Path(folder), made, config.vocab_size)
-    return loaded
+    return weights, config, settings, files
+
+
+def resolve_files(folder: str | Path, settings: PartInferConfig) -> tuple[ResolvedRun, WeightSource]:
+    """What `load_model` would decide for a checkpoint folder, pack or GGUF file, and where it would read weights from."""
+    weights, config, settings, files = _opened(folder, settings)
+    return _resolved(weights, as_stored(config, weights), settings, files, packed=False), weights
 
 
 def load_from(
@@ -74,22 +91,30 @@ def load_from(
     started = time.perf_counter()
     config = as_stored(config, weights)
     _check_files(files, config, weights, name)
-    run = resolve_run(settings, config, files, packed=packed or isinstance(weights, Pack))
-    return load_run(run, weights, started)
+    return load_run(_resolved(weights, config, settings, files, packed=packed), weights, started)
+
+
+def _resolved(
+    weights: WeightSource, config: PretrainedConfig, settings: PartInferConfig, files: RunFiles, *, packed: bool
+) -> ResolvedRun:
+    is_pack = isinstance(weights, Pack)
+    whole = is_pack and weights.holds_all_neurons
+    return resolve_run(settings, config, files, packed=packed or is_pack, whole_pack=whole)
 
 
 def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedModel:
     """Load what was decided. started: when loading began, by `time.perf_counter`."""
     check_threads(run.device, run.dtype)
+    run = within_memory(run, weights)
     fit_bytes = run.fit_bytes  # counted now, because rows are freed as they are read
     state, memory = RequestState(), WeightMemory(huge_pages=run.native)
     model, sources = build_model(run, state)
-    rows_in_file = stream_weights(model, weights, sources, run, memory)
+    kept = stream_weights(model, weights, sources, run, memory)
     give_back_freed()
     _know_type(model, run)
     attach_compensation(state.layers, sources, run)
     state.attach(model)
-    state.check_weights = partial(_check_weights, weights, rows_in_file)
+    state.check_weights = partial(_check_weights, weights, kept)
     if run.layer_choices is not None:
         choose_inputs(model, state, run.family, run.layer_choices)
     if run.native:
@@ -101,10 +126,10 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedM
         seconds=time.perf_counter() - started,
         bytes_read=weights.bytes_read + fit_bytes,
         bytes_dense=weights.total_bytes(),
-        bytes_resident=weight_bytes(model) - rows_in_file.nbytes,
-        bytes_in_file=rows_in_file.nbytes,
+        bytes_resident=weight_bytes(model) - kept.nbytes,
+        bytes_in_file=kept.nbytes,
     )
-    return LoadedModel(model, run.without_files(), state, report)
+    return LoadedModel(model, run.without_files(), state, report, rows_on_disk=kept.on_demand.rows)
 
 
 def _know_type(model: PreTrainedModel, run: ResolvedRun) -> None:
@@ -114,12 +139,12 @@ def _know_type(model: PreTrainedModel, run: ResolvedRun) -> None:
         model.register_parameter("of_type", torch.nn.Parameter(empty, requires_grad=False))
 
 
-def _check_weights(weights: WeightSource, rows_in_file: RowsInFile) -> None:
-    """Raise PartInferError if a file that weights are mapped from was changed. Drops what the last prompt read of it."""
+def _check_weights(weights: WeightSource, kept: KeptOnDisk) -> None:
+    """Raise PartInferError if a file of weights in use was changed. Drops what the last prompt read by row."""
     if isinstance(weights, Pack):
         weights.check_unchanged()
-    rows_in_file.check_unchanged()
-    rows_in_file.give_back()
+    kept.check_unchanged()
+    kept.by_row.give_back()
 
 
 def _check_files(files: RunFiles, config: PretrainedConfig, weights: WeightSource, name: str) -> None:

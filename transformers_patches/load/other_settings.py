@@ -101,7 +101,9 @@ class OtherSettings:
         found = {}
         for bound in (0.0, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5):
             share = self._share(bound)
-            of, loss = ("layers", predicted_share(share, self._ladder)) if self._ladder else ("ffn", self._predict(share))
+            of, loss = (
+                ("layers", predicted_share(share, self._ladder)) if self._ladder else ("ffn", self._predict(share))
+            )
             found[share] = {"max_loss": bound, "sparsity": share, "of": of, "predicted_loss": loss}
         return list(found.values())
 

@@ -14,14 +14,34 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load.as_stored import names_in_model
 from transformers_patches.load.column_weights import column_weights
+from transformers_patches.load.on_demand import RowsOnDemand
 from transformers_patches.modules.quantized import QuantizedEmbedding, QuantizedWeight, weight_places
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.by_input_linear import ByInputLinear, Joined
 from transformers_patches.sparse.neuron_rows import NeuronRows
+from transformers_patches.sparse.rows_on_demand import OnDemandRows
 from transformers_patches.weights.by_row import RowsInFile
 from transformers_patches.weights.memory import WeightMemory
 from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import Source, WeightSource
+
+
+@dataclass(frozen=True)
+class KeptOnDisk:
+    """The weights of a model that are not all in memory: read by row, and read when tokens choose neurons."""
+
+    by_row: RowsInFile
+    on_demand: RowsOnDemand
+
+    @property
+    def nbytes(self) -> int:
+        """How much of them is not in memory."""
+        return self.by_row.nbytes + self.on_demand.nbytes
+
+    def check_unchanged(self) -> None:
+        """Raise PartInferError if one of the files was written to since."""
+        self.by_row.check_unchanged()
+        self.on_demand.check_unchanged()
 
 
 @dataclass(frozen=True)
@@ -37,19 +57,22 @@ class _Wanted:
 
 def stream_weights(
     model: PreTrainedModel, weights: WeightSource, sources: dict[str, Source], run: ResolvedRun, memory: WeightMemory
-) -> RowsInFile:
+) -> KeptOnDisk:
     """Give every parameter memory on its device, and read it. Returns the weights that stay in their files.
 
     sources: where parameters come from that the checkpoint does not have under their own name. Raises PartInferError if
     anything is left over on either side.
     """
-    wanted, rows_in_file = _wanted(model, weights, sources, run), RowsInFile()
+    wanted, kept = _wanted(model, weights, sources, run), KeptOnDisk(RowsInFile(), RowsOnDemand())
     by_row = _read_by_row(model, run)
+    on_demand = {weight.name: weight.source for weight in wanted if _is_on_demand(model, weight.name)}
 
     def requests() -> Iterator[tuple[Source, torch.Tensor | QuantizedTensor]]:
         for weight in wanted:
+            if weight.name in on_demand:
+                continue
             if weight.name in by_row and not weight.parts:
-                held = weights.by_row(weight.source, _like(weight.place), rows_in_file)
+                held = weights.by_row(weight.source, _like(weight.place), kept.by_row)
                 if held is not None:
                     _hold(model, weight.name, weight.place, held)
                     continue
@@ -58,6 +81,8 @@ def stream_weights(
             yield from _reads(weight, held)
 
     weights.fill(requests())
+    if on_demand:
+        kept.on_demand.attach(model, weights, on_demand, run)
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             continue  # where it was read to, and tied already
@@ -70,15 +95,28 @@ def stream_weights(
         raise PartInferError(
             f"{weights.source}: {left[0]} was not loaded: the checkpoint is incomplete, fetch it again"
         )
-    return rows_in_file
+    return kept
+
+
+def _is_on_demand(model: PreTrainedModel, name: str) -> bool:
+    """Whether the rows of a weight are read when tokens choose them."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    return isinstance(module, OnDemandRows) and leaf in module.paired_names
 
 
 def _read_by_row(model: PreTrainedModel, run: ResolvedRun) -> set[str]:
-    """Names of weights of which a token reads a few rows: the embedding, unless it is the output projection as well."""
+    """Names of weights of which a token reads a few rows: the embedding, unless it is the output projection as well.
+
+    With a bound on memory also a screened head, of which the low plane then stays in the file.
+    """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     if run.device.type != "cpu" or head is None or embedding is head.weight or model.config.tie_word_embeddings:
         return set()
-    return {name for name, place in weight_places(model) if place is embedding}
+    wanted = [embedding]
+    if run.settings.memory is not None and isinstance(head.weight, QuantizedWeight) and head.weight.packed.in_planes:
+        wanted.append(head.weight)
+    return {name for name, place in weight_places(model) if any(place is one for one in wanted)}
 
 
 def _like(place: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedTensor:
@@ -200,7 +238,10 @@ def _memory_for(
     paired = target.type == "cpu" and not pinned and _is_paired(model, weight.name)
     joined = None if paired or target.type != "cpu" or pinned else _joined(model, weight.name)
     like = _like(weight.place)
-    if memory.huge_pages and target.type == "cpu" and not weight.parts:
+    may_be_mapped = (
+        memory.huge_pages and run.resident is None and run.settings.memory is None
+    )  # mapped pages come with neighbours, beyond any bound
+    if may_be_mapped and target.type == "cpu" and not weight.parts:
         held = weights.mapped(weight.source, like, paired=paired)
         if held is not None:
             return held

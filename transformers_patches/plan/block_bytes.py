@@ -26,7 +26,9 @@ def decide_block_bytes(
     Raises PartInferError if a share is asked for that can't be had.
     """
     if settings.block_bytes is None:
-        return None, Decision(OFF, "not asked for: where FFNs alone are sparse the same loss is faster (docs/whole_model.md)")
+        return None, Decision(
+            OFF, "not asked for: where FFNs alone are sparse the same loss is faster (docs/whole_model.md)"
+        )
     return settings.block_bytes, Decision(f"{settings.block_bytes:g}", _checked(settings, base, unfit))
 
 

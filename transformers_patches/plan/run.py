@@ -31,6 +31,7 @@ from transformers_patches.plan.machine import (
     types_of,
 )
 from transformers_patches.plan.max_loss import predicted_loss, within_max_loss
+from transformers_patches.plan.on_demand import decide_on_demand
 from transformers_patches.plan.resolve import RunFiles, resolve_by_files
 
 
@@ -51,6 +52,7 @@ class ResolvedRun:
     weight_format: WeightFormat | None  # of quantised weights; None: none are quantised
     head_format: WeightFormat | None  # the same of embeddings and output projection
     predicted_loss: float | None  # nats per decoded token over dense; None: nothing near was measured
+    resident: float | None = None  # share of the neurons in memory, if the others are read on demand
     layer_choices: list[LayerChoice] | None = None  # what tokens read of every layer; None: only FFNs are sparse
     packed: bool = False  # the weights come from a pack, or will be one
 
@@ -86,12 +88,17 @@ def with_layer_choices(run: ResolvedRun, choices: list[LayerChoice]) -> Resolved
 
 
 def resolve_run(
-    settings: PartInferConfig, config: PretrainedConfig, files: RunFiles, *, packed: bool = False
+    settings: PartInferConfig,
+    config: PretrainedConfig,
+    files: RunFiles,
+    *,
+    packed: bool = False,
+    whole_pack: bool = False,
 ) -> ResolvedRun:
     """Decide everything that the settings leave open.
 
-    packed: the weights come from a pack, or will be one. Raises PartInferError for an unknown architecture, and for
-        settings that model, files or machine can't meet.
+    packed: the weights come from a pack, or will be one. whole_pack: that pack holds all neurons. Raises PartInferError
+        for an unknown architecture, and for settings that model, files or machine can't meet.
     """
     family, layers = family_of(config), config.num_hidden_layers
     base = files.base(settings)
@@ -102,13 +109,14 @@ def resolve_run(
     unfit = why_not_by_input(config, family, group, packed=packed) if has_ladder else None
     share, block_bytes = decide_block_bytes(settings, base, unfit)
     settings = within_max_loss(settings, base, layers) if share is None else reading_blocks(settings, layers, share)
+    chosen_device = decide_device(settings)
+    device = torch.device(chosen_device.value)
+    chosen_kernels = decide_kernels(settings, device, dtype.value)
+    native = chosen_kernels.value == "native"
+    settings, on_demand, resident = decide_on_demand(settings, family, native=native, whole_pack=whole_pack)
     decisions, fit = resolve_by_files(settings, files, layers)
-    decisions["device"] = decide_device(settings)
-    decisions["dtype"] = dtype
+    decisions |= {"device": chosen_device, "dtype": dtype, "kernels": chosen_kernels, "on_demand": on_demand}
     head = decisions["head_dtype"] = decide_head_dtype(settings, dtype.value)
-    device = torch.device(decisions["device"].value)
-    decisions["kernels"] = decide_kernels(settings, device, dtype.value)
-    native = decisions["kernels"].value == "native"
     decisions["screen_head"] = decide_screening(settings, native=native, head_dtype=head.value)
     resolved = replace(settings, **{name: decision.value for name, decision in decisions.items()})
     decisions["block_bytes"] = block_bytes
@@ -126,6 +134,7 @@ def resolve_run(
         dtype=arithmetic,
         weight_format=weight_format,
         head_format=FORMATS.get(head.value),
+        resident=resident,
         predicted_loss=predicted_loss(resolved, curve, layers) if share is None else predicted_share(share, ladder),
         packed=packed,
     )

@@ -57,10 +57,12 @@ class NeuronRows(nn.Module):
     This class stands between choosing neurons and having their weights. Everything above it (selections, SparseFFN, the
     loader) knows a neuron by its storage position, 0 to count - 1, and asks here for rows and products. Nothing above
     it knows where rows lie. Here all of them lie in memory, as parameters or QuantizedWeights named as in `row_names`.
-    Another kind of rows takes this one's place by having the same methods. Rows that stay on disk until they are chosen
-    would be read in `gathered`. A mixture-of-experts layer would have the rows of all its experts, so that a position
-    says which expert a neuron belongs to.
+    Another kind of rows takes this one's place by having the same methods, as rows_on_demand.py does. A
+    mixture-of-experts layer would have the rows of all its experts, so that a position says which expert a neuron
+    belongs to.
     """
+
+    on_disk: tuple[kernels.RowsOnDisk, int] | None = None  # of rows that are read when tokens choose them
 
     def __init__(
         self,
@@ -132,6 +134,9 @@ class NeuronRows(nn.Module):
     def native_fits(self, x: torch.Tensor) -> bool:
         """Whether the native kernels are there for x [B, T, H], and faster."""
         return self.kernel_activation is not None and x.shape[1] <= FEW_TOKENS
+
+    def fetch(self) -> None:
+        """Have all rows in memory, for products in PyTorch and for several tokens."""
 
     def all(self, device: torch.device) -> Rows:
         """All loaded neurons."""

@@ -167,9 +167,8 @@ class TokenSelection(Selection):
             prefix, index = self.plan.base_count, self.selected[sequence]
         threshold = self.thresholds[sequence]
         kept = {"keep_count": self.plan.computed_count} if threshold is None else {"threshold": threshold}
-        return kernels.ActiveNeurons(
-            projections, self.rows.activation, prefix, index, self.scales[sequence], by_gate=self.by == "gate", **kept
-        )
+        kept |= {"by_gate": self.by == "gate", "on_disk": self.rows.on_disk}
+        return kernels.ActiveNeurons(projections, self.rows.activation, prefix, index, self.scales[sequence], **kept)
 
     def _threshold(self, sequence: int) -> float | None:
         """The geometric mean of the prompt's and the fit file's, which weighs as much as SAMPLE_TOKENS tokens."""
@@ -184,6 +183,7 @@ class TokenSelection(Selection):
     def decode(self, x: torch.Tensor) -> Decoded:
         if not self._active:
             raise RuntimeError("decoding without a prefilled prompt: run the prompt over an empty cache first")
+        self.rows.fetch()
         one = self._few if x.shape[1] <= FEW_TOKENS else self._many
         parts, kept = zip(*(one(sequence, part) for sequence, part in enumerate(x)), strict=True)
         y = parts[0][None] if len(parts) == 1 else torch.stack(parts)

@@ -196,6 +196,38 @@ class Pack(Checkpoint):
             return None
         return self._in_file("packed" if entry else "", source, like)
 
+    @property
+    def holds_all_neurons(self) -> bool:
+        """Whether no neuron of any layer was left out, or changed, when it was packed."""
+        made = self._description["settings"]
+        return made["loaded_neurons_percent"] == 1 and made["compensation"] in (None, "auto", "none")
+
+    def pair(self, first: Source, second: Source) -> list[Place]:
+        """Where two weights are stored whose rows are interleaved: [L, 2, …] each, values and, if quantised, scales.
+
+        Raises PartInferError unless they are, with all neurons of the sources, in their order.
+        """
+        entries = [self._packed.get(source.name, {}) for source in (first, second)]
+        halves = [(entry.get("pair") or {}).get("half") for entry in entries]
+        if halves != [0, 1] or any(entry.get("refitted") for entry in entries):
+            raise PartInferError(
+                f"{self.source} has no rows of {first.name} to be read on demand: make the pack again, on a machine with "
+                "the native kernels"
+            )
+        for source, entry in zip((first, second), entries, strict=True):
+            self._part(source.name, entry["neurons"], source.neurons)
+        kinds = ("data", "scales") if entries[0].get("format") else ("packed",)
+        return [self._place(f"{kind}.{first.name}") for kind in kinds]
+
+    def column_scales_into(self, name: str, out: torch.Tensor) -> None:
+        """Read the column scales of a packed weight, float32 [H]."""
+        parallel_reads.run(self._row_reads(f"{COLUMN_SCALES}.{name}", out))
+
+    @property
+    def checksum(self) -> str:
+        """Of the description: another pack has another one."""
+        return self._description.get("checksum", "")
+
     def by_row(
         self, source: Source, like: torch.Tensor | QuantizedTensor, rows: RowsInFile
     ) -> torch.Tensor | QuantizedTensor | None:

@@ -59,6 +59,7 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads, Rea
   SharedFfn shared;
   share_ffn(call.ffn, x, 0, scratch.take<float>(y_count), shared);
   shared.bytes_each -= first_bytes;
+  shared.fetch = call.fetch;
   shared.task.down_size = call.down_size;
   shared.task.down_threshold = call.down_threshold;
   shared.task.down_read = call.down_size == nullptr ? nullptr : &down_read;
@@ -80,12 +81,15 @@ int64_t run_by_up(const Kernels& kernels, const ByUpCall& call, int threads, Rea
           kernels.keep_candidates(rows_of(call.ffn.rows, {0, candidates}), selection.values.data(),
                                   selection.scores.data(), call.keep, call.threshold, selection.rows.data(),
                                   selection.kept_values.data());
+      if (call.fetch != nullptr)
+        call.fetch->begin(call.fetch_layer, selection.rows.data(), shared.positions, std::min(useful, workers));
       shared.task.rows = {0, selection.rows.data(), 0, shared.positions};
       shared.task.up_values = selection.kept_values.data();
     }
     wait_for_all(workers);
     compute_and_finish(kernels, shared, worker, workers, useful);
   });
+  if (call.fetch != nullptr) call.fetch->end(call.fetch_layer);
   if (read != nullptr) {
     read->ffn = inputs_read;
     read->neurons = shared.positions;

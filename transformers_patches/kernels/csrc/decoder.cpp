@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "rows_on_disk.h"
 
 namespace {
 
@@ -26,6 +27,7 @@ struct Layer {
   std::vector<const char*> added;  // [hidden] each: what is added to the FFN's output, one after the other
   Tensor norm;                    // says type and size
   std::vector<Tensor> attention_weights, ffn_weights;  // kept alive
+  c10::intrusive_ptr<RowsOnDisk> on_disk;  // where the FFN's rows of gate and down are, if not all are in memory
   Read read, total;               // by the last token, and by all since they were last asked for
 };
 
@@ -104,6 +106,7 @@ class Decoder : public torch::CustomClassHolder {
     Layer& layer = at(number);
     layer.dense = dense_call(layer.attention.type, layer.attention.hidden, weights, scales, biases, bits, activation);
     layer.kind = Ffn::DENSE;
+    layer.on_disk.reset();
     layer.ffn_weights.clear();
     keep(layer.ffn_weights, weights, scales, biases);
   }
@@ -147,6 +150,7 @@ class Decoder : public torch::CustomClassHolder {
     layer.rows = checked;
     layer.added = std::move(vectors);
     layer.kind = size.has_value() ? Ffn::BY_UP : Ffn::ACTIVE;
+    layer.on_disk.reset();
     layer.ffn_weights = std::move(added);
     keep(layer.ffn_weights, weights, scales, biases);
     keep(layer.ffn_weights, column_scales);
@@ -155,6 +159,61 @@ class Decoder : public torch::CustomClassHolder {
     keep(layer.ffn_weights, up_vectors, at::TensorList(), Biases());
     keep(layer.ffn_weights, up_column_scales);
     keep(layer.ffn_weights, down_size);
+  }
+
+  // A layer's FFN chooses by up, as above, and its rows of gate and down are layer `of_disk` of `on_disk`: a record is both
+  // rows, then the scales of both. up, up_scales: of all rows, float or quantised to so many bits.
+  void set_active_on_disk(int64_t number, const c10::intrusive_ptr<RowsOnDisk>& on_disk, int64_t of_disk, const Tensor& up,
+                          const optional<Tensor>& up_scales, const optional<Tensor>& column_scales, int64_t bits,
+                          std::string activation, int64_t prefix, const optional<Tensor>& index, const Tensor& size,
+                          int64_t keep_count, double threshold, std::vector<Tensor> added) {
+    Layer& layer = at(number);
+    TORCH_CHECK_VALUE(on_disk != nullptr, "expected rows on disk, got none");
+    const Input2d like = input_of(layer.norm);
+    const int64_t rows = rows_of(up, "up"), hidden = like.hidden;
+    TORCH_CHECK_VALUE(on_disk->rows(of_disk) == rows, "up has ", rows, " rows, on disk there are ", on_disk->rows(of_disk));
+    TORCH_CHECK_VALUE(column_scales.has_value() <= up_scales.has_value(), "column scales belong to quantised weights");
+    const Type type = up_scales.has_value() ? quant_type(bits) : float_type(up, "up");
+    FfnCall call = ffn_call(type, like, rows, prefix, index, activation, layer.norm);
+    int64_t row_bytes = hidden * int64_t(up.element_size()), scale_bytes = 0;
+    if (up_scales.has_value()) {
+      call.up = quant_matrix(up, *up_scales, "up", rows, hidden, type);
+      call.column_scales = column_scales_of({up, *up_scales, column_scales}, hidden);
+      row_bytes = type == Type::Q8 ? hidden : hidden / 2;
+      scale_bytes = hidden / GROUP * 2;
+    } else {
+      check_matrix(up, "up", rows, hidden);
+      call.up = float_matrix(up);
+    }
+    const int64_t needed = 2 * (row_bytes + scale_bytes);
+    TORCH_CHECK_VALUE(on_disk->record() >= needed && on_disk->record() < needed + UNIT, "a record of these rows has ", needed,
+                      " bytes, on disk it has ", on_disk->record());
+    const char* memory = on_disk->memory();
+    const auto part = [&](int64_t which) {
+      Matrix matrix{memory + which * row_bytes, nullptr, UNIT, 0};
+      if (scale_bytes == 0) return matrix;
+      matrix.scales = reinterpret_cast<const uint16_t*>(memory + 2 * row_bytes + which * scale_bytes);
+      matrix.row_scales = UNIT / 2;
+      return matrix;
+    };
+    call.gate = part(0);
+    call.down = part(1);
+    ByUpCall checked = by_up_call(call, size, rows, keep_count, threshold);
+    checked.fetch = on_disk.get();
+    checked.fetch_layer = of_disk;
+    std::vector<const char*> vectors;
+    for (const Tensor& one : added) vectors.push_back(vector_like(one, layer.norm, layer.attention.hidden, "added"));
+    // nothing changes before all of it has been checked
+    layer.rows = checked;
+    layer.added = std::move(vectors);
+    layer.kind = Ffn::BY_UP;
+    layer.on_disk = on_disk;
+    layer.ffn_weights = std::move(added);
+    layer.ffn_weights.push_back(up);
+    layer.ffn_weights.push_back(size);
+    keep(layer.ffn_weights, up_scales);
+    keep(layer.ffn_weights, column_scales);
+    keep(layer.ffn_weights, index);
   }
 
   // The norm after the last layer.
@@ -458,6 +517,14 @@ class Decoder : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(partinfer, m) {
+  m.class_<RowsOnDisk>("RowsOnDisk")  // before Decoder, which takes it
+      .def(torch::init<std::vector<std::string>, int64_t, int64_t, int64_t>())
+      .def("add_layer", &RowsOnDisk::add_layer)
+      .def("load", &RowsOnDisk::load)
+      .def("view", &RowsOnDisk::view)
+      .def("fetch", &RowsOnDisk::fetch)
+      .def("take_counts", &RowsOnDisk::take_counts)
+      .def("bytes_in_memory", &RowsOnDisk::bytes_in_memory);
   m.class_<Decoder>("Decoder")
       .def(torch::init<>())
       .def("add_layer", &Decoder::add_layer)
@@ -466,6 +533,7 @@ TORCH_LIBRARY_FRAGMENT(partinfer, m) {
       .def("take_counts", &Decoder::take_counts)
       .def("set_dense", &Decoder::set_dense)
       .def("set_active", &Decoder::set_active)
+      .def("set_active_on_disk", &Decoder::set_active_on_disk)
       .def("set_norm", &Decoder::set_norm)
       .def("set_embedding_and_head", &Decoder::set_embedding_and_head)
       .def("run", &Decoder::run)

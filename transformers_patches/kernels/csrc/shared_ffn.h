@@ -5,6 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "fetch.h"
 #include "input.h"
 #include "scratch.h"
 #include "shares.h"
@@ -26,6 +27,7 @@ struct SharedFfn {
   FfnTask task;
   FinishTask finish;
   int64_t positions, bytes_each;
+  Fetch* fetch = nullptr;  // what reads the rows of gate and down, if they are not all in memory
   Taken taken;
 
   Split split_over(int workers) const { return split(positions, bytes_each, positions * bytes_each, workers); }
@@ -42,9 +44,14 @@ inline void compute(const Kernels& kernels, SharedFfn& shared, int worker, int w
     task.y += number * shared.finish.sum_stride;
     std::memset(task.y, 0, size_t(task.x.tokens * task.y_stride) * sizeof(float));
     for (const Range& range : ranges) {
-      task.rows.begin = range.begin;
-      task.rows.end = range.end;
-      if (range.begin < range.end) (quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float)(task);
+      // What is summed up in which order does not depend on how much is computed at a time.
+      const int64_t step = shared.fetch == nullptr ? std::max<int64_t>(1, range.end - range.begin) : FETCH_BLOCK;
+      for (int64_t begin = range.begin; begin < range.end; begin += step) {
+        task.rows.begin = begin;
+        task.rows.end = std::min(begin + step, range.end);
+        if (shared.fetch != nullptr) shared.fetch->wait(task.rows.begin, task.rows.end);
+        (quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float)(task);
+      }
     }
   };
   // Every thread gets its share of the prefix, which reads faster, and its share of the list.

@@ -1,6 +1,7 @@
 // Shares one call out over the threads of torch's OpenMP pool.
 #pragma once
 
+#include "fetch.h"
 #include "types.h"
 
 namespace partinfer {
@@ -64,6 +65,8 @@ struct ByUpCall {
   ByInput up;                         // in place of ffn.up; all neurons are candidates then
   const float* down_size = nullptr;   // [rows of the weights] or null
   float down_threshold = -1.0f;       // with down_size: rows of down with |h| * size above it are read
+  Fetch* fetch = nullptr;             // gate and down are rows of this layer of it: units apart, numbered by it
+  int64_t fetch_layer = 0;
 };
 
 void run_ffn(const Kernels& kernels, const FfnCall& call, int threads);

@@ -1,0 +1,1 @@
+"""Speed under a real limit on the memory of a process."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from transformers_patches import VERSION, cli, flags
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.light_imports import light_imports
 from transformers_patches.neurons.lookup import TASK_TYPES
 
 FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack", "export", "plan", "serve")
@@ -82,7 +83,12 @@ def main(argv: list[str] | None = None) -> int:
     except PartInferError as error:
         parser.error(str(error))
     cli.begin(arguments)
-    # heavy imports only now: --help and wrong usage answer at once
+    # heavy imports only now: --help and wrong usage answer at once; with a bound on memory fewer of them
+    with light_imports() if arguments.memory else nullcontext():
+        return _run(parser, arguments)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     from transformers_patches.generation.runner import Runner, generation_options
     from transformers_patches.weights.lookup import find_model
 

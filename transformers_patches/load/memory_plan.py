@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import psutil
@@ -18,6 +19,7 @@ from transformers_patches.plan.on_demand import why_not_on_demand
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.sparse.request import RequestState
+from transformers_patches.weights.memory import give_back_freed
 from transformers_patches.weights.pack import Pack
 from transformers_patches.weights.source import WeightSource
 
@@ -50,6 +52,8 @@ def within_memory(run: ResolvedRun, weights: WeightSource) -> ResolvedRun:
 
 def memory_needs(run: ResolvedRun, weights: WeightSource) -> MemoryNeeds:
     """What a run's process needs, with all that can stay in files left there."""
+    gc.collect()
+    give_back_freed()
     model, _ = build_model(replace(run, resident=None), RequestState())
     rows = [module for module in model.modules() if isinstance(module, NeuronRows)]
     neurons = [sum(layer.weight(name).nbytes for name in layer.paired_names) for layer in rows]

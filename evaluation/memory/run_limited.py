@@ -24,12 +24,23 @@ class PartInfer:
     """A pack, checkpoint or GGUF file within `memory`, or without a bound of its own."""
 
     def __init__(self, job: dict) -> None:
-        from transformers_patches.load.loader import load_model
-        from transformers_patches.plan.neuron_files import settings_for
+        from contextlib import nullcontext
+
+        from transformers_patches.light_imports import light_imports
 
         given = dict(job["settings"])
         if job.get("memory"):
             given["memory"] = str(job["memory"])
+        with light_imports() if job.get("memory") else nullcontext():  # as partinfer.py does
+            self._load(job, given)
+
+    def _load(self, job: dict, given: dict) -> None:
+        import torch
+
+        from transformers_patches.load.loader import load_model
+        from transformers_patches.plan.neuron_files import settings_for
+
+        torch.set_num_threads(job["threads"])
         self.loaded = load_model(job["path"], settings_for(Path(job["path"]), given, "QA"))
         self.cache, self.logits = None, None
 

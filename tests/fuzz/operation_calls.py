@@ -1,7 +1,7 @@
 """Calls of the native operations with arguments that don't fit, in a process of its own, because some might kill it.
 
 `python -m tests.fuzz.operation_calls --seed 1 --count 300` makes so many calls of each kind and prints what came of them. A
-kind is a registered operation, or the decoder, whose calls are made in sequences.
+kind is a registered operation, the decoder, or rows on disk, whose calls are made in sequences.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from tests.fuzz.rows_on_disk_calls import ROWS, UNIT, loaded_rows, rows_steps
 
 HIDDEN, NEURONS, HEADS, KV_HEADS, HEAD_SIZE, CAPACITY, LENGTH, VOCABULARY = 64, 96, 4, 2, 16, 6, 3, 40
 REFUSED = (ValueError, RuntimeError, TypeError)
@@ -226,6 +228,15 @@ def _by_input_of_up(make: Fitting, weights: list[Tensor], scales: list[Tensor]) 
     return [vectors_by_input(HIDDEN, NEURONS), columns, make.threshold()]
 
 
+def _on_disk(
+    make: Fitting, number: int, up: Tensor, scales: Tensor | None, packed: list, choice: list, added: list
+) -> tuple[str, list]:
+    """The same layer with rows of gate and down that are read on demand."""
+    bytes_of_both = 2 * (up[:1].nbytes + (0 if scales is None else scales[:1].nbytes))
+    rows = loaded_rows(make.source, NEURONS, -(-bytes_of_both // UNIT) * UNIT)
+    return ("set_active_on_disk", [number, rows, 0, up, scales, *packed, "silu", *choice, added])
+
+
 def decoder_steps(source: random.Random) -> list[tuple[str, list]]:
     """The calls that make a decoder of a few layers and use it."""
     make = Fitting(source, source.random() < 0.5)
@@ -249,6 +260,10 @@ def decoder_steps(source: random.Random) -> list[tuple[str, list]]:
         down = [make.maybe(torch.rand(NEURONS)) if size is not None else None, make.threshold()]
         arguments = [number, weights, scales, columns, biases, bits, "silu", *choice, added, *by_input, *down]
         steps.append(("set_active", arguments))
+        if gated and size is not None and source.random() < 0.3:
+            steps.append(
+                _on_disk(make, number, weights[1], scales[1] if bits else None, [columns, bits], choice, added)
+            )
         if steps[number][0] == "add_layer_by_input":
             steps.append(("set_input_thresholds", [number, make.threshold(), make.threshold()]))
     steps.append(("take_counts", []))
@@ -389,15 +404,22 @@ def make_call(kind: str, seed: int, fitting: bool = False) -> str:
     """Make the call, or sequence of calls, that follows from a seed. fitting: with arguments that fit."""
     source = random.Random(f"{kind} {seed}")
     torch.manual_seed(seed)
-    if kind != DECODER:
+    if kind not in (DECODER, ROWS):
         arguments = fitting_arguments(kind, source)
         if not fitting:
             arguments = changed_arguments(arguments, source)
         operation = getattr(torch.ops.partinfer, kind)
         return outcome(lambda: operation(*arguments))
-    steps = decoder_steps(source)
+    steps = decoder_steps(source) if kind == DECODER else rows_steps(source, NEURONS, 2 * UNIT)
     steps = steps if fitting else changed_steps(steps, source)
     decoder, outcomes = torch.classes.partinfer.Decoder(), []
+    if kind == ROWS:
+        made = next((given for name, given in steps if name == "RowsOnDisk"), [])
+        steps = [step for step in steps if step[0] != "RowsOnDisk"]
+        try:
+            decoder = torch.classes.partinfer.RowsOnDisk(*made)
+        except REFUSED:
+            return "refused"
     while steps:  # arguments are let go of as soon as they were given
         name, arguments = steps.pop(0)
         outcomes.append(outcome(lambda name=name, arguments=arguments: getattr(decoder, name)(*arguments)))
@@ -425,7 +447,7 @@ def main() -> None:
     torch.set_num_threads(2)
     # PyTorch prints an argument of a wrong type, and would read the memory of one that has none any more
     torch.Tensor.__repr__ = lambda values, **_: f"Tensor of {tuple(values.shape)}"
-    kinds = options.kinds or [*operations(), DECODER]
+    kinds = options.kinds or [*operations(), DECODER, ROWS]
     first = 0
     if options.after:
         kinds, first = kinds[kinds.index(options.after[0]) :], int(options.after[1]) + 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.operation_calls import DECODER, operations
+from tests.fuzz.rows_on_disk_calls import ROWS
 from transformers_patches import kernels
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def campaign(folder: Path, count: int, seed: int = 0) -> tuple[list[dict], list[
 
 def check(results: list[dict], crashes: list[str], count: int) -> None:
     assert not crashes
-    assert {result["kind"] for result in results} == {*operations(), DECODER}
+    assert {result["kind"] for result in results} == {*operations(), DECODER, ROWS}
     for result in results:
         outcomes, kind = result["outcomes"], result["kind"]
         assert result["fitting"] == "done", f"{kind}: arguments that fit are refused"

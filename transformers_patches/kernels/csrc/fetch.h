@@ -11,7 +11,7 @@ constexpr int64_t UNIT = 64;          // bytes: rows of gate and down lie at mul
 class Fetch {
  public:
   virtual ~Fetch() = default;
-  // Puts where a layer's rows are, in units, in the place of their numbers (ascending), and begins to read those that are
+  // Puts where a layer's rows are, in units, in the place of their numbers, and begins to read those that are
   // not in memory. The positions are shared by so many workers.
   virtual void begin(int64_t layer, int32_t* rows, int64_t count, int workers) noexcept = 0;
   // Returns when the rows at positions [begin, end) have been read, or could not be.

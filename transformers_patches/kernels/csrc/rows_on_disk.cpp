@@ -210,6 +210,9 @@ void RowsOnDisk::begin(int64_t number, int32_t* rows, int64_t count, int workers
   }
   chosen_ += count;
   found_ += count - int64_t(misses_.size());
+  const auto by_row = [](const Miss& one, const Miss& other) { return one.row < other.row; };
+  in_order_ = std::is_sorted(misses_.begin(), misses_.end(), by_row);
+  if (!in_order_) std::sort(misses_.begin(), misses_.end(), by_row);
   merge_misses(layer);
   for (const Miss& miss : misses_) rows[miss.position] = int32_t(miss.unit);
   if (!requests_.empty()) submit(workers, count);
@@ -245,7 +248,7 @@ void RowsOnDisk::submit(int workers, int64_t count) {
     heads[size_t(worker)] = request;
     while (request < requests_.size() &&
            (worker + 1 == workers || requests_[request].first < (worker + 1) * count / workers))
-      ++request;
+      ++request;  // any share will do where positions don't ascend
     ends[size_t(worker)] = request;
   }
   order_.clear();
@@ -311,6 +314,7 @@ void RowsOnDisk::wait_for_all() noexcept {
 }
 
 void RowsOnDisk::wait(int64_t begin, int64_t end) noexcept {
+  if (!in_order_) return wait_for_all();
   auto request = std::partition_point(requests_.begin(), requests_.end(), [&](const Request& one) { return one.last < begin; });
   for (; request != requests_.end() && request->first < end; ++request) wait_for(size_t(request - requests_.begin()));
 }

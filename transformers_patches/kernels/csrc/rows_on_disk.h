@@ -96,6 +96,7 @@ class RowsOnDisk : public torch::CustomClassHolder, public Fetch {
   int64_t scratch_bytes_ = 0, scratch_used_ = 0;
 
   std::vector<Miss> misses_;
+  bool in_order_ = true;  // whether positions of misses ascend with their rows
   std::vector<Request> requests_;
   std::vector<size_t> order_;
   std::unique_ptr<std::atomic<uint8_t>[]> done_;

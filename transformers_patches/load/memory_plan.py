@@ -17,7 +17,6 @@ from transformers_patches.plan.decision import Decision
 from transformers_patches.plan.memory import LATER, PER_TOKEN, PROMPT_TOKENS, MemoryNeeds
 from transformers_patches.plan.on_demand import why_not_on_demand
 from transformers_patches.plan.run import ResolvedRun
-from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.sparse.request import RequestState
 from transformers_patches.weights.memory import give_back_freed
 from transformers_patches.weights.pack import Pack
@@ -54,8 +53,9 @@ def memory_needs(run: ResolvedRun, weights: WeightSource) -> MemoryNeeds:
     """What a run's process needs, with all that can stay in files left there."""
     gc.collect()
     give_back_freed()
-    model, _ = build_model(replace(run, resident=None), RequestState())
-    rows = [module for module in model.modules() if isinstance(module, NeuronRows)]
+    state = RequestState()
+    model, _ = build_model(replace(run, resident=None), state)
+    rows = [layer.rows for layer in state.layers]
     neurons = [sum(layer.weight(name).nbytes for name in layer.paired_names) for layer in rows]
     config = run.config
     return MemoryNeeds(

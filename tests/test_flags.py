@@ -25,6 +25,10 @@ PROMPT = "has no progress to hide, and prints its result only"
 # What a script leaves out, and why.
 NOT_APPLICABLE = {
     "download": dict.fromkeys(COMPUTING, "fetches a model, and computes nothing with it"),
+    "evaluate memory": {
+        **dict.fromkeys(("device", "cpu_only"), "limits memory of the CPU's processes"),
+        "dtype": "compares what files hold",
+    },
     "evaluate report": {**dict.fromkeys(MODEL, NO_MODEL), "quiet": PROMPT},
     "profiler random": {**dict.fromkeys(COMPUTING, "reads the shape and four small tensors"), "quiet": PROMPT},
     "profiler convert": {**dict.fromkeys(COMPUTING, "reads the shape and four small tensors"), "quiet": PROMPT},

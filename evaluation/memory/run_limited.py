@@ -107,6 +107,7 @@ class Accelerate:
             max_memory={"cpu": room},
             offload_folder=job["scratch"],
             local_files_only=True,
+            trust_remote_code=False,
         )
         self.cache = None
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from profiler.ladder.gradient_linear import GradientLinear
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import Family, family_of
 from transformers_patches.modules.fast_linear import FastLinear
@@ -69,7 +70,7 @@ def capture(
     asked = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
-        with _plain_linears(model), _watched(model, family) as seen:
+        with _gradient_linears(model), _watched(model, family) as seen:
             for ids, length in zip(tqdm(sequences, "gradients", unit=" texts", disable=quiet), lengths, strict=True):
                 _backward(model, ids, generator)
                 chosen = torch.randperm(length, generator=generator)[: max(1, round(share * length))] + _skipped(ids)
@@ -97,17 +98,15 @@ def _backward(model: PreTrainedModel, ids: list[int], generator: torch.Generator
 
 
 @contextmanager
-def _plain_linears(model: nn.Module) -> Iterator[None]:
-    """FastLinears, whose kernels have no gradients, are plain linear layers meanwhile."""
-    fast = {name: module for name, module in model.named_modules() if isinstance(module, FastLinear)}
-    for name, module in fast.items():
-        plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        plain.weight, plain.bias = module.weight, module.bias
-        model.set_submodule(name, plain)
+def _gradient_linears(model: nn.Module) -> Iterator[None]:
+    """Linear layers, whose kernels have no gradients or are slow, are GradientLinears meanwhile."""
+    own = {name: module for name, module in model.named_modules() if isinstance(module, (FastLinear, nn.Linear))}
+    for name, module in own.items():
+        model.set_submodule(name, GradientLinear(module))
     try:
         yield
     finally:
-        for name, module in fast.items():
+        for name, module in own.items():
             model.set_submodule(name, module)
 
 

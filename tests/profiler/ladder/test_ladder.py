@@ -103,7 +103,8 @@ def test_predictions_of_ffns_are_half_the_mean_square_of_gradient_times_error(pr
         errors = ((ffn.down_proj(h * kept) - ffn(x)) * seen.gradients[FFN]).sum(1)
         assert option.loss == pytest.approx(float(errors.square().mean() / 2), rel=1e-2, abs=1e-9)
         shares = [float(mask.float().mean()) for mask in (read, chosen, kept)]
-        assert option.neurons == pytest.approx(shares[1])
+        # a threshold is one of the scores, and which side of it that one is on depends on how sums are rounded
+        assert option.neurons == pytest.approx(shares[1], abs=1.5 / chosen.numel())
         assert option.weights == pytest.approx(sum(shares) * HIDDEN * INTERMEDIATE, rel=1e-3)
 
 

@@ -228,7 +228,7 @@ inline void ffn(const FfnTask& task) {
           next[i] = row_at(run ? task.gate : task.down,
                            row_number(task.rows, smaller(start + count + ahead - actives, end - 1)));
       }
-      Products::prefetch_scales(next, ADD_ROWS, task.down.row_scales);
+      Products::prefetch_scales(next, ADD_ROWS, task.x.hidden / GROUP);
       token_blocks(task.x.tokens, AddGroup<Products>{task, down, next, smaller(ADD_ROWS, actives - a), factors});
     }
   }

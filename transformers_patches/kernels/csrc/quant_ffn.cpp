@@ -6,25 +6,18 @@
 namespace partinfer {
 namespace PARTINFER_ISA {
 
-void ffn_quant(const FfnTask& task) {
-  if (task.type == Type::Q8)
-    ffn<QuantRows<8>>(task);
-  else
-    ffn<QuantRows<4>>(task);
+// Between rows of gate, more rows of down at a time were not faster.
+template <int BITS>
+inline void ffn_of(const FfnTask& task) {
+  if (task.gate.data != nullptr) return ffn<QuantRows<BITS>>(task);
+  ffn<QuantRows<BITS, QUANT_ADD_ROWS_WIDE<BITS>>>(task);
 }
 
-// Where column j of a row is in the order of quant_add_rows.
-template <int BITS>
-inline int64_t place_of(int64_t j) {
-  constexpr int PARTS = Packing<BITS>::PARTS;
-  int64_t byte = j, part = 0;
-  if constexpr (BITS == 4) {
-    byte = j / GROUP * 16 + j % 16;
-    part = j % GROUP / 16;
-  }
-  const int64_t chunk = byte / BYTES, inside = byte % BYTES;
-  const int64_t quarter = inside / 16, vector = inside % 16 / 4, lane = inside % 4;
-  return chunk * BYTES * PARTS + part * BYTES + vector * LANES + quarter * 4 + lane;
+void ffn_quant(const FfnTask& task) {
+  if (task.type == Type::Q8)
+    ffn_of<8>(task);
+  else
+    ffn_of<4>(task);
 }
 
 template <int BITS>

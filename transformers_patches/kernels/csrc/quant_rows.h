@@ -1,77 +1,14 @@
-// Products with rows of int8 and int4 weights: symmetric, one float16 scale per group of 32 columns.
-//
-// int8: one byte per column. int4: value + 8 in a nibble; byte k of a group's 16 holds column k (low) and column
-// k + 16 (high). The input is int8 too, with its own scale per group, so that a group's product is an integer.
+// Products with rows of int8 and int4 weights (quant_groups.h). The input is int8 too, with its own scale per group, so that
+// a group's product is an integer.
 #pragma once
 
-#include "isa.h"
+#include "quant_add.h"
 
 namespace partinfer {
 namespace PARTINFER_ISA {
 
-constexpr int64_t SCALE_BLOCK = 16;  // groups whose scales are worked out together
-
 // Farther than in runs of floats, as far as was measured (AVX2).
 constexpr int64_t QUANT_RUN_AHEAD = LANES == 8 ? 2 * RUN_AHEAD : RUN_AHEAD;
-
-constexpr int32_t NO_SUM[LANES] = {};
-
-template <int BITS>
-struct Packing {
-  static constexpr int GROUP_BYTES = BITS == 8 ? 32 : 16;
-  static constexpr int PARTS = BITS == 8 ? 1 : 2;  // vectors that one vector of packed bytes unpacks to
-};
-
-// Scales of 16 groups, which are spread over the lanes that a group's bytes sum into: in a register where one holds all
-// 16, else in memory.
-#ifdef PARTINFER_SPREAD_FROM_REGISTER
-using ScaleBlock = F;
-inline void store_scales(ScaleBlock& block, int64_t, F value) { block = value; }
-#else
-struct ScaleBlock {
-  alignas(64) float v[SCALE_BLOCK];
-};
-inline void store_scales(ScaleBlock& block, int64_t i, F value) { store(block.v + i, value); }
-template <int GROUP_BYTES>
-inline F spread_from(const ScaleBlock& block, int64_t first) {
-  return spread<GROUP_BYTES>(block.v + first);
-}
-#endif
-
-// The float16 scales of LANES groups from group g on as float32, `left` of which the row has, and zeros.
-template <bool FULL>
-inline F load_scales(const RowRef& row, int64_t g, int64_t left) {
-  const f16_t* scales = reinterpret_cast<const f16_t*>(row.scales) + g;
-  if (FULL || left >= LANES) return load(scales);
-#ifdef PARTINFER_TAIL_OF_MORE
-  if (g >= LANES && left > 0) return load_tail_of_more(scales, left);
-#endif
-  return left > 0 ? load_tail(scales, left) : zero();
-}
-
-template <int BITS>
-inline I32 dot_part(I32 sum, I8 w, I8 x) {
-  if constexpr (BITS == 8)
-    return dot_s8(sum, w, x);
-  else
-    return dot_u4(sum, w, x);
-}
-
-template <int BITS>
-inline void unpack(I8 packed, I8 (&parts)[Packing<BITS>::PARTS]) {
-  if constexpr (BITS == 8) {
-    parts[0] = packed;
-  } else {
-    parts[0] = low_nibbles(packed);
-    parts[1] = high_nibbles(packed);
-  }
-}
-
-// A vector of packed bytes, `left` of which belong to the row.
-template <bool FULL>
-inline I8 load_packed(const char* place, int64_t left) {
-  return FULL || left >= BYTES ? load_bytes(place) : load_bytes_tail(place, left);
-}
 
 // The scales of `here` groups of some rows times those of some tokens, and the corrections added to acc.
 template <int R, int T, bool FULL>
@@ -403,106 +340,8 @@ inline void dot_rows4(const RowRef* rows, const RowRef* next, const Input& x, in
 
 #endif
 
-constexpr int QUAD = 4;           // rows whose bytes are taken side by side
-constexpr int QUANT_ADD_ROWS = 8;  // rows whose sum is taken as integers, with one scale per group of columns
-
-// h[r] * scale[r][group] as int8 with a scale per group that is common to up to 8 rows.
-struct Factors {
-  alignas(64) int32_t packed[QUANT_ADD_ROWS / QUAD][SCALE_BLOCK];  // the int8 factors of four rows and a group
-  alignas(64) int32_t offsets[SCALE_BLOCK];                        // what unsigned weights add too much
-  alignas(64) float scales[SCALE_BLOCK];
-};
-
-// The factors of 16 groups from group g on, `here` of which there are. No factor of a group may be above 127 of its
-// scale, so that small ones lose most; llama.cpp's blocks of 32 activations do the same.
-template <int BITS, int QUADS, int T, bool FULL>
-inline void quantise_factors(const RowRef* rows, const float (*h)[T], int t, int64_t g, int64_t here, Factors& out) {
-  const I8 nothing = set_bytes(BITS == 8 ? 0 : U4_OFFSET);  // weights of 0 as they are stored
-  for (int64_t i = 0; i < (FULL ? SCALE_BLOCK : here); i += LANES) {
-    F products[QUANT_ADD_ROWS], largest = set1(1e-30f);
-    for (int r = 0; r < QUADS * QUAD; ++r) {
-      products[r] = mul(load_scales<FULL>(rows[r], g + i, here - i), set1(h[r][t]));
-      largest = max_size(largest, products[r]);
-    }
-    const F inverse = divide(set1(127.0f), largest);
-    I32 offset = load_i32(NO_SUM);
-    for (int quad = 0; quad < QUADS; ++quad) {
-      const F* four = products + quad * QUAD;
-      const I8 packed = join_bytes(round_to_i32(mul(four[0], inverse)), round_to_i32(mul(four[1], inverse)),
-                                   round_to_i32(mul(four[2], inverse)), round_to_i32(mul(four[3], inverse)));
-      store_bytes(out.packed[quad] + i, packed);
-      offset = dot_part<BITS>(offset, nothing, packed);
-    }
-    store(out.offsets + i, negative(offset));
-    store(out.scales + i, mul(largest, set1(1.0f / 127.0f)));
-  }
-}
-
-// `here` groups from group g on of some quads of rows, added to y. FULL: as above.
-template <int BITS, int QUADS, int T, bool FULL>
-inline void add_groups(const RowRef* rows, const RowsAhead<QUADS * QUAD>& ahead, const float (*h)[T], float* y,
-                       int64_t y_stride, int64_t g, int64_t here) {
-  constexpr int GROUP_BYTES = Packing<BITS>::GROUP_BYTES, PARTS = Packing<BITS>::PARTS;
-  const int64_t bytes = (FULL ? SCALE_BLOCK : here) * GROUP_BYTES, start = g * GROUP_BYTES;
-  Factors factors[T];
-  for (int t = 0; t < T; ++t)
-    quantise_factors<BITS, QUADS, T, FULL>(rows, h, t, g, FULL ? SCALE_BLOCK : here, factors[t]);
-  PARTINFER_UNROLL
-  for (int64_t b = 0; b < bytes; b += BYTES) {
-    I32 sums[T][PARTS][QUAD];
-    PARTINFER_UNROLL
-    for (int t = 0; t < T; ++t) {
-      const I32 offset = spread<GROUP_BYTES>(factors[t].offsets + b / GROUP_BYTES);
-      PARTINFER_UNROLL
-      for (int p = 0; p < PARTS; ++p)
-        for (int k = 0; k < QUAD; ++k) sums[t][p][k] = offset;
-    }
-    for (int quad = 0; quad < QUADS; ++quad) {
-      I8 packed[QUAD], columns[QUAD], parts[QUAD][PARTS];
-      PARTINFER_UNROLL
-      for (int r = 0; r < QUAD; ++r) {
-        if (b % LINE_BYTES == 0) ahead.prefetch_for(quad * QUAD + r, start + b);
-        packed[r] = load_packed<FULL>(rows[quad * QUAD + r].data + start + b, bytes - b);
-      }
-      interleave4(packed, columns);  // before unpacking, which makes it half the work for 4 bits
-      PARTINFER_UNROLL
-      for (int k = 0; k < QUAD; ++k) unpack<BITS>(columns[k], parts[k]);
-      PARTINFER_UNROLL
-      for (int t = 0; t < T; ++t) {
-        const I8 c = spread_bytes<GROUP_BYTES>(factors[t].packed[quad] + b / GROUP_BYTES);
-        PARTINFER_UNROLL
-        for (int p = 0; p < PARTS; ++p)
-          for (int k = 0; k < QUAD; ++k) sums[t][p][k] = dot_part<BITS>(sums[t][p][k], parts[k][p], c);
-      }
-    }
-    PARTINFER_UNROLL
-    for (int t = 0; t < T; ++t) {
-      const F scale = spread<GROUP_BYTES>(factors[t].scales + b / GROUP_BYTES);
-      float* place = y + t * y_stride + (start + b) * PARTS;
-      PARTINFER_UNROLL
-      for (int p = 0; p < PARTS; ++p)
-        for (int k = 0; k < QUAD; ++k) {
-          float* lanes = place + p * BYTES + k * LANES;
-          store(lanes, fma(to_float(sums[t][p][k]), scale, load(lanes)));
-        }
-    }
-  }
-}
-
-// y[t] += sum over up to 8 rows, a multiple of four, of h[r][t] * rows[r]. Columns are taken four rows at a time as
-// integers, which needs the rows' bytes side by side; y keeps the order that this gives (finish_quant puts it right).
-template <int BITS, int QUADS, int T>
-inline void quant_add_rows(const RowRef* rows, const RowRef* next, const float (*h)[T], float* y, int64_t y_stride,
-                           int64_t hidden) {
-  const int64_t groups = hidden / GROUP;
-  const RowsAhead<QUADS * QUAD> ahead(next, groups * Packing<BITS>::GROUP_BYTES);
-  int64_t g = 0;
-  for (; g + SCALE_BLOCK <= groups; g += SCALE_BLOCK)
-    add_groups<BITS, QUADS, T, true>(rows, ahead, h, y, y_stride, g, SCALE_BLOCK);
-  if (g < groups) add_groups<BITS, QUADS, T, false>(rows, ahead, h, y, y_stride, g, groups - g);
-}
-
-template <int BITS>
+// ADD: how many rows are added together.
+template <int BITS, int ADD = QUANT_ADD_ROWS>
 struct QuantRows {
   static constexpr bool RUNS = BITS == 8 || LANES >= 8;  // with short vectors, 4-bit rows need several at a time
 
@@ -541,7 +380,7 @@ struct QuantRows {
     sums(reinterpret_cast<F(&)[R * T]>(acc), out[0]);
   }
 
-  static constexpr int ADD_ROWS = QUANT_ADD_ROWS;
+  static constexpr int ADD_ROWS = ADD;
 
   template <int T>
   static void add_rows(const RowRef* rows, const RowRef* next, int64_t count, const float (*h)[T], float* y,
@@ -552,8 +391,7 @@ struct QuantRows {
       float some[ADD_ROWS][TOKENS];
       for (int r = 0; r < ADD_ROWS; ++r)
         for (int i = 0; i < TOKENS; ++i) some[r][i] = h[r][t + i];
-      const auto add = count > QUAD ? quant_add_rows<BITS, 2, TOKENS> : quant_add_rows<BITS, 1, TOKENS>;
-      add(rows, next, some, y + t * y_stride, y_stride, hidden);
+      quant_add<BITS, ADD, TOKENS>(rows, next, count, some, y + t * y_stride, y_stride, hidden);
     }
   }
 

@@ -22,6 +22,24 @@ inline int64_t bytes_per_neuron(const FfnCall& call) {
   return call.up.data != nullptr ? 3 * call.up.row_bytes : call.gate.row_bytes + call.down.row_bytes;
 }
 
+// Columns to which listed rows are added at a time: more floats don't stay in a core's first cache.
+constexpr int64_t COLUMNS_AT_ONCE = 4096;
+constexpr int64_t WHOLE_COLUMNS = 512;  // the kernels work out the scales of so many together
+constexpr int64_t PART_OF_SUMS = 4;  // a part reads at least so many times the bytes of its sums, which cost time as well
+
+inline int64_t bytes_of(Type type, int64_t columns) {
+  return type == Type::F32 ? 4 * columns : type == Type::Q8 ? columns : type == Type::Q4 ? columns / 2 : 2 * columns;
+}
+
+// A task whose h is known, for some of the columns. begin: a multiple of COLUMN_BLOCK.
+inline FfnTask columns_of(FfnTask task, int64_t begin, int64_t end) {
+  task.down.data += bytes_of(task.type, begin);
+  task.down.scales += begin / GROUP;
+  task.y += begin;
+  task.x.hidden = end - begin;
+  return task;
+}
+
 // Everything that the threads of one FFN call share.
 struct SharedFfn {
   FfnTask task;
@@ -30,12 +48,26 @@ struct SharedFfn {
   Fetch* fetch = nullptr;  // what reads the rows of gate and down, if they are not all in memory
   Taken taken;
 
-  Split split_over(int workers) const { return split(positions, bytes_each, positions * bytes_each, workers); }
+  Split split_over(int workers) const {
+    const int64_t sums = task.x.tokens * task.y_stride * int64_t(sizeof(float));
+    return split(positions, bytes_each, positions * bytes_each, workers, std::max(BYTES_PER_PART, PART_OF_SUMS * sums));
+  }
 };
 
 // Sums of a thread's share, then those of each part of the rest, have a y of their own: they are added in this order,
 // whoever computed them.
 inline int64_t most_sums(int useful) { return useful == 1 ? 1 : useful + MAX_PARTS; }
+
+// The rows of a task, in its order.
+inline void run_rows(const Kernels& kernels, const FfnTask& task) {
+  const auto run = quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float;
+  const int64_t columns = task.x.hidden, blocks = (columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
+  if (task.gate.data != nullptr || task.down_size != nullptr || blocks == 1) return run(task);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Range range = share(columns, WHOLE_COLUMNS, block, blocks);
+    run(columns_of(task, range.begin, range.end));
+  }
+}
 
 inline void compute(const Kernels& kernels, SharedFfn& shared, int worker, int workers) {
   const Split split = shared.split_over(workers);
@@ -50,7 +82,7 @@ inline void compute(const Kernels& kernels, SharedFfn& shared, int worker, int w
         task.rows.begin = begin;
         task.rows.end = std::min(begin + step, range.end);
         if (shared.fetch != nullptr) shared.fetch->wait(task.rows.begin, task.rows.end);
-        (quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float)(task);
+        run_rows(kernels, task);
       }
     }
   };

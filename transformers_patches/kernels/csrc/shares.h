@@ -43,11 +43,12 @@ struct Split {
   }
 };
 
-// count rows of row_bytes each, the last ones of a region that reads region_bytes.
-inline Split split(int64_t count, int64_t row_bytes, int64_t region_bytes, int workers) {
+// count rows of row_bytes each, the last ones of a region that reads region_bytes. No part reads less than part_bytes.
+inline Split split(int64_t count, int64_t row_bytes, int64_t region_bytes, int workers,
+                   int64_t part_bytes = BYTES_PER_PART) {
   if (workers == 1) return {count, count, 0};
   const int64_t rest_bytes = std::min(region_bytes / REST, count * row_bytes);
-  const int64_t parts = std::min(MAX_PARTS, rest_bytes / BYTES_PER_PART);
+  const int64_t parts = std::min(MAX_PARTS, rest_bytes / part_bytes);
   if (parts == 0) return {count, count, 0};
   return {std::max<int64_t>(0, count - rest_bytes / row_bytes) / ROW_BLOCK * ROW_BLOCK, count, parts};
 }

@@ -154,6 +154,39 @@ template <int GROUP_BYTES>
 inline I8 spread_bytes(const int32_t* p) {
   return {spread_bits<GROUP_BYTES>(p)};
 }
+inline void interleave2(I8 a, I8 b, I8 (&out)[2]) {
+  out[0].v = _mm256_unpacklo_epi8(a.v, b.v);
+  out[1].v = _mm256_unpackhi_epi8(a.v, b.v);
+}
+
+#define PARTINFER_ADD_PAIRS 1
+// Integers of 16 bits, those of one group in each half of the register.
+struct I16 {
+  __m256i v;
+};
+// p[0] and p[1], which fit 16 bits, in a half each.
+inline I16 spread16(const int32_t* p) {
+  const __m256i wide = spread_bits<16>(p);
+  return {_mm256_packs_epi32(wide, wide)};
+}
+// Of four rows' factors of two groups: rows 2 PAIR and 2 PAIR + 1, one group's in each half.
+template <int PAIR>
+inline I8 spread_pair_of_factors(const int32_t* four) {
+  __m256i groups;
+  asm("vbroadcastsd %1, %0" : "=x"(groups) : "m"(*reinterpret_cast<const char(*)[8]>(four)));
+  constexpr int16_t a = 0x0100 + 0x0202 * PAIR, b = a + 0x0404;
+  return {_mm256_shuffle_epi8(groups, _mm256_setr_epi16(a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b))};
+}
+// acc + the products of neighbouring bytes, two and two together.
+inline I16 dot_pairs(I16 acc, I8 w, I8 c) { return {_mm256_add_epi16(acc.v, _mm256_maddubs_epi16(w.v, c.v))}; }
+// first[0 … 7] += the lower half times a scale, second[0 … 7] += the upper half times another.
+inline void add_sums16(I16 sums, F scale, F second_scale, float* first, float* second) {
+  const F low{_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(sums.v)))};
+  const F high{_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(sums.v, 1)))};
+  store(first, fma(low, scale, load(first)));
+  store(second, fma(high, second_scale, load(second)));
+}
+
 inline void interleave4(const I8 (&r)[4], I8 (&out)[4]) {
   const __m256i low01 = _mm256_unpacklo_epi8(r[0].v, r[1].v), high01 = _mm256_unpackhi_epi8(r[0].v, r[1].v);
   const __m256i low23 = _mm256_unpacklo_epi8(r[2].v, r[3].v), high23 = _mm256_unpackhi_epi8(r[2].v, r[3].v);

@@ -9,7 +9,7 @@ import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from transformers_patches import VERSION, cli, flags
+from transformers_patches import VERSION, cli, flags, quick_start
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.light_imports import light_imports
@@ -222,6 +222,7 @@ def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInf
 
 def run() -> None:
     """The installed command."""
+    quick_start.begin()
     cli.run(main)
 
 

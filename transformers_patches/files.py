@@ -35,6 +35,12 @@ def shipped(name: str) -> Path:
     return installed if installed.is_dir() else package.parent / name
 
 
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: a folder of $PARTINFER_CACHE, else of ~/.cache/partinfer."""
+    given = os.environ.get("PARTINFER_CACHE")
+    return (Path(given).expanduser() if given else Path.home() / ".cache" / "partinfer").absolute() / kind
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside a folder durable."""
     _sync(folder)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from transformers_patches import files
 from transformers_patches.files import atomic_folder, make_folder, write_text_atomic
 from transformers_patches.kernels.commands import CommandFailed, run_all
 from transformers_patches.locks import exclusive
@@ -105,9 +106,8 @@ def with_needed(names: list[str], isas: dict[str, Isa]) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $PARTINFER_CACHE, else ~/.cache/partinfer."""
-    given = os.environ.get("PARTINFER_CACHE")
-    return (Path(given).expanduser() if given else Path.home() / ".cache" / "partinfer").absolute() / "kernels"
+    """Where compiled kernels are kept."""
+    return files.cache_folder("kernels")
 
 
 def source_key() -> str:

@@ -6,7 +6,6 @@ CutFFNs where a bound over all neurons is the model's own, ZerosFFNs where the a
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,6 +13,7 @@ from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.cut_ffn import CutFFN
 from transformers_patches.sparse.neuron_rows import NeuronRows
 from transformers_patches.sparse.zeros_ffn import MADE_BY, ZerosFFN
+from transformers_patches.structure.empty_model import without_memory
 from transformers_patches.structure.ffn_layout import FFNLayout
 from transformers_patches.weights.source import Source
 
@@ -46,7 +46,7 @@ def _cut_ffn(run: ResolvedRun, layout: FFNLayout, module: nn.Module) -> CutFFN |
         return None
     if any(getattr(module, name).bias is not None for name in (layout.gate, layout.up, layout.down)):
         return None
-    with init_empty_weights():
+    with without_memory():
         return CutFFN(_rows(run, layout, module), layout.cut)
 
 
@@ -54,7 +54,7 @@ def _zeros_ffn(run: ResolvedRun, layout: FFNLayout, module: nn.Module) -> ZerosF
     """None if its activation makes no zeros."""
     if layout.gate is not None or layout.activation_of(module) not in MADE_BY:
         return None
-    with init_empty_weights():
+    with without_memory():
         return ZerosFFN(_rows(run, layout, module), output_bias=getattr(module, layout.down).bias is not None)
 
 

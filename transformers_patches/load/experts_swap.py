@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -13,6 +12,7 @@ from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.experts import Experts
 from transformers_patches.sparse.neuron_rows import BY_ROW, PLAIN, NeuronRows
 from transformers_patches.sparse.request import RequestState
+from transformers_patches.structure.empty_model import without_memory
 from transformers_patches.structure.experts_layout import ExpertsLayout
 from transformers_patches.weights.parts import part_name
 from transformers_patches.weights.source import Source
@@ -44,7 +44,7 @@ def swap_experts(model: PreTrainedModel, run: ResolvedRun, state: RequestState) 
 def _experts(run: ResolvedRun, layout: ExpertsLayout, layer: int, state: RequestState) -> nn.Module:
     kept = run.plan.experts.get(layer)
     named = "silu" if layout.interleaved else layout.activation  # of interleaved ones, rows don't compute activations
-    with init_empty_weights():
+    with without_memory():
         rows = [
             NeuronRows(
                 layout.size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,6 +20,7 @@ from transformers_patches.sparse.rows_on_demand import OnDemandRows
 from transformers_patches.sparse.selection import Selection
 from transformers_patches.sparse.sparse_ffn import SparseFFN
 from transformers_patches.sparse.token_selection import TokenSelection
+from transformers_patches.structure.empty_model import without_memory
 from transformers_patches.weights.parts import part_name
 from transformers_patches.weights.source import Source, WeightedSum
 
@@ -41,7 +41,7 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
     family, plan = run.family, run.plan.layers[layer]
     up, down = getattr(dense, family.up), getattr(dense, family.down)
     prior, activation = _prior(run, layer, plan), family.activation_of(dense, run.config)
-    with init_empty_weights():
+    with without_memory():
         rows = (NeuronRows if run.resident is None else OnDemandRows)(
             plan.loaded_count,
             up.in_features,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from transformers_patches.families import Family
@@ -12,6 +11,7 @@ from transformers_patches.neurons.byte_ladder import LayerChoice
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.by_input_linear import ByInputLinear, Joined
 from transformers_patches.sparse.request import RequestState
+from transformers_patches.structure.empty_model import without_memory
 from transformers_patches.weights.source import Source
 
 
@@ -25,7 +25,7 @@ def swap_attention_inputs(model: PreTrainedModel, run: ResolvedRun, state: Reque
         joined = {name: Joined(place, outputs, i) for i, name in enumerate(family.attention_inputs)}
         for name in (*family.attention_inputs, family.attention_output):
             linear = getattr(attention, name)
-            with init_empty_weights():
+            with without_memory():
                 new = ByInputLinear(linear, run.weight_format, state, native=run.native, joined=joined.get(name))
             setattr(attention, name, new)
             sources[f"{place}.{name}.weight"] = Source.by_input(f"{place}.{name}.weight", linear.in_features)

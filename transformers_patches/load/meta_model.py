@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from transformers_patches.load.cut_swap import swap_cut_ffns
@@ -14,6 +13,7 @@ from transformers_patches.modules.quantized import quantize_modules
 from transformers_patches.modules.screened_head import can_be_screened
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.request import RequestState
+from transformers_patches.structure.empty_model import built
 from transformers_patches.structure.model_structure import cant_be_built
 from transformers_patches.weights.source import Source
 
@@ -24,8 +24,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     Raises PartInferError for values from which transformers can't build one.
     """
     try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = built(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
     except Exception as error:  # whatever the values lead to
         raise cant_be_built(config, error) from None
     return model.eval()

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from transformers_patches.errors import PartInferError
+from transformers_patches.structure.empty_model import built
 from transformers_patches.structure.experts_layout import ExpertsLayout, experts_layout_of, holds_experts
 from transformers_patches.structure.ffn_layout import (
     FFNLayout,
@@ -103,8 +103,7 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception:  # some models compute with their buffers when they are built
         try:
-            with init_empty_weights(include_buffers=False):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return built(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         except Exception as error:  # whatever the values lead to
             raise cant_be_built(config, error) from None
 

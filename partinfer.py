@@ -12,8 +12,10 @@ from pathlib import Path
 from transformers_patches import VERSION, cli, flags, quick_start
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
+from transformers_patches.generation.options import GenerationOptions, generation_options
 from transformers_patches.light_imports import light_imports
 from transformers_patches.neurons.lookup import TASK_TYPES
+from transformers_patches.plan.first_checks import check_files
 
 FUNCTIONS = ("normal", "chat", "predefined_prompts", "compare", "pack", "export", "plan", "serve")
 WRITERS = ("pack", "export")  # they write --output
@@ -80,23 +82,21 @@ def main(argv: list[str] | None = None) -> int:
         PartInferConfig.from_arguments(arguments)
         _check_output(arguments)
         _check_server(arguments)
-    except PartInferError as error:
-        parser.error(str(error))
-    cli.begin(arguments)
-    # heavy imports only now: --help and wrong usage answer at once; with a bound on memory fewer of them
-    with light_imports() if arguments.memory else nullcontext():
-        return _run(parser, arguments)
-
-
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    from transformers_patches.generation.runner import Runner, generation_options
-    from transformers_patches.weights.lookup import find_model
-
-    try:
         options = generation_options(arguments)
     except PartInferError as error:
         parser.error(str(error))
-    folder = find_model(arguments.model_name, arguments.checkpoint_path)
+    given = PartInferConfig.given_in(arguments)
+    folder = check_files(arguments.model_name, arguments.checkpoint_path, given, arguments.task_type)
+    cli.begin(arguments)
+    # heavy imports only now: --help, and whatever can be known to be wrong by then, answer at once; with a bound on
+    # memory fewer of them
+    with light_imports() if arguments.memory else nullcontext():
+        return _run(folder, options, arguments)
+
+
+def _run(folder: Path, options: GenerationOptions, arguments: argparse.Namespace) -> int:
+    from transformers_patches.generation.runner import Runner
+
     settings = _settings_with_files(folder, arguments)
     if arguments.function in WRITERS:
         return (_pack if arguments.function == "pack" else _export)(settings, folder, arguments)
@@ -198,8 +198,8 @@ def _plan(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
 def _settings_with_files(folder: Path, arguments: argparse.Namespace) -> PartInferConfig:
     """The settings for a model, with the neuron files that are looked up, and says which; a pack's own where it is one."""
     from transformers_patches.plan.neuron_files import settings_for, why_dense
+    from transformers_patches.weights.file_kinds import is_pack
     from transformers_patches.weights.lookup import model_name
-    from transformers_patches.weights.pack_description import is_pack
 
     given = PartInferConfig.given_in(arguments)
     settings = settings_for(folder, given, arguments.task_type)

@@ -15,7 +15,7 @@ from transformers_patches.neurons.lookup import find_random_neurons
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.neurons.random_ranking import random_ranking
 from transformers_patches.plan.neuron_files import default_settings, with_neuron_files
-from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.file_kinds import is_gguf
 from transformers_patches.weights.lookup import model_name, model_names
 from transformers_patches.weights.model_files import read_config
 

@@ -38,7 +38,7 @@ from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.machine import resolve_device
 from transformers_patches.token_ids import NOT_FINITE, check_token_ids
-from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.file_kinds import is_gguf
 from transformers_patches.weights.lookup import find_model
 from transformers_patches.weights.model_files import load_tokenizer, read_config
 

@@ -17,7 +17,7 @@ from transformers_patches.load.threads import check_threads
 from transformers_patches.modules.fast_linear import replace_linears
 from transformers_patches.neurons.fingerprint import fingerprint
 from transformers_patches.plan.machine import decide_dtype, decide_kernels, resolve_device
-from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.file_kinds import is_gguf
 from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.memory import free_memory
 from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config

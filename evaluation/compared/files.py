@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 
 from evaluation.compared.kinds import QUANTIZED, SAME_BITS, ComparedFile
 from transformers_patches.errors import PartInferError
-from transformers_patches.weights.gguf_file import is_gguf, read_gguf
+from transformers_patches.weights.file_kinds import is_gguf
+from transformers_patches.weights.gguf_file import read_gguf
 from transformers_patches.weights.source import WeightSource
 
 _KINDS = {number: kind for kind, number in QUANTIZED.items()}

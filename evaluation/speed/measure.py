@@ -28,10 +28,11 @@ from transformers_patches.flags import IGNORED_GGUF_KEYS
 from transformers_patches.load.meta_model import build_on_meta
 from transformers_patches.plan.machine import resolve_device
 from transformers_patches.token_ids import check_token_ids
+from transformers_patches.weights.file_kinds import is_pack
 from transformers_patches.weights.lookup import find_model
 from transformers_patches.weights.memory import free_memory
 from transformers_patches.weights.model_files import load_tokenizer, open_weights, read_config
-from transformers_patches.weights.pack_description import is_pack, pack_type
+from transformers_patches.weights.pack_description import pack_type
 
 MEMORY_BESIDE_WEIGHTS = 600 * 2**20  # of each process, for PyTorch, the cache and activations
 

@@ -21,7 +21,7 @@ from tests.conftest import ROOT, make_tiny_checkpoint
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.transformers_patches.plan.test_max_loss import with_curve
 from transformers_patches.config import PartInferConfig
-from transformers_patches.generation.runner import generation_options
+from transformers_patches.generation.options import generation_options
 
 ROOT_WORDS = (str(ROOT), "site-packages", "Traceback", ".py")  # would tell about the machine
 CHAT_TEMPLATE = (

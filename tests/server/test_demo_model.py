@@ -12,7 +12,7 @@ from server.app import Service
 from server.serve import make_answering
 from tests.conftest import DEMO_MODEL, ROOT
 from tests.server.conftest import arguments, running
-from transformers_patches.generation.runner import generation_options
+from transformers_patches.generation.options import generation_options
 from transformers_patches.plan.neuron_files import settings_for
 
 pytestmark = pytest.mark.model

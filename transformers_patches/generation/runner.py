@@ -19,7 +19,8 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.flags import STANDARD_OUTPUT
 from transformers_patches.generation.comparison import MEGABYTE, Comparison, table
-from transformers_patches.generation.generate import Conversation, GenerationOptions, GenerationResult, generate
+from transformers_patches.generation.generate import Conversation, GenerationResult, generate
+from transformers_patches.generation.options import GenerationOptions
 from transformers_patches.generation.prompts import (
     TEMPLATES,
     chat_ids,
@@ -32,21 +33,6 @@ from transformers_patches.load.loader import load_model
 from transformers_patches.load.paths import in_words, layer_paths
 from transformers_patches.plan.max_loss import DEFAULT_MAX_LOSS, SPOILS
 from transformers_patches.weights.model_files import load_tokenizer
-
-DEFAULT_LENGTH = 128  # tokens of an answer at most
-
-
-def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
-    """The options in parsed arguments; PartInferError if they are out of range."""
-    length = arguments.num_tokens_to_generate
-    return GenerationOptions(
-        max_new_tokens=DEFAULT_LENGTH if length is None else length,
-        sampling=arguments.sampling_method,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        stop=tuple(arguments.stop),
-    )
 
 
 class Runner:

@@ -10,6 +10,7 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.files import shipped
 
 OWN_NEURON_FILES = Path("neuron_files")  # where the profiler writes; they come before those that ship with the project
+NEURON_FILE_MISSING = "no neuron file at {}: make one with python -m profiler run"
 TASK_TYPES = ("QA", "Summarize", "translate_de_en")
 _MODEL_STEMS = ("model", "model_neurons")  # the second is the original's name for it
 # A task's own file comes before that of its group.

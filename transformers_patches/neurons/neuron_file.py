@@ -31,6 +31,7 @@ from transformers_patches.files import save_tensors_atomic, write_text_atomic
 from transformers_patches.neurons.byte_ladder import ByteLadder
 from transformers_patches.neurons.checks import WHOLE_NUMBERS, check_floats, read_tensors, shown, whole_number
 from transformers_patches.neurons.clusters import Clusters
+from transformers_patches.neurons.lookup import NEURON_FILE_MISSING
 from transformers_patches.neurons.loss_curve import LossCurve
 
 FORMAT = "partinfer-neurons"
@@ -185,7 +186,7 @@ class NeuronFile:
         """Read and validate a neuron file of either format; raises PartInferError that says what is wrong."""
         path = Path(path)
         if not path.is_file():
-            raise PartInferError(f"no neuron file at {path}: make one with python -m profiler run")
+            raise PartInferError(NEURON_FILE_MISSING.format(path))
         return _load_legacy(path) if path.suffix == ".json" else _load_safetensors(path)
 
 

@@ -14,9 +14,10 @@ from transformers_patches.plan.max_loss import (
     UNMEASURED,
     everything_loaded,
 )
+from transformers_patches.weights.file_kinds import is_pack
 from transformers_patches.weights.lookup import model_names
 from transformers_patches.weights.model_files import read_config
-from transformers_patches.weights.pack_description import is_pack, pack_settings
+from transformers_patches.weights.pack_description import pack_settings
 
 
 def settings_for(path: str | Path, given: dict, task_type: str | None) -> PartInferConfig:

@@ -19,9 +19,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.weights.file_kinds import what_it_is
+from transformers_patches.weights.file_kinds import MAGIC, what_it_is
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
 ALIGNMENT = 32
@@ -62,19 +61,6 @@ class GGUFFile:
     path: Path  # the first part
     metadata: dict[str, Any]  # by key: bool, int, float, str, list of str, or NumPy array
     tensors: dict[str, StoredTensor]  # by name
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a checkpoint is one GGUF file: by its first bytes, or by its name if those can't be read."""
-    path = Path(path)
-    named = path.suffix.lower() == ".gguf" and not path.is_dir()
-    if not path.is_file():
-        return named
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC or named
-    except OSError:
-        return named  # what reads it says why it can't be read
 
 
 def read_gguf(path: str | Path) -> GGUFFile:

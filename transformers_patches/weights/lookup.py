@@ -8,8 +8,7 @@ from pathlib import Path
 
 from transformers_patches.catalog import fetch_command, folder_name
 from transformers_patches.errors import PartInferError
-from transformers_patches.weights.file_kinds import what_it_is
-from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.file_kinds import is_gguf, what_it_is
 
 # Where download.py puts models: in the current folder, and in the repository.
 _PLACES = (Path("models"), Path(__file__).resolve().parents[2] / "models")

@@ -16,13 +16,11 @@ from transformers import (
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 from transformers_patches.weights.config_file import check_config, one_line, read_config_file
-from transformers_patches.weights.file_kinds import what_it_is
+from transformers_patches.weights.file_kinds import is_gguf, is_pack, what_it_is
 from transformers_patches.weights.gguf import GGUFCheckpoint
 from transformers_patches.weights.gguf_config import gguf_config
-from transformers_patches.weights.gguf_file import is_gguf
 from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
 from transformers_patches.weights.pack import Pack
-from transformers_patches.weights.pack_description import is_pack
 from transformers_patches.weights.safetensors_folder import Checkpoint
 from transformers_patches.weights.source import WeightSource
 

@@ -25,11 +25,12 @@ from pathlib import Path
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.aligned_file import PADDING
+from transformers_patches.weights.file_kinds import PACK
 from transformers_patches.weights.pack_schema import check_description, check_seal, one_line
 from transformers_patches.weights.source import WeightedSum
 
 FORMAT, VERSION, READABLE = "partinfer-pack", 7, (1, 2, 3, 4, 5, 6, 7)
-DESCRIPTION, NEURONS, INDEX = "pack.json", "neurons", "model.safetensors.index.json"
+DESCRIPTION, NEURONS, INDEX = PACK, "neurons", "model.safetensors.index.json"
 LARGEST_DESCRIPTION = 64 * 2**20  # bytes of pack.json; that of a model of 100 layers has 60 kB
 ROPE_FACTORS = "rope_factors"  # a tensor of packs whose config lacks the scaling
 COLUMN_SCALES, LARGEST = "column_scales", "largest"
@@ -43,10 +44,6 @@ FIXED = (  # the settings that decide which neurons a pack holds
     "budget",
 )
 KEPT = ("sparsity", "max_loss")  # defaults for running the pack; older packs have none
-
-
-def is_pack(folder: str | Path) -> bool:
-    return (Path(folder) / DESCRIPTION).is_file()
 
 
 def pack_type(folder: str | Path) -> str:

@@ -13,7 +13,8 @@ from tests.tiny_gguf import tiny_llama, tiny_metadata, tiny_tensors, write_tiny_
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
-from transformers_patches.weights.gguf_file import is_gguf, read_gguf
+from transformers_patches.weights.file_kinds import is_gguf
+from transformers_patches.weights.gguf_file import read_gguf
 from transformers_patches.weights.lookup import gguf_model_name
 from transformers_patches.weights.model_files import load_tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.weights.gguf_file import is_gguf
+from transformers_patches.weights.file_kinds import is_gguf
 from transformers_patches.weights.lookup import find_model, model_name, model_names
 
 

@@ -15,8 +15,9 @@ from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.weights.file_kinds import is_pack
 from transformers_patches.weights.pack import Pack
-from transformers_patches.weights.pack_description import is_pack, pack_settings
+from transformers_patches.weights.pack_description import pack_settings
 from transformers_patches.weights.pack_schema import seal
 from transformers_patches.weights.safetensors_folder import Checkpoint
 from transformers_patches.weights.source import Source

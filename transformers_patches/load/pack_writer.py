@@ -22,7 +22,7 @@ from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.resolve import RunFiles, find_fit
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.weights.aligned_file import save_aligned
-from transformers_patches.weights.file_kinds import is_gguf
+from transformers_patches.weights.file_kinds import is_gguf, is_pack
 from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
 from transformers_patches.weights.lookup import model_name
 from transformers_patches.weights.mapped_files import forget
@@ -38,7 +38,6 @@ from transformers_patches.weights.pack_description import (
     NEURONS,
     VERSION,
     checksum_of,
-    is_pack,
 )
 from transformers_patches.weights.pack_schema import seal
 from transformers_patches.weights.parts import whole_name

@@ -22,37 +22,64 @@ WRITERS = ("pack", "export")  # they write --output
 SERVER_FLAGS = ("host", "port", "api_key")
 
 
+EXAMPLES = """\
+examples, one for each --function (without any option: the demo model answers a question)
+  normal              %(prog)s --prompt "Why is the sky blue?"
+  chat                %(prog)s --function chat --system_prompt "Answer briefly."
+  predefined_prompts  %(prog)s --function predefined_prompts --task_type translate_de_en
+  compare             %(prog)s --function compare --max_loss 0.1 --prompt "Why is the sky blue?"
+  pack                %(prog)s --function pack --dtype int4 --output models/demo-int4
+  export              %(prog)s --function export --loaded_neurons_percent 0.7 --output models/demo-70.gguf
+  plan                %(prog)s --function plan --memory 400MB
+  serve               %(prog)s --function serve --port 8080
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Without options: the demo model answers a predefined question.",
+        description=__doc__, epilog=EXAMPLES, usage="%(prog)s [--function NAME] [options]", formatter_class=flags.Help
     )
-    add = parser.add_argument
-    add("--version", action="version", version=f"PartInfer {VERSION}")
+    parser.add_argument("--version", action="version", version=f"PartInfer {VERSION}")
     flags.add_config(parser)
+    flags.add_completion(parser)
+    _add_task(parser.add_argument_group("what to do"))
     flags.add_computing(flags.add_model(parser))
+    _add_generation(parser.add_argument_group("how it answers"))
     PartInferConfig.add_arguments(parser)
-    add("--mask_filepath", metavar="FILE", help="write the load plan that was used, as JSON")
-    task = parser.add_argument_group("what to do")
+    server = parser.add_argument_group("the server, --function serve")
+    server.add_argument("--host", help="address to listen at; 0.0.0.0: every one of this machine (127.0.0.1)")
+    server.add_argument("--port", type=int, help="0: any free one (8080)")
+    server.add_argument("--api_key", metavar="KEY", help="what clients must send (nothing)")
+    out = parser.add_argument_group("what is printed and written")
+    flags.add_json(out)
+    flags.add_quiet(out)
+    out.add_argument("--verbose", action="store_true", help="after each answer: what was read in each layer")
+    out.add_argument("--mask_filepath", metavar="FILE", help="write the load plan that was used, as JSON")
+    return parser
+
+
+def _add_task(task: argparse._ArgumentGroup) -> None:
     task.add_argument(
         "--function",
         choices=FUNCTIONS,
         default="normal",
-        help="compare answers dense, too; pack and export write --output; plan shows what "
-        "--memory has room for; serve offers OpenAI's API and a chat page",
+        help="answer one prompt, chat, or answer the project's own prompts; compare with dense; write a pack; export "
+        "for transformers or llama.cpp; show what --memory has room for (plan); serve OpenAI's API and a chat page (normal)",
     )
+    task.add_argument("--prompt", help="the text; - reads standard input (a predefined prompt)")
+    task.add_argument("--task_type", choices=TASK_TYPES, default="QA", help="kind of the prompts (QA)")
+    task.add_argument("--system_prompt", help="what the model is told first")
+    task.add_argument("--num_fewshot", type=int, help="worked examples before the prompt (0; 3 for base models)")
+    task.add_argument("--no_chat_template", action="store_true", help="treat the model as a base model")
     task.add_argument(
         "--output",
         metavar="PATH",
         help="the planned neurons: a folder to load them faster (pack); a folder that transformers loads, or a file that "
         "llama.cpp loads if the name ends in .gguf (export)",
     )
-    task.add_argument("--task_type", choices=TASK_TYPES, default="QA")
-    task.add_argument("--prompt", help="the text; - reads standard input (a predefined prompt)")
-    task.add_argument("--num_fewshot", type=int, help="worked examples before the prompt (0; 3 for base models)")
-    task.add_argument("--system_prompt", help="what the model is told first")
-    task.add_argument("--no_chat_template", action="store_true", help="treat the model as a base model")
-    choice = parser.add_argument_group("generation")
+
+
+def _add_generation(choice: argparse._ArgumentGroup) -> None:
     choice.add_argument("--num_tokens_to_generate", type=int, help="at most (128; 1024 with --function serve)")
     choice.add_argument("--sampling-method", "--sampling_method", choices=("greedy", "top-p"), default="greedy")
     choice.add_argument("--temperature", type=float, default=1.0, help="of top-p sampling (1.0)")
@@ -65,14 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="end at this text; may be given several times (--stop=--- if it begins with a -)",
     )
     choice.add_argument("--seed", type=int, default=0, help="of sampling (0)")
-    server = parser.add_argument_group("--function serve")
-    server.add_argument("--host", help="address to listen at; 0.0.0.0: every one of this machine (127.0.0.1)")
-    server.add_argument("--port", type=int, help="0: any free one (8080)")
-    server.add_argument("--api_key", metavar="KEY", help="what clients must send (nothing)")
-    out = parser.add_argument_group("output")
-    flags.add_json(out)
-    flags.add_quiet(out)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers_patches.flags import STANDARD_OUTPUT
 from transformers_patches.hub_tokens import without_tokens
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+BAR_DELAY = 2.0  # seconds without a progress bar
 PRIMITIVES = "64"  # several times what one prompt needs
 
 
@@ -70,6 +71,17 @@ def hide_bars(arguments: argparse.Namespace) -> None:
     """Switch off all progress bars with --quiet. Call it before tqdm is imported: that is when tqdm reads this."""
     if getattr(arguments, "quiet", False):
         os.environ["TQDM_DISABLE"] = "1"
+
+
+def bar(what: str) -> Callable[[Iterable], Iterable]:
+    """Iterates over things with a progress bar on standard error, if that is a terminal and it takes over two seconds."""
+
+    def progress(items: Iterable) -> Iterable:
+        from tqdm import tqdm  # reads when it is imported whether bars are switched off
+
+        return tqdm(items, desc=what, delay=BAR_DELAY, leave=False, disable=None)
+
+    return progress
 
 
 def write_json(target: str | Path, content: dict, indent: int | None = None) -> None:

@@ -31,6 +31,11 @@ OWN_CHOICE = (
     *("selection", "token_count", "compensation", "fit_filepath", "budget", "start_num", "end_num"),
     *("base_neurons_type", "memory_limit"),
 )
+# flags that few need: they have a group of their own in help texts
+DETAILS = (
+    *("base_neurons_percent", "token_sparsity", "selection", "token_count", "compensation", "fit_filepath", "budget"),
+    *("start_num", "end_num", "base_neurons_type", "head_dtype", "screen_head", "kernels"),
+)
 # what a bound on the loss decides, so that both can't be given
 DECIDED = ("loaded_neurons_percent", "sparsity", "selection", "token_count", "compensation", "budget")
 # what a share of the decoder layers' bytes decides, or leaves no room for
@@ -294,10 +299,12 @@ class PartInferConfig:
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
         """Add one flag per field. The value of a flag that is not given is None."""
-        group = parser.add_argument_group("what is loaded and computed")
+        plain = parser.add_argument_group("what is loaded and computed")
+        details = parser.add_argument_group("details of the method, for experiments")
         for item in fields(cls):
             if item.name in skip:
                 continue
+            group = details if item.name in DETAILS else plain
             options = dict(item.metadata["argparse"])
             if item.default not in (None, False):
                 options["help"] = f"{item.metadata['help']} ({item.default})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +24,32 @@ IGNORED_GGUF_KEYS: set[str] = set()  # for the whole process, since any part of 
 FREE_TEXTS = ("prompt", "system_prompt", "stop")  # flags whose values go to the tokenizer
 OUTPUTS = ("json", "csv", "plot", "mask_filepath", "output", "output_path")  # flags that name what is written
 RANGES = {"threads": (1, 1024), "seed": (0, 2**32 - 1)}  # OpenMP crashes with very many; NumPy's seeds have 32 bits
-NOT_SETTINGS = ("config", "debug", "help", "version", "h")  # flags that a file of settings can't give
+WIDEST = 100  # columns of help texts
+SHELLS = ("bash", "zsh", "tcsh")
+NOT_SETTINGS = ("config", "debug", "help", "version", "h", "print_completion")  # flags that a file of settings can't give
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help texts at most WIDEST columns wide; examples in the epilog keep their lines."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(WIDEST, shutil.get_terminal_size().columns) - 2)
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """--print_completion SHELL, which prints a program for the shell and ends, if the library shtab is there."""
+    text = "print what makes the Tab key complete flags in this shell (needs pip install shtab)"
+    parser.add_argument("--print_completion", action=_Completion, choices=SHELLS, help=text)
+
+
+class _Completion(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            import shtab  # optional, and needed once
+        except ImportError:
+            parser.error(f"{option_string} needs the library shtab: pip install shtab")
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = DEMO_MODEL) -> argparse._ArgumentGroup:

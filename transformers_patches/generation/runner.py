@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import torch
 import transformers
@@ -18,8 +17,13 @@ from transformers_patches.cli import peak_memory_bytes
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.flags import STANDARD_OUTPUT
+from transformers_patches.generation.answer_view import AnswerView, PlainView, view_for_chat
+from transformers_patches.generation.chat import take_turns
+from transformers_patches.generation.chat_commands import Chat
+from transformers_patches.generation.chat_input import decoded, standard_input
 from transformers_patches.generation.comparison import MEGABYTE, Comparison, table
 from transformers_patches.generation.generate import Conversation, GenerationResult, generate
+from transformers_patches.generation.layer_table import layer_table
 from transformers_patches.generation.options import GenerationOptions
 from transformers_patches.generation.prompts import (
     TEMPLATES,
@@ -46,11 +50,12 @@ class Runner:
     ) -> None:
         self.arguments, self.folder = arguments, folder
         self.comparison: Comparison | None = None
+        self.view: AnswerView = PlainView()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.manual_seed(arguments.seed)
         self.tokenizer = load_tokenizer(folder)
-        self.loaded = load_model(folder, settings)
+        self.loaded = load_model(folder, settings, progress=cli.bar("loading"))
         self._warn()
         self.options = self._with_task_stop(options)
         self.results: list[tuple[str, GenerationResult]] = []
@@ -88,7 +93,7 @@ class Runner:
     @staticmethod
     def _text(given: str) -> str:
         """A text, or standard input for -."""
-        return _decoded(_standard_input().read()).strip() if given == "-" else given
+        return decoded(standard_input().read()).strip() if given == "-" else given
 
     def predefined_prompts(self) -> int:
         """Answer the project's own prompts of the task type, one after the other; Ctrl-C goes on to the next one.
@@ -126,7 +131,7 @@ class Runner:
             memory_limit=False,
         )
         self.comparison = Comparison(load_model(self.folder, settings), self.loaded, self.options)
-        show = self._print_piece if self.arguments.json != STANDARD_OUTPUT else None
+        show = self.view.piece if self.arguments.json != STANDARD_OUTPUT else None
         answered, interrupted = self.comparison.sides[-1].results, False
         for text in texts:
             self._show_prompt(text)
@@ -143,45 +148,19 @@ class Runner:
         return cli.FAILED if self.failed else cli.DONE
 
     def chat(self) -> int:
-        """Take turns with the user until the input ends or says /exit; /reset forgets the history.
-
-        A turn that fails is said to have failed, and forgotten; the exit code is 1 if it was the last.
-        """
+        """Take turns with the user until the input ends or says /exit (see `take_turns`)."""
         if not self._uses_chat_template():
             raise PartInferError("chat needs a model with a chat template: use --function normal with base models")
-        system = self.arguments.system_prompt
-        start = [{"role": "system", "content": system}] if system else []
-        messages, conversation = list(start), Conversation()
-        source, code = _standard_input(), cli.DONE
-        while (line := self._read_turn(source)) is not None:
-            try:
-                turn = _decoded(line)
-                if turn == "/reset":
-                    messages, conversation = list(start), Conversation()
-                    continue
-                asked = [*messages, {"role": "user", "content": turn}]
-                self._answer(turn, chat_ids(self.tokenizer, asked), conversation)
-            except OSError:  # nobody can read the next answer either
-                raise
-            except Exception as error:
-                cli.show_error(error)
-                code = cli.FAILED
-            else:
-                messages = [*asked, {"role": "assistant", "content": self.results[-1][1].text}]
-                code = cli.DONE
-        return code
+        chat = Chat(self.arguments.system_prompt)
+        if self.arguments.json != STANDARD_OUTPUT:
+            self.view = view_for_chat()
 
-    @staticmethod
-    def _read_turn(source: IO) -> str | bytes | None:
-        """The user's next line that is not empty; None at the end."""
-        while True:
-            if source.isatty():
-                print("\nYou: ", end="", file=sys.stderr, flush=True)
-            line = source.readline()
-            if not line or line.strip() in ("/exit", b"/exit"):
-                return None
-            if line.strip():
-                return line.strip()
+        def answer(turn: str) -> int:
+            code = self._answer(turn, chat_ids(self.tokenizer, chat.asked(turn)), chat.conversation)
+            chat.answered(turn, self.results[-1][1])
+            return code
+
+        return take_turns(chat, answer, quiet=self.arguments.quiet)
 
     def _task_ids(self, text: str) -> list[int]:
         arguments = self.arguments
@@ -200,19 +179,18 @@ class Runner:
     def _answer(self, text: str, prompt_ids: list[int], conversation: Conversation | None = None) -> int:
         self.loaded.reset_counters()
         shown = self.arguments.json != STANDARD_OUTPUT
-        sink = self._print_piece if shown else None
-        result = generate(self.loaded, self.tokenizer, prompt_ids, self.options, sink, conversation)
+        result = generate(
+            self.loaded, self.tokenizer, prompt_ids, self.options, self.view.piece if shown else None, conversation
+        )
         self.results.append((text, result))
         if shown:
-            print(flush=True)
+            self.view.end()
         summary = self._summary(result)
         if not self.arguments.quiet:
             print(summary, file=sys.stderr)
+        if self.arguments.verbose:
+            print(layer_table(self.loaded), file=sys.stderr)
         return cli.INTERRUPTED if result.finish_reason == "interrupted" else cli.DONE
-
-    @staticmethod
-    def _print_piece(piece: str) -> None:
-        print(piece, end="", flush=True)
 
     def _show_prompt(self, text: str) -> None:
         if not self.arguments.quiet:
@@ -292,27 +270,6 @@ class Runner:
         if len(results) != 1 or self.failed:
             total["results"] = [{"prompt": text, **dataclasses.asdict(result)} for text, result in self.results]
         return total
-
-
-def _standard_input() -> IO:
-    """Standard input as bytes, so that one wrong byte spoils only its own line; as text if it gives no bytes."""
-    if sys.stdin is None:
-        raise PartInferError("standard input is closed: give the text with --prompt")
-    return getattr(sys.stdin, "buffer", sys.stdin)
-
-
-def _decoded(content: str | bytes) -> str:
-    """What was read from standard input as text; PartInferError for bytes that are not text."""
-    if isinstance(content, str):
-        return content
-    encoding = sys.stdin.encoding if sys.stdin.encoding.lower() not in ("ascii", "ansi_x3.4-1968") else "utf-8"
-    try:
-        return content.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        wrong = f"byte 0x{content[error.start]:02x} at place {error.start}"
-        raise PartInferError(
-            f"standard input is no {encoding} text ({wrong}): convert it, for example with iconv"
-        ) from None
 
 
 def _mean(values: list[float | None]) -> float | None:

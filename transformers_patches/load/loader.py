@@ -19,7 +19,7 @@ from transformers_patches.load.input_swap import choose_inputs
 from transformers_patches.load.loaded_model import LoadedModel, LoadReport
 from transformers_patches.load.memory_plan import within_memory
 from transformers_patches.load.meta_model import build_model
-from transformers_patches.load.streaming import KeptOnDisk, stream_weights
+from transformers_patches.load.streaming import KeptOnDisk, Progress, stream_weights
 from transformers_patches.load.threads import check_threads
 from transformers_patches.modules.fast_linear import replace_linears
 from transformers_patches.modules.quantized import weight_bytes
@@ -41,14 +41,18 @@ def load_model(
     settings: PartInferConfig,
     dataset_neurons: NeuronFile | None = None,
     model_neurons: NeuronFile | None = None,
+    *,
+    progress: Progress = iter,
 ) -> LoadedModel:
     """Load a checkpoint folder, pack or GGUF file: the planned neurons of sparse layers, and everything else whole.
 
     Neuron files that are not given are read from the paths in the settings, if there are any. Raises PartInferError
     for checkpoints and neuron files that are damaged or do not fit each other, before weights are read.
+
+    progress: iterates over the weights while they are read, and may show how far that is.
     """
     weights, config, settings, files = _opened(folder, settings, dataset_neurons, model_neurons)
-    loaded = load_from(weights, config, settings, files, model_name(folder))
+    loaded = load_from(weights, config, settings, files, model_name(folder), progress=progress)
     made = loaded.model.generation_config
     loaded.model.generation_config, loaded.stop_strings = own_generation_config(Path(folder), made, config.vocab_size)
     return loaded
@@ -86,12 +90,13 @@ def load_from(
     name: str,
     *,
     packed: bool = False,
+    progress: Progress = iter,
 ) -> LoadedModel:
     """`load_model` for any source of weights. name: the model's, for messages. packed: what is loaded becomes a pack."""
     started = time.perf_counter()
     config = as_stored(config, weights)
     _check_files(files, config, weights, name)
-    return load_run(_resolved(weights, config, settings, files, packed=packed), weights, started)
+    return load_run(_resolved(weights, config, settings, files, packed=packed), weights, started, progress)
 
 
 def _resolved(
@@ -102,14 +107,14 @@ def _resolved(
     return resolve_run(settings, config, files, packed=packed or is_pack, whole_pack=whole)
 
 
-def load_run(run: ResolvedRun, weights: WeightSource, started: float) -> LoadedModel:
+def load_run(run: ResolvedRun, weights: WeightSource, started: float, progress: Progress = iter) -> LoadedModel:
     """Load what was decided. started: when loading began, by `time.perf_counter`."""
     check_threads(run.device, run.dtype)
     run = within_memory(run, weights)
     fit_bytes = run.fit_bytes  # counted now, because rows are freed as they are read
     state, memory = RequestState(), WeightMemory(huge_pages=run.native)
     model, sources = build_model(run, state)
-    kept = stream_weights(model, weights, sources, run, memory)
+    kept = stream_weights(model, weights, sources, run, memory, progress)
     give_back_freed()
     _know_type(model, run)
     attach_compensation(state.layers, sources, run)

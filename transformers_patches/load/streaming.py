@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +24,8 @@ from transformers_patches.weights.by_row import RowsInFile
 from transformers_patches.weights.memory import WeightMemory
 from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import Source, WeightSource
+
+Progress = Callable[[Iterable], Iterable]  # iterates over things, and may show how far that is
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,24 @@ class _Wanted:
 
 
 def stream_weights(
-    model: PreTrainedModel, weights: WeightSource, sources: dict[str, Source], run: ResolvedRun, memory: WeightMemory
+    model: PreTrainedModel,
+    weights: WeightSource,
+    sources: dict[str, Source],
+    run: ResolvedRun,
+    memory: WeightMemory,
+    progress: Progress = iter,
 ) -> KeptOnDisk:
     """Give every parameter memory on its device, and read it. Returns the weights that stay in their files.
 
-    sources: where parameters come from that the checkpoint does not have under their own name. Raises PartInferError if
-    anything is left over on either side.
+    sources: where parameters come from that the checkpoint does not have under their own name. progress: iterates over the
+    weights, and may show how far that is. Raises PartInferError if anything is left over on either side.
     """
     wanted, kept = _wanted(model, weights, sources, run), KeptOnDisk(RowsInFile(), RowsOnDemand())
     by_row = _read_by_row(model, run)
     on_demand = {weight.name: weight.source for weight in wanted if _is_on_demand(model, weight.name)}
 
     def requests() -> Iterator[tuple[Source, torch.Tensor | QuantizedTensor]]:
-        for weight in wanted:
+        for weight in progress(wanted):
             if weight.name in on_demand:
                 continue
             if weight.name in by_row and not weight.parts:

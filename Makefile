@@ -21,7 +21,7 @@ lint: install
 
 install: .venv/installed
 
-.venv/installed: requirements.txt requirements-serve.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-serve.txt requirements-terminal.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -q -r requirements-dev.txt
 	touch .venv/installed

@@ -38,7 +38,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
     """--print_completion SHELL, which prints a program for the shell and ends, if the library shtab is there."""
-    text = "print what makes the Tab key complete flags in this shell (needs pip install shtab)"
+    text = "print what makes the Tab key complete flags in this shell (needs shtab: pip install -r requirements-terminal.txt)"
     parser.add_argument("--print_completion", action=_Completion, choices=SHELLS, help=text)
 
 
@@ -47,7 +47,7 @@ class _Completion(argparse.Action):
         try:
             import shtab  # optional, and needed once
         except ImportError:
-            parser.error(f"{option_string} needs the library shtab: pip install shtab")
+            parser.error(f"{option_string} needs the library shtab: pip install -r requirements-terminal.txt")
         print(shtab.complete(parser, shell=values))
         parser.exit()
 

@@ -29,8 +29,8 @@ examples, one for each --function (without any option: the demo model answers a 
   predefined_prompts  %(prog)s --function predefined_prompts --task_type translate_de_en
   compare             %(prog)s --function compare --max_loss 0.1 --prompt "Why is the sky blue?"
   pack                %(prog)s --function pack --dtype int4 --output models/demo-int4
-  export              %(prog)s --function export --loaded_neurons_percent 0.7 --output models/demo-70.gguf
-  plan                %(prog)s --function plan --memory 400MB
+  export              %(prog)s --function export --output models/demo.gguf
+  plan                %(prog)s --function plan --memory 400M
   serve               %(prog)s --function serve --port 8080
 """
 

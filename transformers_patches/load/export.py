@@ -26,10 +26,10 @@ from transformers_patches.locks import exclusive
 from transformers_patches.modules.quantized import weight_bytes
 from transformers_patches.plan.export import ExportPlan, bias_field, plan_export
 from transformers_patches.sparse.request import RequestState
+from transformers_patches.weights.file_kinds import is_pack
 from transformers_patches.weights.gguf_vocabulary_writer import vocabulary_metadata
 from transformers_patches.weights.gguf_writer import check_can_be_written, write_gguf
 from transformers_patches.weights.model_files import load_tokenizer, read_config
-from transformers_patches.weights.pack_description import is_pack
 from transformers_patches.weights.parts import rows_of_part, whole_name
 
 SHARD_BYTES = 2**30

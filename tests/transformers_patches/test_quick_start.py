@@ -93,3 +93,27 @@ def test_what_fails_without_kernels_for_meta_tensors_is_tried_again():
 
     assert built(build).weight.is_meta
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--model_name", "nobody/nothing"], "no model at"),
+        (["--checkpoint_path", "HERE", "--loaded_neurons_percent", "0.5"], "no neuron files for"),
+        (["--checkpoint_path", "HERE", "--dataset_neurons_filepath", "none.json"], "no neuron file at none.json"),
+    ],
+)
+def test_what_is_known_without_torch_is_said_without_torch(tmp_path, monkeypatch, flags, says):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    program = (
+        "import sys, partinfer\n"
+        "try: partinfer.main()\n"
+        "except Exception as error: print(error)\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, *(str(tmp_path) if flag == "HERE" else flag for flag in flags)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    out = subprocess.check_output(command, env=environment, text=True)
+    assert says in out
+    assert out.splitlines()[-1] == "[]"

@@ -6,14 +6,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from transformers_patches import VERSION, cli, flags, quick_start
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.generation.options import GenerationOptions, generation_options
-from transformers_patches.light_imports import light_imports
+from transformers_patches.generation.options import generation_options
 from transformers_patches.neurons.lookup import TASK_TYPES
 from transformers_patches.plan.first_checks import check_files
 
@@ -107,13 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     given = PartInferConfig.given_in(arguments)
     folder = check_files(arguments.model_name, arguments.checkpoint_path, given, arguments.task_type)
     cli.begin(arguments)
-    # heavy imports only now: --help, and whatever can be known to be wrong by then, answer at once; with a bound on
-    # memory fewer of them
-    with light_imports() if arguments.memory else nullcontext():
-        return _run(folder, options, arguments)
-
-
-def _run(folder: Path, options: GenerationOptions, arguments: argparse.Namespace) -> int:
+    # heavy imports only now: --help, and whatever can be known to be wrong by then, answer at once
     from transformers_patches.generation.runner import Runner
 
     settings = _settings_with_files(folder, arguments)

@@ -24,17 +24,12 @@ class PartInfer:
     """A pack, checkpoint or GGUF file within `memory`, or without a bound of its own."""
 
     def __init__(self, job: dict) -> None:
-        from contextlib import nullcontext
-
-        from transformers_patches.light_imports import light_imports
+        from transformers_patches import quick_start
 
         given = dict(job["settings"])
         if job.get("memory"):
             given["memory"] = str(job["memory"])
-        with light_imports() if job.get("memory") else nullcontext():  # as partinfer.py does
-            self._load(job, given)
-
-    def _load(self, job: dict, given: dict) -> None:
+            quick_start.begin()  # as partinfer.py does
         import torch
 
         from transformers_patches.load.loader import load_model

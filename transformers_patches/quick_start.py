@@ -87,8 +87,8 @@ STAND_INS = {(COMPILER, name): _mark for name in ("disable", "allow_in_graph", "
 }
 
 
-class _LaterLoader(Loader):
-    """Makes a _Later of a module. loader: what executes it in the end."""
+class _OverLoader(Loader):
+    """Does something to a module when it is executed. loader: what executes it."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -98,6 +98,13 @@ class _LaterLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
+
+
+class _LaterLoader(_OverLoader):
+    """Makes a _Later of a module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
         module.__class__ = _Later
 
 
@@ -111,17 +118,11 @@ def _load(module: ModuleType) -> None:
     module.__spec__.loader.exec_module(module)
 
 
-class _NamesLoader(Loader):
+class _NamesLoader(_OverLoader):
     """Loads the module that lists transformers' names, with a list that is kept."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec):
-        return self.loader.create_module(spec)
-
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
+        super().exec_module(module)
         self.loader.exec_module(module)
         with suppress(AttributeError):
             module.is_torch_distributed_available = lambda: False

@@ -36,13 +36,20 @@ def add_loss_tokens(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
 
 def texts_to_score(arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel) -> list[ScoredText]:
     """The first texts of the source, with the model's greedy continuation unless --max_new_tokens is 0."""
+    return scored_texts(chosen_texts(arguments, source, loaded), arguments.loss_tokens)
+
+
+def chosen_texts(
+    arguments: argparse.Namespace, source: ResolvedSource, loaded: ProfiledModel
+) -> Iterator[tuple[list[int], int]]:
+    """Token ids of the texts that --skip and --limit leave, continued, and how many of them are the prompt."""
     sequences = islice(text_sequences(arguments, source, loaded), arguments.skip, None)
     if arguments.limit is not None:
         sequences = islice(sequences, arguments.limit)
-    return scored_texts(continued(sequences, arguments, loaded), arguments.loss_tokens)
+    return _continued(sequences, arguments, loaded)
 
 
-def continued(
+def _continued(
     sequences: Iterator[list[int]], arguments: argparse.Namespace, loaded: ProfiledModel
 ) -> Iterator[tuple[list[int], int]]:
     """Each sequence with the model's continuation, and how many of its ids are the prompt."""

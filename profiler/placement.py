@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,6 +103,17 @@ class ProfiledModel:
     fingerprint: str  # identifies the weights
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+
+def load_named(arguments: argparse.Namespace) -> ProfiledModel:
+    """Load the model that a command's arguments name, with room for its longest texts."""
+    return load_for_profiling(
+        arguments.checkpoint_path,
+        arguments.device,
+        arguments.dtype,
+        arguments.batch_size,
+        arguments.max_length + arguments.max_new_tokens,
+    )
 
 
 def load_for_profiling(

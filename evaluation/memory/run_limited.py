@@ -37,7 +37,7 @@ class PartInfer:
 
         torch.set_num_threads(job["threads"])
         self.loaded = load_model(job["path"], settings_for(Path(job["path"]), given, "QA"))
-        self.cache, self.logits = None, None
+        self.cache = None
 
     def prefill(self, prompt: list[int]) -> int:
         import torch
@@ -132,6 +132,9 @@ def measure(job: dict) -> dict:
     """Tokens/s of every prompt, and what that took. Ends early, with the prompts so far, after `seconds`."""
     import psutil
 
+    from transformers_patches import cli
+
+    cli.prepare_torch()  # as all commands do
     started = time.perf_counter()
     engine = ENGINES[job["engine"]](job)
     load_s, rows, answers = time.perf_counter() - started, [], []
@@ -156,21 +159,13 @@ def measure(job: dict) -> dict:
         answers.append(tokens)
         if time.perf_counter() - started > job["seconds"]:
             break
-    peak = _peak_bytes()
     return {
         "load_s": load_s,
         "prompts": rows,
         "answers": answers,
-        "peak_mb": peak / 1e6,
+        "peak_mb": cli.peak_memory_bytes() / 1e6,
         "threads": psutil.Process().num_threads(),
     }
-
-
-def _peak_bytes() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 if __name__ == "__main__":

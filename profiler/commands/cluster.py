@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from itertools import islice
 from pathlib import Path
 
 from profiler.arguments import add_model_arguments, add_text_arguments, positive, text_source
 from profiler.clustering import make_clusters
-from profiler.expected_loss import continued
-from profiler.model_texts import text_sequences
-from profiler.placement import load_for_profiling
+from profiler.expected_loss import chosen_texts
+from profiler.placement import load_named
 from profiler.store import interrupts_deferred
 from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
@@ -39,18 +37,9 @@ def main(arguments: argparse.Namespace) -> None:
             f"{arguments.file} is a ranking in the original's format, which holds no clusters: profile again"
         )
     neurons, source = NeuronFile.load(arguments.file), text_source(arguments)
-    loaded = load_for_profiling(
-        arguments.checkpoint_path,
-        arguments.device,
-        arguments.dtype,
-        arguments.batch_size,
-        arguments.max_length + arguments.max_new_tokens,
-    )
+    loaded = load_named(arguments)
     neurons.check_fits(loaded.model.config, None, str(arguments.checkpoint_path))
-    sequences = islice(text_sequences(arguments, source, loaded), arguments.skip, None)
-    if arguments.limit is not None:
-        sequences = islice(sequences, arguments.limit)
-    texts = [ids for ids, _ in continued(sequences, arguments, loaded)]
+    texts = [ids for ids, _ in chosen_texts(arguments, source, loaded)]
     neurons.clusters, sizes = make_clusters(
         loaded.model, neurons, texts, arguments.clusters, seed=arguments.seed, quiet=arguments.quiet
     )

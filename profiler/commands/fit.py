@@ -26,7 +26,7 @@ from profiler.fit_run import FitCheckpoint, FitRun, prepare_texts
 from profiler.fitting import FitSettings
 from profiler.layerwise import Batch, LayerwiseModel
 from profiler.model_texts import text_sequences
-from profiler.placement import ProfiledModel, load_for_profiling
+from profiler.placement import ProfiledModel, load_named
 from profiler.ranking import SCORES, score_neurons
 from profiler.store import interrupts_deferred
 from profiler.texts import SELF, ResolvedSource
@@ -180,13 +180,7 @@ def _fit(
 
 
 def _load(arguments: argparse.Namespace) -> ProfiledModel:
-    loaded = load_for_profiling(
-        arguments.checkpoint_path,
-        arguments.device,
-        arguments.dtype,
-        arguments.batch_size,
-        arguments.max_length + arguments.max_new_tokens,
-    )
+    loaded = load_named(arguments)
     if any(parameter.is_meta for parameter in loaded.model.parameters()):
         raise PartInferError("the model does not fit on the GPUs: use --device cpu")
     return loaded

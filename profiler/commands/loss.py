@@ -15,7 +15,7 @@ from profiler.expected_loss import (
     measure_ladder,
     texts_to_score,
 )
-from profiler.placement import load_for_profiling
+from profiler.placement import load_named
 from profiler.store import interrupts_deferred
 from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
@@ -46,13 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"{arguments.file} is a ranking in the original's format, which holds no losses: profile again"
         )
     neurons, source = NeuronFile.load(arguments.file), text_source(arguments)
-    loaded = load_for_profiling(
-        arguments.checkpoint_path,
-        arguments.device,
-        arguments.dtype,
-        arguments.batch_size,
-        arguments.max_length + arguments.max_new_tokens,
-    )
+    loaded = load_named(arguments)
     texts = texts_to_score(arguments, source, loaded)
     if not texts:
         raise PartInferError("no text is long enough to measure losses on: two tokens of a prompt, and one to score")

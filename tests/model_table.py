@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.model_gguf import FILES
 from transformers_patches.families import FAMILIES
 
 LAYERS, HIDDEN, SIZE, VOCABULARY = 4, 32, 96, 128
@@ -309,10 +310,13 @@ def readme_list() -> str:
 
 def docs_table() -> str:
     """The architectures, as docs/models.md has them."""
-    rows = ["| models | `model_type` | native decoder | by neurons |", "|---|---|---|---|"]
+    rows = ["| models | `model_type` | GGUF | native decoder | by neurons |", "|---|---|---|---|---|"]
     for model_type, model in MODELS.items():
-        native = "yes" if model_type in FAMILIES and FAMILIES[model_type].native_decoder else ""
-        rows.append(f"| {model.names} | `{model_type}` | {native} | {model.by_neurons} |")
+        family = FAMILIES.get(model_type)
+        stored = family.gguf if family is not None and family.gguf is not None else FILES.get(model_type)
+        file = "" if stored is None else f"`{stored.architecture}`"
+        native = "yes" if family is not None and family.native_decoder else ""
+        rows.append(f"| {model.names} | `{model_type}` | {file} | {native} | {model.by_neurons} |")
     return "\n".join(rows)
 
 

@@ -282,7 +282,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(native_decoder=True, gguf=GGUFLayout("qwen2", can_be_written=True)),
     "qwen3": Family(native_decoder=True, gguf=GGUFLayout("qwen3")),
-    "gemma": Family(norm_offset=1.0),
+    "gemma": Family(norm_offset=1.0, gguf=GGUFLayout("gemma")),
     "gemma2": Family(norm_offset=1.0, activation_field="hidden_activation", gguf=GGUFLayout("gemma2"), **_POST_NORMS),
     "gemma3_text": Family(
         norm_offset=1.0, activation_field="hidden_activation", gguf=GGUFLayout("gemma3"), **_POST_NORMS

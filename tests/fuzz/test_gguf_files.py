@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests import model_table
 from tests.fuzz.mutations import READ, REFUSED, changed_bytes, outcome
+from tests.model_gguf import FILES, write_model_gguf
 from tests.tiny_gguf import MODEL_TYPES, tiny_metadata, tiny_model, tiny_tensors, write_tiny_gguf
 from transformers_patches.config import PartInferConfig
 from transformers_patches.load.loader import load_model
@@ -68,6 +70,9 @@ def use_model(path: Path) -> None:
 
 def write_changed(path: Path, source: random.Random) -> None:
     """A well-formed file that says or holds something else."""
+    if source.random() < 0.3:
+        write_changed_model(path, source)
+        return
     architecture = source.choice(list(MODEL_TYPES))
     model = tiny_model(architecture)
     keys = [
@@ -82,6 +87,18 @@ def write_changed(path: Path, source: random.Random) -> None:
         tensors[name] = source.choice((None, weight[:1], weight[None], torch.zeros(3, 5)))
         tensors[source.choice(("rope_freqs.weight", "blk.7.ffn_up.weight", "blk.0.attn_q.bias"))] = weight.reshape(-1)
     write_tiny_gguf(path, model=model, metadata=metadata, tensors=tensors)
+
+
+def write_changed_model(path: Path, source: random.Random) -> None:
+    """The same of an architecture that is found by looking."""
+    model_type = source.choice(("qwen3_moe", "phi3", "gpt_neox", "olmo3", "granitemoe", "glm4"))
+    stored, model = FILES[model_type], model_table.tiny_model(model_type)
+    keys = [*stored.keys, *KEYS, "expert_count", "rope.dimension_count", "attention.sliding_window_pattern"]
+    metadata = {f"{stored.architecture}.{source.choice(keys)}": source.choice(VALUES) for _ in range(2)}
+    names = ("ffn_up_exps", "ffn_gate_inp", "attn_qkv", "ffn_up", "attn_norm", "post_attention_norm")
+    wrong = source.choice((None, torch.zeros(32), torch.zeros(6, 32, 32), torch.zeros(1, 5)))
+    tensors = {f"blk.2.{source.choice(names)}.weight": wrong} if source.random() < 0.5 else {}
+    write_model_gguf(path, model, metadata, tensors)
 
 
 def campaign(folder: Path, seed: int, count: int) -> Counter:

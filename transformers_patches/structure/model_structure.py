@@ -59,6 +59,7 @@ class ModelStructure:
         default_factory=dict
     )  # layers that cut their activations: place, layout
     experts_layout: ExpertsLayout | None = None  # None: there are none, or laid out otherwise
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of all weights, by name in the model
 
 
 class UnknownStructure(Exception):
@@ -93,6 +94,7 @@ def find_structure(config: PretrainedConfig) -> ModelStructure:
         experts=experts,
         mixtures=tuple(n for n, layer in enumerate(layers) if any(map(holds_experts, layer.modules()))),
         experts_layout=experts_layout,
+        shapes={name: tuple(values.shape) for name, values in model.state_dict().items()},
         cuts={number: one for number, one in enumerate(found) if not isinstance(one, str) and one[1].cut},
     )
 

@@ -14,10 +14,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import FAMILIES
-from transformers_patches.weights.gguf import biased_together, family_of
+from transformers_patches.weights.gguf_architectures import RMS, architecture_of
+from transformers_patches.weights.gguf_family import biased_together, family_of
 from transformers_patches.weights.gguf_file import GGUFFile, read_gguf
 from transformers_patches.weights.gguf_rope import FACTOR_TENSORS, gemma_rope_parameters, rope_parameters
 from transformers_patches.weights.gguf_schema import Metadata
+from transformers_patches.weights.gguf_settings import settings_of
 from transformers_patches.weights.gguf_vocabulary import has_vocabulary, read_vocabulary
 
 GEMMA2_WINDOW, GEMMA2_ATTENTION_SOFTCAP, GEMMA2_LOGIT_SOFTCAP = 4096, 50.0, 30.0  # where a file does not say
@@ -31,37 +33,45 @@ def gguf_config(path: Path) -> PretrainedConfig:
     Raises PartInferError if the file is damaged, of another architecture, or sets what can't be followed; and if its
     sizes are not those of its tensors, so that nothing is built that does not fit into the file.
     """
-    file = read_gguf(path)
+    return config_of(read_gguf(path))
+
+
+def config_of(file: GGUFFile) -> PretrainedConfig:
+    """The same of a file whose header was read already."""
     metadata = Metadata(file)
-    family = family_of(metadata)
-    metadata.check_keys()
-    fields = _sizes(metadata)
-    _check_sizes(file, fields)
-    rope = rope_parameters(metadata, fields["head_dim"], _rope_factors(file))
-    fields |= _biases(file, metadata.architecture) | _token_ids(metadata, fields["vocab_size"])
-    if metadata.architecture in WINDOW_PATTERNS:
-        fields |= _gemma(metadata, fields) | {"rope_parameters": gemma_rope_parameters(metadata, rope)}
+    architecture = architecture_of(metadata)
+    family = None if architecture else family_of(metadata)
+    metadata.check_keys(architecture.keys if architecture else set())
+    fields = _sizes(metadata, RMS if architecture is None else architecture.epsilon)
+    if architecture is None or not architecture.has_experts:
+        _check_no_experts(metadata)
+    _check_layers(file, fields)
+    if architecture is None:
+        _check_projections(file, fields)
+    partial = architecture is not None and architecture.partial_rotary
+    rope = rope_parameters(metadata, fields["head_dim"], _rope_factors(file), partial=partial)
+    fields |= _token_ids(metadata, fields["vocab_size"])
+    if architecture is not None:
+        model_type = architecture.model_type
+        fields |= {"rope_parameters": rope} | settings_of(architecture, metadata, fields, rope)
     else:
-        fields["rope_parameters"] = rope
-    try:
         model_type = next(name for name, known in FAMILIES.items() if known is family)
+        fields |= _biases(file, metadata.architecture) | {"rope_parameters": rope}
+        if metadata.architecture in WINDOW_PATTERNS:
+            fields |= _gemma(metadata, fields) | {"rope_parameters": gemma_rope_parameters(metadata, rope)}
+    try:
         config = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # of transformers' own checks, whatever their type
-        raise PartInferError(f"{path} can't be used: {' '.join(str(error).split())[:200]}") from None
+        raise PartInferError(f"{file.path} can't be used: {' '.join(str(error).split())[:200]}") from None
     config.dtype = _float_type(file)
     return config
 
 
-def _sizes(metadata: Metadata) -> dict[str, Any]:
+def _sizes(metadata: Metadata, epsilon: tuple[str, str]) -> dict[str, Any]:
     key, file = metadata.of_model, metadata.file
     embeddings = file.tensors.get("token_embd.weight")
     if embeddings is None or len(embeddings.shape) != 2:
         raise PartInferError(f"{file.path} has no token_embd.weight: it is damaged, or no language model")
-    for name in ("expert_count", "expert_used_count"):
-        if metadata.integer(key(name), 0):
-            raise PartInferError(
-                f"{file.path} is a mixture of experts ({key(name)}), which can't be read from GGUF files"
-            )
     if not metadata.flag(key("attention.causal"), True):
         raise PartInferError(f"{file.path} does not generate text: its attention is not causal")
     hidden = metadata.integer(key("embedding_length"), low=1)
@@ -87,21 +97,36 @@ def _sizes(metadata: Metadata) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": metadata.integer(key("context_length"), low=1),
-        "rms_norm_eps": metadata.number(key("attention.layer_norm_rms_epsilon")),
+        epsilon[0]: metadata.number(key(epsilon[1])),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
 
 
-def _check_sizes(file: GGUFFile, fields: dict[str, Any]) -> None:
-    """Raise PartInferError unless the tensors are those of the layers and sizes that the metadata tell."""
+def _check_no_experts(metadata: Metadata) -> None:
+    for name in ("expert_count", "expert_used_count"):
+        key = metadata.of_model(name)
+        if metadata.integer(key, 0):
+            raise PartInferError(
+                f"{metadata.file.path} is a mixture of experts ({key}), which {metadata.architecture} has not"
+            )
+
+
+def _check_layers(file: GGUFFile, fields: dict[str, Any]) -> None:
+    """Raise PartInferError unless the tensors are those of as many layers as the metadata tell."""
     layers = {int(match[1]) for name in file.tensors if (match := re.match(r"blk\.(\d{1,6})\.", name))}
     if layers != set(range(len(layers))) or len(layers) != fields["num_hidden_layers"]:
         raise PartInferError(
             f"{file.path} has tensors of {len(layers)} layers, but block_count {fields['num_hidden_layers']}: fetch it again"
         )
+    stored, expected = file.tensors["token_embd.weight"].shape, (fields["vocab_size"], fields["hidden_size"])
+    if stored != expected:
+        raise _another_shape(file, "token_embd", stored, expected)
+
+
+def _check_projections(file: GGUFFile, fields: dict[str, Any]) -> None:
+    """Raise PartInferError unless the first block has the sizes that the metadata tell."""
     hidden, head_dim = fields["hidden_size"], fields["head_dim"]
     expected = {
-        "token_embd": (fields["vocab_size"], hidden),
         "blk.0.attn_q": (fields["num_attention_heads"] * head_dim, hidden),
         "blk.0.attn_k": (fields["num_key_value_heads"] * head_dim, hidden),
         "blk.0.attn_v": (fields["num_key_value_heads"] * head_dim, hidden),
@@ -110,10 +135,12 @@ def _check_sizes(file: GGUFFile, fields: dict[str, Any]) -> None:
     for name, shape in expected.items():
         stored = file.tensors.get(f"{name}.weight")
         if stored is None or stored.shape != shape:
-            given = "is not there" if stored is None else f"is {list(stored.shape)}"
-            raise PartInferError(
-                f"{file.path}: {name}.weight {given}, but the metadata mean {list(shape)}: fetch it again"
-            )
+            raise _another_shape(file, name, None if stored is None else stored.shape, shape)
+
+
+def _another_shape(file: GGUFFile, name: str, stored: tuple | None, expected: tuple) -> PartInferError:
+    given = "is not there" if stored is None else f"is {list(stored)}"
+    return PartInferError(f"{file.path}: {name}.weight {given}, but the metadata mean {list(expected)}: fetch it again")
 
 
 def _rope_factors(file: GGUFFile) -> dict[str, np.ndarray]:

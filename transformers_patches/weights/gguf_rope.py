@@ -23,17 +23,29 @@ KINDS = ("none", "linear", "yarn", "longrope")
 _LLAMA3 = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 
 
-def rope_parameters(metadata: Metadata, head_dim: int, factors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The `rope_parameters` of layers that see everything. factors: those of FACTOR_TENSORS that are there.
+def rope_parameters(
+    metadata: Metadata, head_dim: int, factors: dict[str, np.ndarray], *, partial: bool = False
+) -> dict[str, Any]:
+    """The `rope_parameters` of layers that see everything.
+
+    factors: those of FACTOR_TENSORS that are there. partial: a part of a head's dimensions may be rotated, the first ones.
 
     Raises PartInferError for what transformers' models can't compute: another rotary width than the head's, YaRN with
     settings that llama.cpp does not read for these architectures.
     """
     dimensions = metadata.of_model("rope.dimension_count")
-    if metadata.integer(dimensions, head_dim) != head_dim:
+    rotated = metadata.integer(dimensions, head_dim, low=2)
+    if rotated != head_dim and (not partial or rotated > head_dim or rotated % 2):
         metadata.refuse(dimensions, f"only all {head_dim} dimensions of a head can be rotated")
+    part = {"partial_rotary_factor": rotated / head_dim} if partial else {}
+    return part | _scaling(metadata, rotated, factors)
+
+
+def _scaling(metadata: Metadata, rotated: int, factors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """`rope_parameters`, but for how many dimensions are rotated."""
     theta = metadata.number(metadata.of_model("rope.freq_base"), THETA, low=1.0)
-    kind = metadata.text(metadata.of_model("rope.scaling.type"), "linear")
+    both = LONG in factors and SHORT in factors and metadata.architecture == "phi3"  # whose converter says no type
+    kind = metadata.text(metadata.of_model("rope.scaling.type"), "longrope" if both else "linear")
     if kind not in KINDS:
         raise metadata.error(metadata.of_model("rope.scaling.type"), f"one of {', '.join(KINDS)}")
     factor = 1.0 if kind == "none" else _factor(metadata)
@@ -41,7 +53,7 @@ def rope_parameters(metadata: Metadata, head_dim: int, factors: dict[str, np.nda
     context = metadata.integer(metadata.of_model("context_length"), low=1)
     original = metadata.integer(metadata.of_model("rope.scaling.original_context_length"), context, low=1)
     _check_yarn(metadata, factor)
-    divisors = _divisors(metadata, kind, factors, head_dim // 2)
+    divisors = _divisors(metadata, kind, factors, rotated // 2)
     if kind == "yarn":
         if divisors is not None:
             raise PartInferError(
@@ -52,7 +64,7 @@ def rope_parameters(metadata: Metadata, head_dim: int, factors: dict[str, np.nda
         if factor == 1.0:
             return {"rope_type": "default", "rope_theta": theta}
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    short, long = (np.ones(head_dim // 2, np.float32),) * 2 if divisors is None else divisors
+    short, long = (np.ones(rotated // 2, np.float32),) * 2 if divisors is None else divisors
     if factor == attention == 1.0 and (known := _llama3(theta, short, long)):
         return known
     return {

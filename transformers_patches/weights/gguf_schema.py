@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -154,9 +155,12 @@ class Metadata:
             raise self.error(key, "a list of numbers" if length is None else f"a list of {length} numbers")
         return value
 
-    def check_keys(self) -> None:
-        """Raise PartInferError for a key that could change what the model says and that nobody reads."""
-        own = _UNDERSTOOD | _HARMLESS | _UNDERSTOOD_ONLY_BY.get(self.architecture, set())
+    def check_keys(self, more: Set[str] = frozenset()) -> None:
+        """Raise PartInferError for a key that could change what the model says and that nobody reads.
+
+        more: those that are read for its architecture, without its name in front.
+        """
+        own = more | _UNDERSTOOD | _HARMLESS | _UNDERSTOOD_ONLY_BY.get(self.architecture, set())
         for key in self.file.metadata:
             space, _, rest = key.partition(".")
             if space == self.architecture:

@@ -1,0 +1,166 @@
+"""Tiny models of the table (`tests/model_table.py`) as GGUF files, changed as llama.cpp's converter changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tests.tiny_gguf import add_value
+
+PAIRS = ("llama", "smollm3", "granite", "granitemoe", "arcee")  # architectures whose q and k have rotary pairs in files
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a model's file says, beside what all files say; keys without the architecture's name.
+
+    architecture: of the file.
+    keys: key -> field of the config.
+    values: key -> value.
+    names: names of weights in the checkpoint that the gguf package knows, where transformers has others.
+    """
+
+    architecture: str
+    keys: dict[str, str] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+WINDOW = {"attention.sliding_window": "sliding_window"}
+LOCAL = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+OWN_SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
+FILES: dict[str, Stored] = {
+    "gemma": Stored("gemma", RMS),
+    "smollm3": Stored("smollm3", RMS),
+    "granite": Stored("granite", RMS | GRANITE),
+    "olmo2": Stored("olmo2", RMS),
+    "olmo3": Stored("olmo2", RMS | WINDOW),
+    "exaone4": Stored("exaone4", RMS | WINDOW),
+    "ernie4_5": Stored("ernie4_5", RMS),
+    "hunyuan_v1_dense": Stored("hunyuan-dense", RMS),
+    "seed_oss": Stored("seed_oss", RMS),
+    "glm": Stored("chatglm", RMS),
+    "glm4": Stored("glm4", RMS),
+    "phi3": Stored("phi3", RMS | WINDOW),
+    "cohere2": Stored(
+        "cohere2", {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"} | WINDOW
+    ),
+    "nemotron": Stored("nemotron", {"attention.layer_norm_epsilon": "norm_eps"}),
+    "arcee": Stored("arcee", RMS),
+    "gpt_neox": Stored(
+        "gptneox",
+        {"attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"},
+    ),
+    "starcoder2": Stored("starcoder2", {"attention.layer_norm_epsilon": "norm_epsilon"}),
+    "qwen3_moe": Stored("qwen3moe", RMS | EXPERTS | OWN_SIZE),
+    "qwen2_moe": Stored(
+        "qwen2moe",
+        RMS | EXPERTS | OWN_SIZE | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    ),
+    "olmoe": Stored("olmoe", RMS | EXPERTS),
+    "mixtral": Stored("llama", RMS | LOCAL),
+    "granitemoe": Stored("granitemoe", RMS | GRANITE | LOCAL, names={".router.weight": ".router.layer.weight"}),
+}
+
+
+def write_model_gguf(
+    path: Path, model: PreTrainedModel, metadata: dict[str, object] | None = None, tensors: dict | None = None
+) -> None:
+    """A model's file, in float32, without a vocabulary. metadata, tensors: more, or others; None takes one away."""
+    config, stored = model.config, FILES[model.config.model_type]
+    writer = gguf.GGUFWriter(path, stored.architecture)
+    for key, value in (_metadata(config, stored) | (metadata or {})).items():
+        if value is not None:
+            add_value(writer, key, value)
+    for name, values in (dict(_tensors(model, stored)) | (tensors or {})).items():
+        if values is not None:
+            writer.add_tensor(name, values.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _metadata(config: PretrainedConfig, stored: Stored) -> dict[str, object]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values: dict[str, object] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+    }
+    values |= {key: getattr(config, name) for key, name in stored.keys.items()}
+    values |= stored.values | _positions(config, head_dim)
+    if "attention.sliding_window" in values and config.model_type != "phi3":
+        values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    own = {f"{stored.architecture}.{key}": value for key, value in values.items()}
+    return own | {"tokenizer.ggml.model": "none"}
+
+
+def _positions(config: PretrainedConfig, head_dim: int) -> dict[str, object]:
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    part = rope.get("partial_rotary_factor", 1.0)
+    values = {"rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": int(head_dim * part)}
+    if rope["rope_type"] == "yarn":
+        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
+        values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    return values
+
+
+def _tensors(model: PreTrainedModel, stored: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+    config = model.config
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[stored.architecture], config.num_hidden_layers)
+    for name, values in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        for ours, theirs in stored.names.items():
+            name = name.replace(ours, theirs)
+        if ".experts." in name:
+            yield from _of_experts(name, values)
+            continue
+        base, _, kind = name.rpartition(".")
+        found = names.get_name(base)
+        assert found is not None, f"{name} has no name in files"
+        yield f"{found}.{kind}", _as_converted(f"{found}.{kind}", values, config, stored.architecture)
+
+
+def _of_experts(name: str, values: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    block = f"blk.{name.split('.')[2]}"
+    if name.endswith("gate_up_proj"):
+        gate, up = values.chunk(2, dim=1)
+        yield f"{block}.ffn_gate_exps.weight", gate
+        yield f"{block}.ffn_up_exps.weight", up
+    else:
+        yield f"{block}.ffn_down_exps.weight", values
+
+
+def _as_converted(name: str, values: torch.Tensor, config: PretrainedConfig, architecture: str) -> torch.Tensor:
+    if architecture in PAIRS and (".attn_q." in name or ".attn_k." in name):
+        heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+        halves = values.reshape(heads, 2, -1, *values.shape[1:])
+        return halves.transpose(1, 2).reshape(values.shape)
+    if architecture == "gptneox" and ".attn_qkv." in name:
+        by_head = values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:])
+        return torch.cat([by_head[:, kind].flatten(0, 1) for kind in range(3)])
+    if architecture in ("gemma", "nemotron") and name.endswith("norm.weight"):
+        return values + 1
+    return values.squeeze() if name.endswith("ffn_gate_inp_shexp.weight") else values

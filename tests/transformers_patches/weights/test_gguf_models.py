@@ -1,0 +1,138 @@
+"""GGUF files of the table's architectures: dense logits are those of transformers' model that they were made from."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.conftest import random_neuron_file
+from tests.model_gguf import FILES, write_model_gguf
+from tests.model_table import LAYERS, LONG, SIZE, VARIANTS, YARN_ALONE, tiny_model
+from transformers_patches import kernels
+from transformers_patches.config import PartInferConfig
+from transformers_patches.errors import PartInferError
+from transformers_patches.load.loader import load_model
+from transformers_patches.weights.model_files import open_weights, read_config
+
+IDS = torch.arange(3, 103)[None]  # longer than windows, and than what the tiny models with scaled positions began with
+TORCH = {"device": "cpu", "kernels": "torch", "dtype": "float32"}
+AS_FILES_HAVE_IT = {  # what files do not say
+    "qwen2_moe": {"norm_topk_prob": False},
+    "olmoe": {"norm_topk_prob": False},
+    "starcoder2": {"sliding_window": 4096},
+}
+OLMO3_ROPE = {"full_attention": YARN_ALONE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+CASES = {
+    "granite, positions as they are": ("granite", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "olmo3, YaRN": ("olmo3", {"rope_parameters": OLMO3_ROPE}),
+    "exaone4, no windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}),
+    "phi3, no windows": ("phi3", {"sliding_window": None}),
+    "granitemoe, biases": ("granitemoe", {"attention_bias": True}),
+    **{name: VARIANTS[name] for name in ("nemotron, biases", "seed_oss, biases", "smollm3, biases")},
+    **{name: VARIANTS[name] for name in ("gpt_neox, one after the other", "qwen3_moe, YaRN", "phi3, LongRoPE")},
+}
+LONGROPE_FILE = {
+    "metadata": {
+        "phi3.rope.scaling.original_context_length": 64,
+        "phi3.rope.scaling.attn_factor": math.sqrt(1 + math.log(256 / 64) / math.log(64)),
+    },
+    "tensors": {
+        "rope_factors_long.weight": torch.tensor(LONG["long_factor"]),
+        "rope_factors_short.weight": torch.tensor(LONG["short_factor"]),
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*FILES, *CASES])
+def test_logits(name, tmp_path):
+    model_type, options = CASES.get(name, (name, {}))
+    model = tiny_model(model_type, AS_FILES_HAVE_IT.get(model_type, {}) | options)
+    write_model_gguf(tmp_path / "tiny.gguf", model, **(LONGROPE_FILE if "LongRoPE" in name else {}))
+    ours = load_model(tmp_path / "tiny.gguf", PartInferConfig(method="dense", **TORCH)).model
+    assert ours.config.model_type == model_type
+    expected = model(IDS).logits
+    assert (ours(IDS).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.why_not()}")
+@pytest.mark.parametrize(("model_type", "dtype"), [("granitemoe", "int4"), ("qwen2_moe", "bfloat16")])
+def test_experts_are_read_as_from_a_folder(model_type, dtype, tmp_path):
+    model = tiny_model(model_type, AS_FILES_HAVE_IT.get(model_type))
+    write_model_gguf(tmp_path / "tiny.gguf", model)
+    model.save_pretrained(tmp_path / "folder")
+    settings = PartInferConfig(method="dense", device="cpu", kernels="native", dtype=dtype)
+    file, folder = (load_model(tmp_path / name, settings) for name in ("tiny.gguf", "folder"))
+    assert file.report.bytes_resident == folder.report.bytes_resident
+    assert torch.equal(file.model(IDS).logits, folder.model(IDS).logits)
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "nemotron"])
+def test_some_neurons_are_read_as_from_a_folder(model_type, tmp_path):
+    model = tiny_model(model_type)
+    write_model_gguf(tmp_path / "tiny.gguf", model)
+    model.save_pretrained(tmp_path / "folder")
+    settings = PartInferConfig(start_num=1, end_num=2, loaded_neurons_percent=0.5, **TORCH)
+    ranking = random_neuron_file(1, layers=LAYERS, size=SIZE)
+    file, folder = (load_model(tmp_path / name, settings, ranking) for name in ("tiny.gguf", "folder"))
+    for a, b in zip(file.model.state_dict().values(), folder.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # norms of Nemotron have 1 added and taken away
+    assert file.report.bytes_read < file.report.bytes_dense
+
+
+def test_a_part_of_one_expert_costs_its_own_bytes(tmp_path):
+    model = tiny_model("mixtral")
+    write_model_gguf(tmp_path / "tiny.gguf", model)
+    source, place = open_weights(tmp_path / "tiny.gguf"), "model.layers.2.mlp.experts"
+    weights = model.state_dict()
+    for name, values in (
+        (f"{place}.gate_up_proj[{5 * SIZE}:{6 * SIZE}]", weights[f"{place}.gate_up_proj"].flatten(0, 1)[5 * SIZE :]),
+        (f"{place}.down_proj[64:96]", weights[f"{place}.down_proj"][2]),
+    ):
+        out, before = torch.empty(source.shape(name)), source.bytes_read
+        source.read_into(name, out)
+        assert torch.equal(out, values[: len(out)])
+        assert source.bytes_read - before == out.nbytes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "metadata", "tensors", "message"),
+    [
+        ("granite", {"granite.rope.scaling.finetuned": False}, {}, "finetuned to False: only true can be computed"),
+        ("qwen3_moe", {"qwen3moe.expert_gating_func": 2}, {}, "expert_gating_func to 2: only 1 can be computed"),
+        ("qwen3_moe", {"qwen3moe.expert_weights_scale": 2.5}, {}, "expert_weights_scale, which is not understood"),
+        ("qwen3_moe", {"qwen3moe.expert_count": 7}, {}, r"2 of 7 experts .* routers have the shapes \[\[6, 32\]\]"),
+        ("qwen3_moe", {"qwen3moe.expert_used_count": 9}, {}, "9 of 6 experts for every token"),
+        ("qwen3_moe", {"qwen3moe.expert_used_count": None}, {}, "has no qwen3moe.expert_used_count"),
+        ("mixtral", {}, {"blk.1.ffn_up_exps.weight": None}, "gate_up_proj .* can't be put together"),
+        ("mixtral", {}, {"blk.1.ffn_up_exps.weight": torch.zeros(6, 95, 32)}, "gate_up_proj .* put together"),
+        (
+            "mixtral",
+            {},
+            {"blk.0.ffn_gate.0.weight": torch.zeros(96, 32)},
+            "blk.0.ffn_gate.0.weight, which mixtral has no",
+        ),
+        ("olmo2", {"olmo2.rope.dimension_count": 4}, {}, "rope.dimension_count to 4: only all 8 dimensions"),
+        ("glm4", {"glm4.rope.dimension_count": 10}, {}, "rope.dimension_count to 10: only all 8 dimensions"),
+        ("olmo2", {"olmo2.final_logit_softcapping": 30.0}, {}, "softcapping, which is not understood"),
+        ("olmo2", {"olmo2.expert_count": 4}, {}, "mixture of experts"),
+        ("starcoder2", {}, {"blk.3.attn_output.bias": None}, "lacks model.layers.3.self_attn.o_proj.bias"),
+        ("nemotron", {"nemotron.attention.layer_norm_epsilon": None}, {}, "has no nemotron.attention.layer_norm_eps"),
+        ("phi3", {}, {"blk.0.attn_qkv.weight": torch.zeros(60, 32)}, "has shape .60, 32., its config.json says"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(model_type, metadata, tensors, message, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_model_gguf(path, tiny_model(model_type), metadata, tensors)
+    with pytest.raises(PartInferError, match=message) as raised:
+        load_model(path, PartInferConfig(method="dense", **TORCH))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
+    write_model_gguf(tmp_path / "tiny.gguf", tiny_model("olmo2"), {"general.architecture": "mamba"})
+    with pytest.raises(PartInferError, match="unknown GGUF architecture 'mamba'; known are .*gemma, .*qwen3moe, "):
+        read_config(tmp_path / "tiny.gguf")

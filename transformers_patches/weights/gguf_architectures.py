@@ -1,0 +1,149 @@
+"""Architectures of GGUF files whose tensors are found by looking at transformers' model, and what their settings mean.
+
+What files say and how it is computed was taken from llama.cpp's converter (its folder `conversion/`) and its models
+(`src/models/`); names of tensors come from the gguf package. Llama, Qwen2, Qwen3 and Gemma have entries in `families.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from transformers_patches.weights.gguf_schema import Metadata
+
+RMS = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a file of one architecture says, and what it takes for granted. Keys are those after the architecture's name.
+
+    model_type: transformers' name.
+    rotary_pairs: rows of q and k lie in rotary pairs in the file, and in two halves of a head in transformers' model.
+    norm_offset: what the converter adds to the weights of norms.
+    qkv_by_kind: rows of one projection for q, k and v lie by kind in the file, and by head in transformers' model.
+    partial_rotary: only a part of a head's dimensions may be rotated.
+    epsilon: field of the config, and key, of what norms add to the variance.
+    integers: field of the config -> key; the file must have it.
+    numbers: field -> key and what holds without it; None: 1 / √(dimensions of a head).
+    flags: field -> key and what holds without it.
+    biases: field -> projection whose bias in the first block says it.
+    fixed: fields that are the same in all models.
+    expected: key -> the only value that can be computed.
+    window: how many layers in a row have a sliding window before one has none, where a file doesn't say which have;
+        1: all have; 0: windows are not known.
+    """
+
+    model_type: str
+    rotary_pairs: bool = False
+    norm_offset: float = 0.0
+    qkv_by_kind: bool = False
+    partial_rotary: bool = False
+    epsilon: tuple[str, str] = RMS
+    integers: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
+    flags: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    expected: Mapping[str, object] = field(default_factory=dict)
+    window: int = 0
+
+    @property
+    def keys(self) -> set[str]:
+        """All keys that are read for it, beside those of every architecture."""
+        valued = {key for key, _ in (*self.numbers.values(), *self.flags.values())}
+        windows = {WINDOW, PATTERN} if self.window else set()
+        return valued | windows | {self.epsilon[1], *self.integers.values(), *self.expected}
+
+    @property
+    def has_experts(self) -> bool:
+        return "expert_count" in self.integers.values()
+
+
+_LAYER_NORM = "attention.layer_norm_epsilon"
+_ATTENTION = {"attention_bias": "attn_q"}
+_BOTH = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
+_EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_QWEN_EXPERTS = {**_EXPERTS, "moe_intermediate_size": "expert_feed_forward_length"}
+_SOFTMAX = {"expert_gating_func": SOFTMAX}
+_GRANITE = Architecture(
+    "granite",
+    rotary_pairs=True,
+    numbers={
+        "attention_multiplier": ("attention.scale", None),
+        "embedding_multiplier": ("embedding_scale", 1.0),
+        "residual_multiplier": ("residual_scale", 1.0),
+        "logits_scaling": ("logit_scale", 1.0),
+    },
+    biases=_BOTH,
+    expected={"rope.scaling.finetuned": True},  # false: positions are not rotated at all
+)
+_OLMO2 = Architecture("olmo2", biases=_ATTENTION)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "smollm3": Architecture("smollm3", rotary_pairs=True, biases=_BOTH, fixed={"no_rope_layer_interval": 4}),
+    "granite": _GRANITE,
+    "olmo2": _OLMO2,
+    "ernie4_5": Architecture("ernie4_5", biases={"use_bias": "attn_q"}),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", biases=_ATTENTION),
+    "seed_oss": Architecture("seed_oss", biases={**_BOTH, "attention_out_bias": "attn_output"}),
+    "chatglm": Architecture("glm", partial_rotary=True, biases=_ATTENTION),
+    "glm4": Architecture("glm4", partial_rotary=True, biases=_ATTENTION),
+    "phi3": Architecture("phi3", partial_rotary=True, window=1),
+    "nemotron": Architecture(
+        "nemotron", norm_offset=1.0, partial_rotary=True, epsilon=("norm_eps", _LAYER_NORM), biases=_BOTH
+    ),
+    "arcee": Architecture("arcee", rotary_pairs=True, biases=_BOTH),
+    "starcoder2": Architecture(
+        "starcoder2",
+        epsilon=("norm_epsilon", _LAYER_NORM),
+        biases={"use_bias": "attn_q"},
+        fixed={"sliding_window": 4096},  # of all its models; files do not say it
+    ),
+    "gptneox": Architecture(
+        "gpt_neox",
+        qkv_by_kind=True,
+        partial_rotary=True,
+        epsilon=("layer_norm_eps", _LAYER_NORM),
+        flags={"use_parallel_residual": ("use_parallel_residual", True)},
+        biases={"attention_bias": "attn_qkv"},
+    ),
+    "exaone4": Architecture("exaone4", window=4),
+    "cohere2": Architecture(
+        "cohere2",
+        epsilon=("layer_norm_eps", _LAYER_NORM),
+        numbers={"logit_scale": ("logit_scale", 0.0625)},
+        biases=_ATTENTION,
+        window=4,
+    ),
+    "qwen3moe": Architecture(
+        "qwen3_moe", integers=_QWEN_EXPERTS, biases=_ATTENTION, fixed={"norm_topk_prob": True}, expected=_SOFTMAX
+    ),
+    "qwen2moe": Architecture(
+        "qwen2_moe",
+        integers={**_QWEN_EXPERTS, "shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+        biases={"qkv_bias": "attn_q"},
+        fixed={"norm_topk_prob": False},
+        expected=_SOFTMAX,
+    ),
+    "olmoe": Architecture("olmoe", integers=_EXPERTS, biases=_ATTENTION, fixed={"norm_topk_prob": False}),
+    "granitemoe": replace(_GRANITE, model_type="granitemoe", integers=_LOCAL_EXPERTS),
+}
+_MIXTRAL = Architecture("mixtral", rotary_pairs=True, integers=_LOCAL_EXPERTS)
+_OLMO3 = replace(_OLMO2, model_type="olmo3", window=4)
+
+
+def architecture_of(metadata: Metadata) -> Architecture | None:
+    """What is known of a file's architecture; None if it has an entry in `families.py`, or is unknown.
+
+    Some share a name: Mixtral is a Llama with experts, OLMo 3 is an OLMo 2 with windows.
+    """
+    name = metadata.architecture
+    if name == "llama" and metadata.integer(metadata.of_model("expert_count"), 0):
+        return _MIXTRAL
+    if name == "olmo2" and metadata.has(metadata.of_model(WINDOW)):
+        return _OLMO3
+    return ARCHITECTURES.get(name)

@@ -1,8 +1,8 @@
 """Matrix products with weights in any format, for many tokens and on any device.
 
 Quantised weights are converted to floats block by block, so that only one block at a time takes extra memory. So are
-16-bit weights where the processor has no fast products for them (x86 without AVX-512: bfloat16 at a seventh of
-float32's speed).
+16-bit weights where the processor has no instructions for their products (x86 without AVX-512: bfloat16 at a seventh of
+float32's speed; with AVX-512, but not for bfloat16: at a fifth).
 """
 
 from __future__ import annotations
@@ -31,7 +31,19 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return dtype not in asked or not torch.backends.mkldnn.is_available() or asked[dtype]()
+    if dtype not in asked or not torch.backends.mkldnn.is_available():
+        return True
+    return asked[dtype]() and (dtype != torch.bfloat16 or _has_bfloat16_products(torch.cpu.get_capabilities()))
+
+
+# of x86; what has none of them, oneDNN calls supported with plain AVX-512, and converts
+_BFLOAT16_PRODUCTS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "avx10_2")
+
+
+def _has_bfloat16_products(capabilities: dict[str, object]) -> bool:
+    """capabilities: of the processor, as PyTorch names them."""
+    is_x86 = capabilities.get("architecture") in ("x86_64", "AMD64")
+    return not is_x86 or any(capabilities.get(name) for name in _BFLOAT16_PRODUCTS)
 
 
 def _product_type(x: Tensor) -> torch.dtype:

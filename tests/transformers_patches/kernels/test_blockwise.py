@@ -50,3 +50,18 @@ def test_quantised_weights_become_floats_of_the_type_that_is_fast(fast, bits, dt
     h = torch.randn(9, 45).to(dtype)
     assert error(kernels.combine(h, packed), h.double() @ exact) < TOLERANCE[dtype]
     assert seen == {dtype if fast else torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("has", "architecture", "fast"),
+    [
+        ((), "x86_64", False),
+        (("avx2", "avx512_f", "avx512_vnni"), "x86_64", False),  # where oneDNN calls bfloat16 supported
+        (("avx512_f", "avx512_bf16"), "x86_64", True),
+        (("amx_bf16",), "x86_64", True),
+        (("avx_ne_convert",), "x86_64", True),
+        (("neon",), "aarch64", True),  # there oneDNN's own answer counts
+    ],
+)
+def test_x86_needs_instructions_for_bfloat16(has, architecture, fast):
+    assert blockwise._has_bfloat16_products({"architecture": architecture, **dict.fromkeys(has, True)}) == fast

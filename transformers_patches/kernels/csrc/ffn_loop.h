@@ -168,16 +168,11 @@ inline void run_activations(const FfnTask& task, int64_t start, int64_t count, f
   }
 }
 
-// h[neuron][token] of `count` neurons anywhere, unless it is known. rows: those of the first group, and afterwards those that come next.
+// h[neuron][token] of `count` neurons anywhere. rows: those of the first group, and afterwards those that come next.
 template <class Products>
 inline void list_activations(const FfnTask& task, int64_t start, int64_t count, RowRef* rows, float* h) {
   const int64_t neurons = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
   RowRef next[DOT_ROWS];
-  if (task.gate.data == nullptr) {
-    for (int64_t t = 0; t < task.x.tokens; ++t)
-      for (int64_t i = 0; i < count; ++i) h[i * MAX_TOKENS + t] = known_value(task, t, start + i);
-    return;
-  }
   for (int64_t i = 0; i < count; i += neurons) {
     rows_of(task, smaller(start + i + neurons, task.rows.end - 1), next);
     Products::prefetch_scales(next, DOT_ROWS, task.gate.row_scales);
@@ -186,10 +181,46 @@ inline void list_activations(const FfnTask& task, int64_t start, int64_t count, 
   }
 }
 
+// As ffn, where h is known and none of it is left out: nothing but rows of down is read.
+template <class Products>
+struct AddKnown {
+  const FfnTask& task;
+  const RowRef *rows, *next;
+  int64_t start, count;
+  template <int T>
+  void operator()(int64_t first) const {
+    float factors[Products::ADD_ROWS][T];
+    for (int t = 0; t < T; ++t) {
+      const float* h = task.up_values + (first + t) * task.value_stride + start;
+      for (int i = 0; i < Products::ADD_ROWS; ++i) factors[i][t] = i < count ? h[i] : 0.0f;
+    }
+    Products::template add_rows<T>(rows, next, count, factors, task.y + first * task.y_stride, task.y_stride, task.x.hidden);
+  }
+};
+
+template <class Products>
+inline void add_known(const FfnTask& task) {
+  constexpr int ADD_ROWS = Products::ADD_ROWS;
+  const int64_t end = task.rows.end;
+  RowRef rows[ADD_ROWS], next[ADD_ROWS];
+  const auto rows_from = [&](int64_t position, RowRef* out) {
+    for (int64_t i = 0; i < ADD_ROWS; ++i) out[i] = row_at(task.down, row_number(task.rows, smaller(position + i, end - 1)));
+  };
+  if (task.rows.begin >= end) return;
+  rows_from(task.rows.begin, rows);
+  for (int64_t start = task.rows.begin; start < end; start += ADD_ROWS) {
+    rows_from(start + ADD_ROWS, next);
+    Products::prefetch_scales(next, ADD_ROWS, task.x.hidden / GROUP);
+    token_blocks(task.x.tokens, AddKnown<Products>{task, rows, next, start, smaller(ADD_ROWS, end - start)});
+    __builtin_memcpy(rows, next, sizeof(next));
+  }
+}
+
 template <class Products>
 inline void ffn(const FfnTask& task) {
   constexpr int ADD_ROWS = Products::ADD_ROWS;  // rows of down that are added together
-  const bool run = Products::RUNS && one_run(task.rows) && task.gate.data != nullptr, skips = skips_rows(task);
+  const bool run = Products::RUNS && one_run(task.rows), skips = skips_rows(task);
+  if (task.gate.data == nullptr) return add_known<Products>(task);
   const int64_t group = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
   const int64_t block = skips ? BLOCK : run ? RUN_BLOCK : group > ADD_ROWS ? group : ADD_ROWS;
   const int64_t begin = task.rows.begin, end = task.rows.end;
@@ -198,7 +229,7 @@ inline void ffn(const FfnTask& task) {
   const float none[MAX_TOKENS] = {};
   RowRef rows[DOT_ROWS];
   if (begin >= end) return;
-  if (!run && task.gate.data != nullptr) rows_of(task, begin, rows);
+  if (!run) rows_of(task, begin, rows);
   for (int64_t start = begin; start < end; start += block) {
     const int64_t count = smaller(block, end - start);
     if constexpr (Products::RUNS) {

@@ -187,21 +187,23 @@ inline void quant_add(const RowRef* rows, const RowRef* next, int64_t count, con
   add(rows, next, h, y, y_stride, hidden);
 }
 
-// Where column j of a row is in the order of quant_add.
+// `count` sums in the order of quant_add to the order of the columns. count: a multiple of the bytes of a vector and of a group.
 template <int BITS>
-inline int64_t place_of(int64_t j) {
+inline void in_order(const float* sums, int64_t count, float* columns) {
 #ifdef PARTINFER_ADD_PAIRS
-  if constexpr (BITS == 4) return j;
-#endif
-  constexpr int PARTS = Packing<BITS>::PARTS;
-  int64_t byte = j, part = 0;
   if constexpr (BITS == 4) {
-    byte = j / GROUP * 16 + j % 16;
-    part = j % GROUP / 16;
+    __builtin_memcpy(columns, sums, size_t(count) * sizeof(float));
+    return;
   }
-  const int64_t chunk = byte / BYTES, inside = byte % BYTES;
-  const int64_t quarter = inside / 16, vector = inside % 16 / 4, lane = inside % 4;
-  return chunk * BYTES * PARTS + part * BYTES + vector * LANES + quarter * 4 + lane;
+#endif
+  constexpr int PARTS = Packing<BITS>::PARTS, FOUR = 4;
+  for (int64_t chunk = 0; chunk < count; chunk += BYTES * PARTS)
+    for (int64_t part = 0; part < PARTS; ++part)
+      for (int64_t quarter = 0; quarter < BYTES / 16; ++quarter)
+        for (int64_t vector = 0; vector < 4; ++vector) {
+          const float* from = sums + chunk + part * BYTES + vector * LANES + quarter * FOUR;
+          __builtin_memcpy(columns + chunk + (quarter * PARTS + part) * 16 + vector * FOUR, from, FOUR * sizeof(float));
+        }
 }
 
 }  // namespace PARTINFER_ISA

@@ -1,6 +1,8 @@
 // How the drivers (threads.cpp, by_up.cpp) split an FFN over threads: ranges of neurons, then ranges of columns.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
@@ -22,8 +24,19 @@ inline int64_t bytes_per_neuron(const FfnCall& call) {
   return call.up.data != nullptr ? 3 * call.up.row_bytes : call.gate.row_bytes + call.down.row_bytes;
 }
 
-// Columns to which listed rows are added at a time: more floats don't stay in a core's first cache.
-constexpr int64_t COLUMNS_AT_ONCE = 4096;
+// Columns to which listed rows are added at a time: more floats don't stay in a core's first cache, beside what is read.
+inline int64_t columns_at_once() {
+  constexpr int64_t USUAL = 32768;  // bytes, where the system doesn't say
+  static const int64_t columns = [] {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+    const int64_t bytes = 0;
+#endif
+    return (bytes > 0 ? bytes : USUAL) * 3 / 4 / int64_t(sizeof(float));
+  }();
+  return columns;
+}
 constexpr int64_t WHOLE_COLUMNS = 512;  // the kernels work out the scales of so many together
 constexpr int64_t PART_OF_SUMS = 4;  // a part reads at least so many times the bytes of its sums, which cost time as well
 
@@ -61,7 +74,7 @@ inline int64_t most_sums(int useful) { return useful == 1 ? 1 : useful + MAX_PAR
 // The rows of a task, in its order.
 inline void run_rows(const Kernels& kernels, const FfnTask& task) {
   const auto run = quantised(task.type) ? kernels.ffn_quant : kernels.ffn_float;
-  const int64_t columns = task.x.hidden, blocks = (columns + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE;
+  const int64_t columns = task.x.hidden, blocks = (columns + columns_at_once() - 1) / columns_at_once();
   if (task.gate.data != nullptr || task.down_size != nullptr || blocks == 1) return run(task);
   for (int64_t block = 0; block < blocks; ++block) {
     const Range range = share(columns, WHOLE_COLUMNS, block, blocks);

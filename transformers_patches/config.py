@@ -14,7 +14,7 @@ FLOAT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZED_DTYPES = ("int8", "int4")  # the names of kernels.FORMATS, which is not imported because that takes seconds
 DTYPES = (*FLOAT_DTYPES, *QUANTIZED_DTYPES)
 HEAD_DTYPE = "int8"  # default of a quantised output projection: 4 bits cost the most there
-KERNELS = ("auto", "native", "torch")
+KERNELS = ("auto", "native", "triton", "torch")
 SCREENING = ("auto", "on", "off")
 PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass", "similarity")  # once per prompt; formulas in prompt_evidence.py
 TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selection.py
@@ -170,7 +170,9 @@ class PartInferConfig:
         choices=SCREENING,
     )
     kernels: str = _option(
-        "auto", "what decodes on CPUs; auto: the native kernels, but PyTorch in float32", choices=KERNELS
+        "auto",
+        "what decodes; auto: the native kernels on CPUs, but PyTorch in float32, and Triton's on GPUs",
+        choices=KERNELS,
     )
     device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: cuda if there is one")
 

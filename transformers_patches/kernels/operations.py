@@ -1,7 +1,8 @@
 """The operations, as the rest of the project calls them, and the choice of who computes each one.
 
 native.py and reference.py have the same functions. The native ones compute tensors on the CPU wherever the library is
-there, the reference in PyTorch everything else.
+there, the reference in PyTorch everything else. On GPUs the operations that decode are those of triton/, where Triton is
+installed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from transformers_patches.kernels import blockwise, native, probe, reference
+from transformers_patches.kernels import blockwise, native, probe, reference, triton
 from transformers_patches.kernels.formats import WeightFormat
 from transformers_patches.kernels.layer import ActiveNeurons, AttentionLayer, ByInput, Projections
 from transformers_patches.kernels.library import LIBRARY
@@ -40,6 +41,20 @@ def _known(weight: Weight) -> bool:
     return not isinstance(weight, QuantizedTensor) or weight.format.native is not None
 
 
+def _gpu_operations() -> ModuleType:
+    """Imports Triton, so call it only for tensors that it can compute with."""
+    from transformers_patches.kernels.triton import operations
+
+    return operations
+
+
+def _gpu_reads(x: Tensor, weight: Weight) -> bool:
+    """Whether Triton multiplies x with a weight. PyTorch has fast products of its own for floats."""
+    if not triton.computes_on(x.device) or not isinstance(weight, QuantizedTensor):
+        return False
+    return _gpu_operations().reads(weight, x)
+
+
 def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
     """The FFN over some of a layer's neurons, in one pass over their weights.
 
@@ -51,16 +66,22 @@ def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
     Returns y, like x, and how many neurons were computed for each token, int64 [T] on the CPU, T being the number of
     tokens. The native kernels sum in float32. They raise ValueError for arguments that don't fit.
     """
+    if triton.computes_on(x.device) and _gpu_operations().computes(x, active):
+        return _gpu_operations().ffn(x, active)
     return _operations_for(x, active.one_operation).ffn(x, active)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] plus bias [out]: [..., out]. As F.linear, but made for a few tokens."""
+    if _gpu_reads(x, weight):
+        return _gpu_operations().linear(x, weight, bias)
     return _operations_for(x, _known(weight)).linear(x, weight, bias)
 
 
 def weighted_rows(h: Tensor, weight: Weight) -> Tensor:
     """h [..., n] times weight [n, H]: [..., H], weighted sums of the rows. As `combine`, but made for a few tokens."""
+    if _gpu_reads(h, weight):
+        return _gpu_operations().weighted_rows(h, weight)
     return _operations_for(h, _known(weight)).weighted_rows(h, weight)
 
 
@@ -69,6 +90,8 @@ def by_input(x: Tensor, layer: ByInput) -> tuple[Tensor, Tensor]:
 
     Made for a few tokens, each of which reads only the rows that it needs.
     """
+    if triton.computes_on(x.device) and _gpu_operations().reads(layer.weight, x):
+        return _gpu_operations().by_input(x, layer)
     return _operations_for(x, _known(layer.weight)).by_input(x, layer)
 
 

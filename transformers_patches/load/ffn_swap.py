@@ -49,7 +49,7 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
             gated=family.gated,
             input_bias=up.bias is not None,
             weight_format=run.weight_format,
-            native=run.native,
+            native=run.by_kernels and not run.settings.memory_limit,  # rows that move are gathered first
             layout=_layout(run),
         )
         selection = _selection(run, rows, layer, prior)

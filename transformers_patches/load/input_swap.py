@@ -26,7 +26,7 @@ def swap_attention_inputs(model: PreTrainedModel, run: ResolvedRun, state: Reque
         for name in (*family.attention_inputs, family.attention_output):
             linear = getattr(attention, name)
             with without_memory():
-                new = ByInputLinear(linear, run.weight_format, state, native=run.native, joined=joined.get(name))
+                new = ByInputLinear(linear, run.weight_format, state, native=run.by_kernels, joined=joined.get(name))
             setattr(attention, name, new)
             sources[f"{place}.{name}.weight"] = Source.by_input(f"{place}.{name}.weight", linear.in_features)
     return sources

@@ -43,6 +43,6 @@ def build_model(run: ResolvedRun, state: RequestState) -> tuple[PreTrainedModel,
     if run.weight_format is not None:
         in_planes = run.screened and can_be_screened(model.get_output_embeddings())
         quantize_modules(
-            model, run.weight_format, run.head_format, run.dtype, native=run.native, head_in_planes=in_planes
+            model, run.weight_format, run.head_format, run.dtype, native=run.by_kernels, head_in_planes=in_planes
         )
     return model, sources

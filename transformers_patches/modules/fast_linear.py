@@ -18,9 +18,11 @@ FEW_TOKENS = 8  # for which the kernels read a weight only once
 _WIN, _WIN_OVER_FLOAT32 = FEW_TOKENS, 48
 
 
-def few_tokens(weight: Weight, dtype: torch.dtype) -> int:
-    """Up to how many tokens of a type the native kernels multiply faster than `kernels.project`."""
-    fast = kernels.multiplies_fast(dtype)
+def few_tokens(weight: Weight, x: torch.Tensor) -> int:
+    """Up to how many tokens of x's type and device the kernels multiply faster than `kernels.project`."""
+    if not x.is_cpu:
+        return FEW_TOKENS
+    fast = kernels.multiplies_fast(x.dtype)
     if not isinstance(weight, QuantizedTensor):
         return _WIN if fast else _WIN_OVER_FLOAT32
     native = weight.format.native
@@ -30,14 +32,14 @@ def few_tokens(weight: Weight, dtype: torch.dtype) -> int:
 
 
 def multiply(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., in] times weight [out, in] plus bias [out]: [..., out], by the native kernels if x has few tokens."""
-    few = x.numel() <= few_tokens(weight, x.dtype) * weight.shape[1]
+    """x [..., in] times weight [out, in] plus bias [out]: [..., out], by the kernels if x has few tokens."""
+    few = x.numel() <= few_tokens(weight, x) * weight.shape[1]
     return (kernels.linear if few else kernels.project)(x, weight, bias)
 
 
 def combine(h: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """h [..., n] times weight [n, H]: [..., H], by the native kernels if h has few tokens."""
-    most = _WIN if kernels.multiplies_fast(h.dtype) else _WIN_OVER_FLOAT32
+    """h [..., n] times weight [n, H]: [..., H], by the kernels if h has few tokens."""
+    most = _WIN if not h.is_cpu or kernels.multiplies_fast(h.dtype) else _WIN_OVER_FLOAT32
     few = h.numel() <= most * len(weight)
     return (kernels.weighted_rows if few else kernels.combine)(h, weight)
 

@@ -72,7 +72,7 @@ def weight_of(held: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedT
 class QuantizedLinear(nn.Module):
     """x [..., in] -> [..., out], like the nn.Linear that it replaces.
 
-    native: few tokens go through the CPU kernels.
+    native: few tokens go through the kernels, native or Triton's.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, *, native: bool) -> None:

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from transformers_patches import kernels
 from transformers_patches.config import HEAD_DTYPE, PartInferConfig
 from transformers_patches.errors import PartInferError
-from transformers_patches.kernels import FORMATS, WeightFormat
+from transformers_patches.kernels import FORMATS, WeightFormat, triton
 from transformers_patches.plan.decision import GIVEN, Decision
 
 
@@ -66,15 +66,21 @@ def decide_head_dtype(settings: PartInferConfig, dtype: str) -> Decision:
 
 
 def decide_kernels(settings: PartInferConfig, device: torch.device, dtype: str) -> Decision:
-    """What decodes: on CPUs the native kernels, for types in which PyTorch is slow. float32 stays PyTorch's own.
+    """What decodes: on GPUs Triton's kernels, on CPUs the native ones, for types in which PyTorch is slow.
+
+    On CPUs float32 stays PyTorch's own.
 
     dtype: that of the weights, decided.
     """
     arithmetic, weight_format = types_of(dtype)
     if settings.kernels == "torch":
         return Decision("torch", GIVEN)
+    if device.type == "cuda":
+        return _gpu_kernels(settings)
     if device.type != "cpu":
-        return Decision("torch", "the native kernels are for CPUs")
+        return Decision("torch", f"there are no kernels for {device.type}")
+    if settings.kernels == "triton":
+        return Decision("torch", "the Triton kernels are for GPUs")
     if settings.kernels == "auto" and arithmetic not in (torch.bfloat16, torch.float16):
         return Decision("torch", f"in {dtype} PyTorch is fast")
     if weight_format is not None and weight_format.native is None:
@@ -82,6 +88,14 @@ def decide_kernels(settings: PartInferConfig, device: torch.device, dtype: str) 
     if not kernels.available():
         return Decision("torch", f"no native kernels: {kernels.why_not()}")
     return Decision("native", GIVEN if settings.kernels == "native" else f"on CPUs PyTorch is slow in {dtype}")
+
+
+def _gpu_kernels(settings: PartInferConfig) -> Decision:
+    if settings.kernels == "native":
+        return Decision("torch", "the native kernels are for CPUs")
+    if not triton.available():
+        return Decision("torch", f"no Triton kernels: {triton.why_not()}")
+    return Decision("triton", GIVEN if settings.kernels == "triton" else "they read only what a token needs")
 
 
 def decide_screening(settings: PartInferConfig, *, native: bool, head_dtype: str) -> Decision:

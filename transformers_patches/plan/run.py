@@ -62,6 +62,11 @@ class ResolvedRun:
         return self.settings.kernels == "native"
 
     @property
+    def by_kernels(self) -> bool:
+        """Whether kernels decode, the native ones or Triton's, and not PyTorch's own operations."""
+        return self.settings.kernels in ("native", "triton")
+
+    @property
     def screened(self) -> bool:
         """Whether the output projection is screened, if it is one that can be."""
         return self.settings.screen_head == "on"

@@ -112,7 +112,7 @@ def product_with_mean(mean: torch.Tensor, weight: Weight, bias: torch.Tensor | N
 
 def product_of_inputs(x: torch.Tensor, layer: ByInput, *, native: bool) -> tuple[torch.Tensor, int]:
     """Decoded tokens x [..., in] times the inputs that they read, [..., out], and how many these are together."""
-    if native and x.is_cpu and x[..., 0].numel() <= FEW_TOKENS:
+    if native and x[..., 0].numel() <= FEW_TOKENS:
         y, read = kernels.by_input(x, layer)
         return y, int(read.sum())
     apart = x.float() - layer.mean.to(x.device)

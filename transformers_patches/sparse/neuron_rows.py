@@ -82,7 +82,7 @@ class NeuronRows(nn.Module):
         activation: transformers' name, or a module; PyTorch computes then.
         gated, input_bias: whether there is a gate, and whether the input projections have biases.
         weight_format: of quantised weights; None for floats.
-        native: whether few tokens go through the native kernels.
+        native: whether few tokens go through the kernels, native or Triton's.
         layout: PLAIN, PAIRED, BY_INPUT or BY_ROW.
         """
         super().__init__()

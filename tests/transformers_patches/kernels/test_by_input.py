@@ -9,10 +9,9 @@ from torch import Tensor
 from transformers_patches import kernels
 from transformers_patches.kernels import ByInput, Weight
 
+from .cases import BY_INPUT_SIZES
 from .helpers import OF_BITS, TOLERANCE, error, weights
 
-# inputs, outputs of floats, and of quantised weights; the last ones are more columns than are added to at a time
-SIZES = [(37, 65, 96), (130, 576, 576), (53, 4737, 4704), (41, 14001, 13984)]
 QUANTIZED_ERROR = 1e-2  # factors are rounded to 8 bits
 
 
@@ -38,7 +37,7 @@ def expected(x: Tensor, layer: ByInput, floats: Tensor) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("read", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", BY_INPUT_SIZES, ids=str)
 def test_floats(variant, dtype, size, read):
     inputs, outputs, _ = size
     (weight,) = weights(1, inputs, outputs, dtype)
@@ -51,7 +50,7 @@ def test_floats(variant, dtype, size, read):
 
 @pytest.mark.parametrize("threads_used", [1, 2, 3])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", BY_INPUT_SIZES, ids=str)
 def test_quantised(variant, threads, bits, size, threads_used):
     inputs, _, outputs = size
     threads(threads_used)

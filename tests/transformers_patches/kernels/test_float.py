@@ -8,19 +8,10 @@ import torch
 from transformers_patches import kernels
 from transformers_patches.kernels import ActiveNeurons, Projections, reference
 
+from .cases import FFN_SIZES
 from .helpers import TOLERANCE, active, double, error, exact_ffn, ffn, unsorted_index, weights
 
 DTYPES = list(TOLERANCE)
-# tokens, columns (not all multiples of a vector), rows, prefix, rows in the list
-SIZES = [
-    (1, 576, 300, 90, 30),
-    (1, 7, 9, 2, 3),
-    (2, 33, 17, 0, 17),
-    (3, 100, 53, 20, 1),
-    (8, 65, 31, 31, 0),
-    (11, 128, 64, 9, 5),
-    (3, 96, 700, 697, 2),  # rows in order, more than are computed together
-]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +20,7 @@ def seed():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", FFN_SIZES, ids=str)
 def test_gated_ffn(variant, dtype, size):
     tokens, columns, rows, prefix, listed = size
     x, (gate, up, down) = torch.randn(tokens, columns).to(dtype), weights(3, rows, columns, dtype)
@@ -42,7 +33,7 @@ def test_gated_ffn(variant, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", FFN_SIZES, ids=str)
 def test_plain_ffn(variant, dtype, size):
     tokens, columns, rows, prefix, listed = size
     x, (fc1, fc2) = torch.randn(tokens, columns).to(dtype), weights(2, rows, columns, dtype)
@@ -54,7 +45,7 @@ def test_plain_ffn(variant, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", FFN_SIZES, ids=str)
 def test_linear(variant, dtype, size):
     tokens, columns, rows, *_ = size
     x, (weight,) = torch.randn(tokens, columns).to(dtype), weights(1, rows, columns, dtype)

@@ -11,16 +11,9 @@ from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import blockwise, quantization
 
+from .cases import QUANTIZED_FFN_SIZES
 from .helpers import OF_BITS, active, double, error, exact_ffn, ffn, paired, quantized_ffn, unsorted_index, weights
 
-SIZES = [
-    (1, 576, 300, 90, 30),
-    (1, 32, 9, 2, 3),
-    (2, 96, 17, 0, 17),
-    (3, 160, 53, 20, 1),
-    (8, 1056, 31, 31, 0),
-    (11, 128, 64, 9, 5),
-]
 # What int8 activations cost with random values, which are the hard case: 1 part in 127 of a group's largest.
 ACTIVATION_ERROR = 2.5e-2
 
@@ -189,7 +182,7 @@ def test_what_cannot_be_quantised(weight_format):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", QUANTIZED_FFN_SIZES, ids=str)
 def test_gated_ffn(variant, bits, size):
     tokens, columns, rows, prefix, listed = size
     x, index = torch.randn(tokens, columns), unsorted_index(prefix, rows, listed)
@@ -202,7 +195,7 @@ def test_gated_ffn(variant, bits, size):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", QUANTIZED_FFN_SIZES, ids=str)
 def test_plain_and_linear(variant, bits, size):
     tokens, columns, rows, prefix, listed = size
     x, index, bias = torch.randn(tokens, columns), unsorted_index(prefix, rows, listed), torch.randn(rows)

@@ -7,10 +7,9 @@ import torch
 
 from transformers_patches import kernels
 
+from .cases import SUM_SIZES
 from .helpers import OF_BITS, TOLERANCE, error, paired, quantized_ffn, weights
 
-# tokens, rows; columns of floats (not all multiples of a vector), and of quantised weights
-SIZES = [(1, 300, 576, 576), (1, 9, 7, 32), (2, 17, 33, 96), (3, 53, 100, 160), (8, 31, 65, 1056), (19, 70, 128, 128)]
 QUANTIZED_ERROR = 1e-2  # h is rounded to 8 bits
 
 
@@ -20,7 +19,7 @@ def seed():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SUM_SIZES, ids=str)
 def test_floats(variant, dtype, size):
     tokens, rows, columns, _ = size
     h, (weight,) = torch.randn(tokens, rows).to(dtype), weights(1, rows, columns, dtype)
@@ -30,7 +29,7 @@ def test_floats(variant, dtype, size):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", SUM_SIZES, ids=str)
 def test_quantised(variant, bits, size):
     tokens, rows, _, columns = size
     h, floats = torch.randn(tokens, rows), weights(1, rows, columns)

@@ -148,11 +148,23 @@ def test_head_dtype():
         ("auto", "cpu", "float32", "torch"),
         ("native", "cpu", "float32", "native"),
         ("torch", "cpu", "bfloat16", "torch"),
+        ("triton", "cpu", "bfloat16", "torch"),
         ("native", "cuda", "bfloat16", "torch"),
+        ("auto", "cuda", "float32", "triton"),
+        ("torch", "cuda", "int4", "torch"),
+        ("auto", "mps", "bfloat16", "torch"),
     ],
 )
-def test_kernels(with_kernels, asked, device, dtype, expected):
+def test_kernels(with_kernels, monkeypatch, asked, device, dtype, expected):
+    monkeypatch.setattr(machine.triton, "available", lambda: True)
     assert machine.decide_kernels(settings(kernels=asked), torch.device(device), dtype).value == expected
+
+
+def test_without_triton_pytorch_decodes_on_gpus(monkeypatch):
+    monkeypatch.setattr(machine.triton, "available", lambda: False)
+    decision = machine.decide_kernels(settings(), torch.device("cuda"), "bfloat16")
+    assert decision.value == "torch"
+    assert decision.why.startswith("no Triton kernels")
 
 
 def test_without_native_kernels_the_reason_is_theirs(monkeypatch):

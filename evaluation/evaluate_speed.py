@@ -12,7 +12,13 @@ if not __package__:  # run as a file: imports come from the repository, not from
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from evaluation.compared import kinds
-from evaluation.methods import Configuration, add_dtypes_argument, add_method_arguments, build_typed_grid
+from evaluation.methods import (
+    Configuration,
+    add_dtypes_argument,
+    add_method_arguments,
+    build_typed_grid,
+    check_speed_means_something,
+)
 from evaluation.tables import csv_text
 from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
@@ -81,7 +87,9 @@ def _methods(arguments: argparse.Namespace) -> tuple[bool, list[Configuration]]:
     names = [name.strip() for name in arguments.method.split(",")]
     ours = [name for name in names if name != TRANSFORMERS]
     arguments.method = ",".join(ours)
-    return TRANSFORMERS in names, build_typed_grid(arguments) if ours else []
+    grid = build_typed_grid(arguments) if ours else []
+    check_speed_means_something(grid)
+    return TRANSFORMERS in names, grid
 
 
 def _compared(arguments: argparse.Namespace) -> list[str | None]:

@@ -11,7 +11,13 @@ if not __package__:  # run as a file: imports come from the repository, not from
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from evaluation.compared.kinds import HELP, parse_compared
-from evaluation.methods import Configuration, add_dtypes_argument, add_method_arguments, build_typed_grid
+from evaluation.methods import (
+    Configuration,
+    add_dtypes_argument,
+    add_method_arguments,
+    build_typed_grid,
+    check_speed_means_something,
+)
 from evaluation.tables import markdown_table
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS, Source
 from transformers_patches import cli, flags
@@ -67,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def _grid(arguments: argparse.Namespace) -> list[Configuration]:
     """The configurations, a dense one first. PartInferError for wrong usage."""
     grid = build_typed_grid(arguments)
+    check_speed_means_something(grid)
     if grid[0].method != "dense":
         raise PartInferError(f"--method begins with dense, which the others are compared to, got {arguments.method!r}")
     return grid

@@ -6,6 +6,8 @@ import argparse
 import itertools
 from dataclasses import dataclass, replace
 
+from evaluation.published.settings import NAMES as PUBLISHED
+from evaluation.published.settings import PublishedSettings, add_published_arguments, published_points
 from transformers_patches import flags
 from transformers_patches.config import PartInferConfig, check_given, chooses_nothing
 from transformers_patches.errors import PartInferError
@@ -33,6 +35,7 @@ METHODS: dict[str, Method] = {
     "coreinfer": Method("coreinfer"),
     "coreinfer+partial": Method("coreinfer", partial=True),
     "coreinfer_random_loading": Method("coreinfer", partial=True, random=True),
+    **{name: Method("dense") for name in PUBLISHED},  # hooks over the dense model
 }
 _ALIASES = {"coreinfer_random": "coreinfer_random_loading"}
 # Fractions that take comma-separated lists, and the name each has in a label.
@@ -54,6 +57,7 @@ class Configuration:
     method: str  # one of METHODS
     settings: PartInferConfig  # what the model is loaded with
     by_default: bool = False  # whether what is loaded and computed was left to the program
+    published: PublishedSettings | None = None  # of a published baseline
 
     @property
     def folder_name(self) -> str:
@@ -96,6 +100,7 @@ def add_method_arguments(parser: argparse.ArgumentParser, default: str, also: tu
         group.add_argument(f"--{name}", type=_fractions, help=fields[name].metadata["help"])
     for name in SWEPT_NAMES:
         group.add_argument(f"--{name}", type=lambda text: text.split(","), help=fields[name].metadata["help"])
+    add_published_arguments(parser)
     PartInferConfig.add_arguments(parser, skip=("method", *SWEPT, *SWEPT_NAMES))
 
 
@@ -128,8 +133,29 @@ def build_grid(arguments: argparse.Namespace) -> list[Configuration]:
             settings = PartInferConfig(method=method.compute, use_partial_loading=method.partial, **options)
             parts = [_label(key, value) for key, value in chosen.items() if len(swept[key]) > 1]
             by_default = name == "partinfer" and chooses_nothing(options)
-            grid.append(Configuration(" ".join([name, *parts]), name, settings, by_default))
+            grid += _with_published(Configuration(" ".join([name, *parts]), name, settings, by_default), arguments)
     return grid
+
+
+def _with_published(configuration: Configuration, arguments: argparse.Namespace) -> list[Configuration]:
+    """A configuration with every --paper_sparsity if its method is a published baseline, else itself."""
+    if configuration.method not in PUBLISHED:
+        return [configuration]
+    points = published_points(configuration.method, arguments)
+    labels = [f"{configuration.label} left_out={point.sparsity:g}" for point in points]
+    if len(points) == 1:
+        labels = [configuration.label]
+    return [replace(configuration, label=label, published=p) for label, p in zip(labels, points, strict=True)]
+
+
+def check_speed_means_something(grid: list[Configuration]) -> None:
+    """Raise PartInferError if a method is computed in a way that says nothing about its speed."""
+    masked = next((configuration.method for configuration in grid if configuration.published), None)
+    if masked is not None:
+        raise PartInferError(
+            f"{masked} is computed as a masked dense product here, so its speed would be wrong: measure its loss and bytes "
+            "with evaluate_perplexity.py or evaluate_task.py"
+        )
 
 
 def add_dtypes_argument(parser: argparse.ArgumentParser) -> None:

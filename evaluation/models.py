@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evaluation.methods import METHODS, Configuration
+from evaluation.published.settings import PublishedSettings
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import family_of
 from transformers_patches.load.loaded_model import LoadedModel
@@ -67,4 +68,14 @@ def rankings_of(
 def load_configuration(configuration: Configuration, folder: Path, arguments: argparse.Namespace) -> LoadedModel:
     """Load the model of a configuration. arguments: --task_type, --random_neurons_filepath and --seed."""
     rankings = rankings_of(configuration, folder, arguments.task_type, arguments)
-    return load_model(folder, configuration.settings, **rankings)
+    loaded = load_model(folder, configuration.settings, **rankings)
+    attach_published(loaded, configuration.published, folder, arguments.seed)
+    return loaded
+
+
+def attach_published(loaded: LoadedModel, settings: PublishedSettings | None, folder: Path, seed: int) -> None:
+    """Let a dense model leave out what a published baseline leaves out; None: nothing. seed: of the calibration texts."""
+    if settings is not None:
+        from evaluation.published.attach import attach
+
+        attach(loaded, settings, folder, seed)

@@ -27,7 +27,8 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from evaluation.answer_log import AnswerLog
-from evaluation.models import find_rankings
+from evaluation.models import attach_published, find_rankings
+from evaluation.published.settings import PublishedSettings
 from evaluation.scoring import Request, batches, continuation_logits
 from evaluation.weights import weight_counts
 from evaluation.windows import PREFILL_TOKENS, SCORED_TOKENS
@@ -54,6 +55,7 @@ class PartInferLM(HFLM):
     pretrained: a checkpoint folder, or the name of one in models/.
     task_type: whose neuron file is looked up.
     rankings: neuron files in memory instead.
+    published: a baseline that the dense model computes, with calibration texts drawn by calibration_seed.
     prefill_tokens, scored_tokens: windows of rolling log-likelihoods; if not given, 256 and 128 for sparse methods and
         lm-eval's own windows for dense ones.
 
@@ -69,6 +71,8 @@ class PartInferLM(HFLM):
         rankings: dict[str, NeuronFile] | None = None,
         prefill_tokens: int | None = None,
         scored_tokens: int | None = None,
+        published: PublishedSettings | None = None,
+        calibration_seed: int = 0,
         **options,
     ) -> None:
         names = {item.name for item in fields(PartInferConfig)}
@@ -78,8 +82,9 @@ class PartInferLM(HFLM):
         self.settings = settings
         self.rankings = find_rankings(settings, folder, task_type) if rankings is None else rankings
         self.windows = (prefill_tokens, scored_tokens)
+        self.published, self.calibration_seed = published, calibration_seed
         self.answer_log: AnswerLog | None = None  # of the running task; None: answers are not kept
-        if None in self.windows and settings.computes_sparsely:
+        if None in self.windows and self._decodes_otherwise:
             self.windows = (prefill_tokens or PREFILL_TOKENS, scored_tokens or SCORED_TOKENS)
         device = str(resolve_device(settings.device))
         if is_gguf(folder):
@@ -114,7 +119,13 @@ class PartInferLM(HFLM):
             if options.get(name):
                 raise PartInferError(f"the partinfer model does not take {name}: use lm-eval's own model hf with it")
         self.loaded: LoadedModel = load_model(pretrained, self.settings, **self.rankings)
+        attach_published(self.loaded, self.published, Path(pretrained), self.calibration_seed)
         self._model = self.loaded.model
+
+    @property
+    def _decodes_otherwise(self) -> bool:
+        """Whether decoding computes less than prefill."""
+        return self.settings.computes_sparsely or self.published is not None
 
     def get_model_info(self) -> dict:
         """What lm-eval writes into its result file: the settings, the weights, and the neurons that were counted."""
@@ -148,7 +159,7 @@ class PartInferLM(HFLM):
         """
         for _, context, continuation in requests:
             check_token_ids(context + continuation, self.config.vocab_size, "a request")
-        if self.settings.computes_sparsely or self.settings.use_partial_loading:
+        if self._decodes_otherwise or self.settings.use_partial_loading:
             results = self._scores_over_cache(requests, disable_tqdm, override_bs)
         else:
             results = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)

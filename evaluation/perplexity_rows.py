@@ -142,5 +142,14 @@ def _settings(configuration: Configuration, loaded: LoadedModel) -> dict:
         "token_sparsity": settings.token_sparsity if settings.computes_sparsely else None,
         "selection": loaded.settings.selection if settings.computes_sparsely else None,
         "compensation": loaded.settings.compensation,
+        **_published(configuration),
         **weight_counts(loaded),
     }
+
+
+def _published(configuration: Configuration) -> dict:
+    """The settings of a published baseline, for its row."""
+    if configuration.published is None:
+        return {}
+    names = {"sparsity": "paper_sparsity", "calibration": "calibration", "tokens": "calibration_tokens"}
+    return {name: getattr(configuration.published, field) for field, name in names.items()}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.methods import METHODS
+from evaluation.published.settings import NAMES as PUBLISHED
 from evaluation.results import read_perplexities, read_results
 from evaluation.tables import number
 from transformers_patches.errors import PartInferError
@@ -118,9 +119,10 @@ def perplexity_rows(folder: str | Path) -> list[dict]:
 
 def _settings_of(method: str, sparsity: float, loaded: float) -> dict:
     """The fractions that a method uses."""
-    partial = method not in ("dense", "coreinfer")
+    whole = method.startswith("dense") or method in PUBLISHED
+    partial = method not in ("dense", "coreinfer", *PUBLISHED)
     return {
-        "sparsity": None if method.startswith("dense") else sparsity,
+        "sparsity": None if whole else sparsity,
         "loaded_neurons_percent": loaded if partial else 1.0,
     }
 

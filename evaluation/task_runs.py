@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import lm_eval
@@ -108,7 +109,8 @@ class TaskRunner:
     def _run_settings(self, configuration: Configuration, task_type: str | None) -> dict:
         options = {name: getattr(self.arguments, name) for name in _RUN_OPTIONS}
         settings = configuration.settings.to_dict()
-        return {"method": configuration.method, "task_type": task_type, "settings": settings, **options}
+        shared = {"method": configuration.method, "task_type": task_type, "settings": settings, **options}
+        return shared if configuration.published is None else shared | {"published": asdict(configuration.published)}
 
     def _load(self, configuration: Configuration, task_type: str | None) -> PartInferLM:
         settings, given = configuration.settings, self.arguments
@@ -120,6 +122,8 @@ class TaskRunner:
             batch_size=given.batch_size,
             max_batch_size=given.max_batch_size,
             max_length=given.max_length,
+            published=configuration.published,
+            calibration_seed=given.seed,
             **settings.to_dict(),
         )
 

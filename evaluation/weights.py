@@ -22,10 +22,11 @@ def weight_counts(loaded: LoadedModel) -> dict:
     block_bytes_fraction: see there
     """
     layers = [*loaded.state.layers, *loaded.state.experts]
+    tokens = layers[0].counters.tokens if layers else 0
     return {
         "loaded_fraction": loaded.plan.loaded_fraction,
         "ffn_bytes_fraction": loaded.bytes_fraction(),
-        "decoded_tokens": layers[0].counters.tokens if layers else 0,
+        "decoded_tokens": tokens if loaded.masked is None else loaded.masked.decoded_tokens(),
         "computed_neurons": sum(layer.counters.neurons for layer in layers),
         "weight_bytes_read": loaded.report.bytes_read,
         "weight_bytes_dense": loaded.report.bytes_dense,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +31,22 @@ class LoadReport:
     bytes_in_file: int = 0  # of weights that stay in their files: read by row, or neurons on demand
 
 
+class MaskedReading(Protocol):
+    """Hooks under which decoded tokens leave out weights that the model itself would read (evaluation/published)."""
+
+    def unread_bytes(self) -> float:
+        """Bytes of weights that a decoded token has left out on average since the last reset."""
+
+    def ffn_bytes_fraction(self) -> float:
+        """Share of the FFNs' bytes that it has read."""
+
+    def decoded_tokens(self) -> int:
+        """How many tokens that is."""
+
+    def reset_counters(self) -> None:
+        """Count from 0 again."""
+
+
 @dataclass
 class LoadedModel:
     """A transformers model whose planned layers are SparseFFNs, and what is known about it.
@@ -43,6 +60,7 @@ class LoadedModel:
     report: LoadReport
     stop_strings: tuple[str, ...] = ()  # that the model's own generation config names
     rows_on_disk: RowsOnDisk | None = None  # what reads neurons on demand, if there are such
+    masked: MaskedReading | None = None  # what hooks leave out, if there are such
 
     @property
     def settings(self) -> PartInferConfig:
@@ -74,8 +92,11 @@ class LoadedModel:
     def bytes_fraction(self) -> float:
         """Share of the sparse layers' FFN bytes that decode steps read since the last reset, as counted.
 
-        If nothing was decoded, what a step over all loaded neurons would read.
+        If nothing was decoded, what a step over all loaded neurons would read. Of a model with hooks that leave out weights:
+        of the FFNs of all layers.
         """
+        if self.masked is not None:
+            return self.masked.ffn_bytes_fraction()
         rows = sum(counters.tokens * size * matrices for counters, size, matrices in self._counted())
         if not rows:
             return self.plan.loaded_fraction
@@ -100,6 +121,8 @@ class LoadedModel:
         if isinstance(head, ScreenedHead):
             skipped += head.unread_bytes()
         skipped += sum(ffn.unread_bytes() for ffn in self._cut_ffns())
+        if self.masked is not None:
+            skipped += self.masked.unread_bytes()
         return round(self._whole_bytes() - self._unread_expert_bytes() - skipped)
 
     def whole_token_bytes(self) -> int:
@@ -136,6 +159,7 @@ class LoadedModel:
             *self._cut_ffns(),
             *self._by_input(),
             *([head] if isinstance(head, ScreenedHead) else []),
+            *([] if self.masked is None else [self.masked]),
         ):
             counting.reset_counters()
 

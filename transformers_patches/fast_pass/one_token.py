@@ -7,15 +7,16 @@ model with hooks, goes through transformers' own forward.
 from __future__ import annotations
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from transformers_patches import kernels
 from transformers_patches.families import Family, family_of
 from transformers_patches.fast_pass.decoder_parts import LayerParts, linear_of, norm_of, rows_of
+from transformers_patches.fast_pass.hooks import HookWatch
 from transformers_patches.fast_pass.kv_cache import GrowingCache, GrowingLayer
 from transformers_patches.fast_pass.positions import LearnedPositions, Rope, RotaryTable
+from transformers_patches.fast_pass.recorded_pass import recorded_pass
 from transformers_patches.modules.screened_head import ScreenedHead
 from transformers_patches.sparse.request import DECODE
 
@@ -40,7 +41,7 @@ def one_token_pass(model: PreTrainedModel) -> OneTokenPass | None:
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache of the kind that suits the model's decoder best."""
-    if one_token_pass(model) is not None:
+    if one_token_pass(model) is not None or recorded_pass(model) is not None:
         return GrowingCache()
     known = family_of(model.config).found is None
     return DynamicCache() if known else DynamicCache(config=model.config)  # its layers may need caches of other kinds
@@ -59,8 +60,7 @@ class OneTokenPass:
         self.layers = [LayerParts(layer, family, decoder.config) for layer in decoder.layers]
         self.norm = norm_of(getattr(decoder, family.last_norm))
         hooked = [*decoder.modules(), self.head]
-        self.hooks = [hooks for m in hooked for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.unwatched_until = -1  # PyTorch's next hook number when the modules last had no hook
+        self.watch = HookWatch(hooked)
         learned = family.learned_positions and getattr(decoder, family.learned_positions)
         self.positions = RotaryTable(decoder.rotary_emb) if learned is None else LearnedPositions(learned)
         self.native: kernels.Decoder | None = None
@@ -109,16 +109,11 @@ class OneTokenPass:
             isinstance(cache, GrowingCache)
             and len(cache.layers) == len(self.layers)
             and all(type(layer) is GrowingLayer and layer.length for layer in cache.layers)
-            and not self._watched()
+            and not self.watch.any()
         )
 
-    def _watched(self) -> bool:
-        """Whether a module has a hook. Checked again only after a hook has been registered somewhere in PyTorch."""
-        if self.unwatched_until != RemovableHandle.next_id:
-            if any(self.hooks):
-                return True
-            self.unwatched_until = RemovableHandle.next_id
-        return False
+    def finish(self) -> None:
+        """Nothing: what is computed is counted at once."""
 
     def advance(self, ids: torch.Tensor, cache: GrowingCache, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Take one token, ids [1, 1], and append it to the cache. Returns the decoder's output [1, 1, H]."""

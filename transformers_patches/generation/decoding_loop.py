@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers_patches.errors import PartInferError
 from transformers_patches.fast_pass.kv_cache import GrowingCache
 from transformers_patches.fast_pass.one_token import OneTokenPass, one_token_pass
+from transformers_patches.fast_pass.recorded_pass import RecordedPass, recorded_pass
 from transformers_patches.kernels import SOFTMAX, Needed
 from transformers_patches.sparse.request import RequestState
 from transformers_patches.token_ids import NOT_FINITE
@@ -47,7 +48,7 @@ def one_sequence_loop(
     config, streamer, batch: those of the call to come.
     options: its other arguments.
     """
-    step = one_token_pass(model)
+    step = one_token_pass(model) or recorded_pass(model)
     fits = (
         batch == 1
         and step is not None
@@ -92,7 +93,7 @@ class _Loop:
     here.
     """
 
-    def __init__(self, step: OneTokenPass, state: RequestState, streamer: BaseStreamer | None) -> None:
+    def __init__(self, step: OneTokenPass | RecordedPass, state: RequestState, streamer: BaseStreamer | None) -> None:
         self.step, self.state, self.streamer = step, state, streamer
 
     def __call__(
@@ -110,20 +111,22 @@ class _Loop:
         ended = _Ended(stopping_criteria)
         new = input_ids[:, cache.get_seq_length() :]
         logits, needed = _model_logits(model, new, cache), _needed(generation_config, logits_processor)
-        while True:
-            scores = logits_processor(ids[:, :length], logits[:, -1].float())
-            values = scores[0].numpy()  # finds the largest of 50,000 in 4 µs (PyTorch: 43), and NaN
-            token = _drawn(scores) if generation_config.do_sample else int(values.argmax())
-            if not math.isfinite(values[token]):
-                raise PartInferError(NOT_FINITE)
-            ids[:, length] = token
-            length += 1
-            done = ended(ids[:, :length], token)
-            if self.streamer is not None:
-                self.streamer.put(ids[0, length - 1 : length].cpu())
-            if done:
-                break
-            logits = self._next_logits(model, ids[:, length - 1 : length], cache, needed)
+        try:
+            while True:
+                scores = logits_processor(ids[:, :length], logits[:, -1].float())
+                token, value = _drawn(scores) if generation_config.do_sample else _largest(scores)
+                if not math.isfinite(value):
+                    raise PartInferError(NOT_FINITE)
+                ids[:, length] = token
+                length += 1
+                done = ended(ids[:, :length], token)
+                if self.streamer is not None:
+                    self.streamer.put(ids[0, length - 1 : length].cpu())
+                if done:
+                    break
+                logits = self._next_logits(model, ids[:, length - 1 : length], cache, needed)
+        finally:
+            self.step.finish()
         if self.streamer is not None:
             self.streamer.end()
         return ids[:, :length]
@@ -155,9 +158,22 @@ def _model_logits(model: PreTrainedModel, ids: torch.Tensor, cache: GrowingCache
     return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
 
-def _drawn(scores: torch.Tensor) -> int:
+def _largest(scores: torch.Tensor) -> tuple[int, float]:
+    """The token with the largest score of [1, V], and the score; NaN counts as the largest."""
+    if not scores.is_cpu:
+        value, token = scores[0].max(dim=0)
+        value, token = torch.stack([value.double(), token.double()]).tolist()  # the device is waited for once
+        return int(token), value
+    values = scores[0].numpy()  # finds the largest of 50,000 in 4 µs (PyTorch: 43)
+    token = int(values.argmax())
+    return token, float(values[token])
+
+
+def _drawn(scores: torch.Tensor) -> tuple[int, float]:
+    """A token by the probabilities of its scores [1, V], and its score."""
     try:
-        return int(torch.multinomial(torch.softmax(scores, dim=-1), 1))
+        token = int(torch.multinomial(torch.softmax(scores, dim=-1), 1))
+        return token, float(scores[0, token])
     except RuntimeError:  # probabilities that are not finite
         raise PartInferError(NOT_FINITE) from None
 

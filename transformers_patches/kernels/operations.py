@@ -71,6 +71,21 @@ def ffn(x: Tensor, active: ActiveNeurons) -> tuple[Tensor, Tensor]:
     return _operations_for(x, active.one_operation).ffn(x, active)
 
 
+def stays_on_device(x: Tensor, active: ActiveNeurons) -> bool:
+    """Whether `ffn_on_device` computes this without waiting for x's device. The processor never waits for itself."""
+    return x.is_cpu or (triton.computes_on(x.device) and _gpu_operations().computes(x, active))
+
+
+def ffn_on_device(x: Tensor, active: ActiveNeurons, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """`ffn` for what `stays_on_device`: the counts, integers [T], are on x's device.
+
+    threshold: float32 [1] there, takes the place of active.threshold.
+    """
+    if triton.computes_on(x.device):
+        return _gpu_operations().ffn_on_device(x, active, threshold)
+    return ffn(x, replace(active, threshold=float(threshold)))
+
+
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] plus bias [out]: [..., out]. As F.linear, but made for a few tokens."""
     if _gpu_reads(x, weight):

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers_patches.config import PartInferConfig
 from transformers_patches.families import family_of
 from transformers_patches.fast_pass.one_token import speed_up_one_token
+from transformers_patches.fast_pass.recorded_pass import record_steps
 from transformers_patches.load.as_stored import as_stored, names_in_model
 from transformers_patches.load.ffn_swap import attach_compensation
 from transformers_patches.load.generation_config import own_generation_config
@@ -127,6 +128,8 @@ def load_run(run: ResolvedRun, weights: WeightSource, started: float, progress: 
         if run.screened:
             screen_head(model, memory)
         speed_up_one_token(model)
+    elif run.by_kernels and run.layer_choices is None and not run.settings.memory_limit:
+        record_steps(model, state)
     report = LoadReport(
         seconds=time.perf_counter() - started,
         bytes_read=weights.bytes_read + fit_bytes,

@@ -12,6 +12,7 @@ from transformers_patches.sparse.compensation import Compensation
 from transformers_patches.sparse.neuron_rows import Activations, NeuronRows
 from transformers_patches.sparse.request import PREFILL, Counters, RequestState
 from transformers_patches.sparse.selection import Selection, SequenceActivations
+from transformers_patches.sparse.static_choice import StaticChoice
 
 
 class SparseFFN(nn.Module):
@@ -38,6 +39,7 @@ class SparseFFN(nn.Module):
         super().__init__()
         self.rows, self.selection, self.state, self.compensation = rows, selection, state, compensation
         self.output_bias = nn.Parameter(torch.empty(rows.hidden_size), requires_grad=False) if output_bias else None
+        self.static: StaticChoice | None = None  # while a step is being recorded: what it computes
         self.reset()
         self.reset_counters()
         state.layers.append(self)
@@ -71,15 +73,18 @@ class SparseFFN(nn.Module):
         self.reset()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.static is not None:
+            return self._finished(self.static(x), prefill=False)
         shape = x.shape
         x = x.reshape(self.state.batch, self.state.tokens, shape[-1])
         prefill = self.state.phase == PREFILL
         y = self._prefill(x) if prefill else self._decode(x)
+        return self._finished(y, prefill=prefill).reshape(shape)
+
+    def _finished(self, y: torch.Tensor, *, prefill: bool) -> torch.Tensor:
         if self.compensation is not None:
             y = self.compensation.add(y, prefill=prefill)
-        if self.output_bias is not None:
-            y = y + self.output_bias
-        return y.reshape(shape)
+        return y if self.output_bias is None else y + self.output_bias
 
     def _prefill(self, x: torch.Tensor) -> torch.Tensor:
         rows = self.rows.all(x.device)

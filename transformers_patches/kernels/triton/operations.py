@@ -28,7 +28,10 @@ def reads(weight: Weight, x: Tensor) -> bool:
 
 
 def computes(x: Tensor, active: ActiveNeurons) -> bool:
-    """Whether `ffn` can compute this."""
+    """Whether `ffn` can compute this: it is known, and everything is on x's device."""
+    beside = (active.index, active.size, active.down_size, *active.added)
+    if any(part is not None and part.device != x.device for part in beside):
+        return False
     projections = active.projections
     searched = active.size is not None and active.keep_count is not None
     weights = [projections.weight(number) for number in range(len(projections.weights))]

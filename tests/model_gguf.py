@@ -42,6 +42,7 @@ WINDOW = {"attention.sliding_window": "sliding_window"}
 LOCAL = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 OWN_SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
+LFM2 = {"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"}
 FILES: dict[str, Stored] = {
     "gemma": Stored("gemma", RMS),
     "smollm3": Stored("smollm3", RMS),
@@ -72,6 +73,30 @@ FILES: dict[str, Stored] = {
     ),
     "olmoe": Stored("olmoe", RMS | EXPERTS),
     "mixtral": Stored("llama", RMS | LOCAL),
+    "glm4_moe": Stored(
+        "glm4moe",
+        RMS
+        | OWN_SIZE
+        | {
+            "expert_count": "n_routed_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_shared_count": "n_shared_experts",
+            "leading_dense_block_count": "first_k_dense_replace",
+            "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_weights_norm": "norm_topk_prob",
+        },
+        {"expert_gating_func": 2},
+        {".e_score_correction_bias": ".e_score_correction.bias"},
+    ),
+    "lfm2": Stored("lfm2", LFM2),
+    "lfm2_moe": Stored(
+        "lfm2moe",
+        LFM2 | EXPERTS | OWN_SIZE | {"leading_dense_block_count": "num_dense_layers"},
+        {"expert_gating_func": 2},
+        {".expert_bias": ".expert_bias.bias"},
+    ),
     "granitemoe": Stored("granitemoe", RMS | GRANITE | LOCAL, names={".router.weight": ".router.layer.weight"}),
 }
 
@@ -97,6 +122,7 @@ def write_model_gguf(
 def _metadata(config: PretrainedConfig, stored: Stored) -> dict[str, object]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values: dict[str, object] = {
+        "vocab_size": config.vocab_size,
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -106,6 +132,11 @@ def _metadata(config: PretrainedConfig, stored: Stored) -> dict[str, object]:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
     }
+    if config.model_type == "gpt_neox":
+        del values["attention.head_count_kv"]
+    if config.model_type.startswith("lfm2"):
+        counts = [config.num_key_value_heads * (kind != "conv") for kind in config.layer_types]
+        values["attention.head_count_kv"] = counts
     values |= {key: getattr(config, name) for key, name in stored.keys.items()}
     values |= stored.values | _positions(config, head_dim)
     if "attention.sliding_window" in values and config.model_type != "phi3":
@@ -133,7 +164,7 @@ def _tensors(model: PreTrainedModel, stored: Stored) -> Iterator[tuple[str, torc
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for ours, theirs in stored.names.items():
-            name = name.replace(ours, theirs)
+            name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
         if ".experts." in name:
             yield from _of_experts(name, values)
             continue
@@ -163,4 +194,4 @@ def _as_converted(name: str, values: torch.Tensor, config: PretrainedConfig, arc
         return torch.cat([by_head[:, kind].flatten(0, 1) for kind in range(3)])
     if architecture in ("gemma", "nemotron") and name.endswith("norm.weight"):
         return values + 1
-    return values.squeeze() if name.endswith("ffn_gate_inp_shexp.weight") else values
+    return values.squeeze() if name.endswith(("ffn_gate_inp_shexp.weight", "shortconv.conv.weight")) else values

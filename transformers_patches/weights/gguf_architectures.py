@@ -13,6 +13,8 @@ from transformers_patches.weights.gguf_schema import Metadata
 
 RMS = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+MAY_BE_ZERO = ("leading_dense_block_count",)
+MORE_LAYERS = "nextn_predict_layers"
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 
 
@@ -26,10 +28,12 @@ class Architecture:
     qkv_by_kind: rows of one projection for q, k and v lie by kind in the file, and by head in transformers' model.
     partial_rotary: only a part of a head's dimensions may be rotated.
     epsilon: field of the config, and key, of what norms add to the variance.
-    integers: field of the config -> key; the file must have it.
+    integers: field of the config -> key; the file must have it. Those in MAY_BE_ZERO may be 0.
     numbers: field -> key and what holds without it; None: 1 / √(dimensions of a head).
     flags: field -> key and what holds without it.
-    biases: field -> projection whose bias in the first block says it.
+    present: field -> tensor of the first block that says it by being there.
+    missing_heads: value of `layer_types` for layers whose number of heads for keys is 0; "" if all have as many.
+    more_layers: the last blocks of a file may be for other uses than the next token.
     fixed: fields that are the same in all models.
     expected: key -> the only value that can be computed.
     window: how many layers in a row have a sliding window before one has none, where a file doesn't say which have;
@@ -45,7 +49,9 @@ class Architecture:
     integers: Mapping[str, str] = field(default_factory=dict)
     numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
     flags: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
-    biases: Mapping[str, str] = field(default_factory=dict)
+    present: Mapping[str, str] = field(default_factory=dict)
+    missing_heads: str = ""
+    more_layers: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     expected: Mapping[str, object] = field(default_factory=dict)
     window: int = 0
@@ -55,6 +61,7 @@ class Architecture:
         """All keys that are read for it, beside those of every architecture."""
         valued = {key for key, _ in (*self.numbers.values(), *self.flags.values())}
         windows = {WINDOW, PATTERN} if self.window else set()
+        windows |= {MORE_LAYERS} if self.more_layers else set()
         return valued | windows | {self.epsilon[1], *self.integers.values(), *self.expected}
 
     @property
@@ -63,8 +70,8 @@ class Architecture:
 
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
-_ATTENTION = {"attention_bias": "attn_q"}
-_BOTH = {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}
+_ATTENTION = {"attention_bias": "attn_q.bias"}
+_BOTH = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 _EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _QWEN_EXPERTS = {**_EXPERTS, "moe_intermediate_size": "expert_feed_forward_length"}
@@ -78,29 +85,36 @@ _GRANITE = Architecture(
         "residual_multiplier": ("residual_scale", 1.0),
         "logits_scaling": ("logit_scale", 1.0),
     },
-    biases=_BOTH,
+    present=_BOTH,
     expected={"rope.scaling.finetuned": True},  # false: positions are not rotated at all
 )
-_OLMO2 = Architecture("olmo2", biases=_ATTENTION)
+_LFM2 = Architecture(
+    "lfm2",
+    epsilon=("norm_eps", RMS[1]),
+    integers={"conv_L_cache": "shortconv.l_cache"},
+    fixed={"block_auto_adjust_ff_dim": False},
+    missing_heads="conv",
+)
+_OLMO2 = Architecture("olmo2", present=_ATTENTION)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "smollm3": Architecture("smollm3", rotary_pairs=True, biases=_BOTH, fixed={"no_rope_layer_interval": 4}),
+    "smollm3": Architecture("smollm3", rotary_pairs=True, present=_BOTH, fixed={"no_rope_layer_interval": 4}),
     "granite": _GRANITE,
     "olmo2": _OLMO2,
-    "ernie4_5": Architecture("ernie4_5", biases={"use_bias": "attn_q"}),
-    "hunyuan-dense": Architecture("hunyuan_v1_dense", biases=_ATTENTION),
-    "seed_oss": Architecture("seed_oss", biases={**_BOTH, "attention_out_bias": "attn_output"}),
-    "chatglm": Architecture("glm", partial_rotary=True, biases=_ATTENTION),
-    "glm4": Architecture("glm4", partial_rotary=True, biases=_ATTENTION),
+    "ernie4_5": Architecture("ernie4_5", present={"use_bias": "attn_q.bias"}),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense", present=_ATTENTION),
+    "seed_oss": Architecture("seed_oss", present={**_BOTH, "attention_out_bias": "attn_output.bias"}),
+    "chatglm": Architecture("glm", partial_rotary=True, present=_ATTENTION),
+    "glm4": Architecture("glm4", partial_rotary=True, present=_ATTENTION),
     "phi3": Architecture("phi3", partial_rotary=True, window=1),
     "nemotron": Architecture(
-        "nemotron", norm_offset=1.0, partial_rotary=True, epsilon=("norm_eps", _LAYER_NORM), biases=_BOTH
+        "nemotron", norm_offset=1.0, partial_rotary=True, epsilon=("norm_eps", _LAYER_NORM), present=_BOTH
     ),
-    "arcee": Architecture("arcee", rotary_pairs=True, biases=_BOTH),
+    "arcee": Architecture("arcee", rotary_pairs=True, present=_BOTH),
     "starcoder2": Architecture(
         "starcoder2",
         epsilon=("norm_epsilon", _LAYER_NORM),
-        biases={"use_bias": "attn_q"},
+        present={"use_bias": "attn_q.bias"},
         fixed={"sliding_window": 4096},  # of all its models; files do not say it
     ),
     "gptneox": Architecture(
@@ -109,27 +123,53 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True,
         epsilon=("layer_norm_eps", _LAYER_NORM),
         flags={"use_parallel_residual": ("use_parallel_residual", True)},
-        biases={"attention_bias": "attn_qkv"},
+        present={"attention_bias": "attn_qkv.bias"},
     ),
     "exaone4": Architecture("exaone4", window=4),
     "cohere2": Architecture(
         "cohere2",
         epsilon=("layer_norm_eps", _LAYER_NORM),
         numbers={"logit_scale": ("logit_scale", 0.0625)},
-        biases=_ATTENTION,
+        present=_ATTENTION,
         window=4,
     ),
     "qwen3moe": Architecture(
-        "qwen3_moe", integers=_QWEN_EXPERTS, biases=_ATTENTION, fixed={"norm_topk_prob": True}, expected=_SOFTMAX
+        "qwen3_moe", integers=_QWEN_EXPERTS, present=_ATTENTION, fixed={"norm_topk_prob": True}, expected=_SOFTMAX
     ),
     "qwen2moe": Architecture(
         "qwen2_moe",
         integers={**_QWEN_EXPERTS, "shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
-        biases={"qkv_bias": "attn_q"},
+        present={"qkv_bias": "attn_q.bias"},
         fixed={"norm_topk_prob": False},
         expected=_SOFTMAX,
     ),
-    "olmoe": Architecture("olmoe", integers=_EXPERTS, biases=_ATTENTION, fixed={"norm_topk_prob": False}),
+    "olmoe": Architecture("olmoe", integers=_EXPERTS, present=_ATTENTION, fixed={"norm_topk_prob": False}),
+    "glm4moe": Architecture(
+        "glm4_moe",
+        partial_rotary=True,
+        integers={
+            "n_routed_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "moe_intermediate_size": "expert_feed_forward_length",
+            "n_shared_experts": "expert_shared_count",
+            "first_k_dense_replace": "leading_dense_block_count",
+            "n_group": "expert_group_count",
+            "topk_group": "expert_group_used_count",
+        },
+        numbers={"routed_scaling_factor": ("expert_weights_scale", 1.0)},
+        flags={"norm_topk_prob": ("expert_weights_norm", False)},
+        present={**_ATTENTION, "use_qk_norm": "attn_q_norm.weight"},
+        expected={"expert_gating_func": SIGMOID},
+        more_layers=True,
+    ),
+    "lfm2": _LFM2,
+    "lfm2moe": replace(
+        _LFM2,
+        model_type="lfm2_moe",
+        integers={**_LFM2.integers, **_QWEN_EXPERTS, "num_dense_layers": "leading_dense_block_count"},
+        fixed={"norm_topk_prob": True, "use_expert_bias": True, "routed_scaling_factor": 1.0},
+        expected={"expert_gating_func": SIGMOID},
+    ),
     "granitemoe": replace(_GRANITE, model_type="granitemoe", integers=_LOCAL_EXPERTS),
 }
 _MIXTRAL = Architecture("mixtral", rotary_pairs=True, integers=_LOCAL_EXPERTS)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import FAMILIES
-from transformers_patches.weights.gguf_architectures import RMS, architecture_of
+from transformers_patches.weights.gguf_architectures import MORE_LAYERS, RMS, Architecture, architecture_of
 from transformers_patches.weights.gguf_family import biased_together, family_of
 from transformers_patches.weights.gguf_file import GGUFFile, read_gguf
 from transformers_patches.weights.gguf_rope import FACTOR_TENSORS, gemma_rope_parameters, rope_parameters
@@ -42,10 +42,14 @@ def config_of(file: GGUFFile) -> PretrainedConfig:
     architecture = architecture_of(metadata)
     family = None if architecture else family_of(metadata)
     metadata.check_keys(architecture.keys if architecture else set())
-    fields = _sizes(metadata, RMS if architecture is None else architecture.epsilon)
+    fields = _sizes(metadata, architecture)
     if architecture is None or not architecture.has_experts:
         _check_no_experts(metadata)
     _check_layers(file, fields)
+    if architecture is not None and architecture.more_layers:
+        fields["num_hidden_layers"] -= metadata.integer(
+            metadata.of_model(MORE_LAYERS), 0, high=fields["num_hidden_layers"] - 1
+        )
     if architecture is None:
         _check_projections(file, fields)
     partial = architecture is not None and architecture.partial_rotary
@@ -67,7 +71,8 @@ def config_of(file: GGUFFile) -> PretrainedConfig:
     return config
 
 
-def _sizes(metadata: Metadata, epsilon: tuple[str, str]) -> dict[str, Any]:
+def _sizes(metadata: Metadata, architecture: Architecture | None) -> dict[str, Any]:
+    epsilon = RMS if architecture is None else architecture.epsilon
     key, file = metadata.of_model, metadata.file
     embeddings = file.tensors.get("token_embd.weight")
     if embeddings is None or len(embeddings.shape) != 2:
@@ -76,7 +81,11 @@ def _sizes(metadata: Metadata, epsilon: tuple[str, str]) -> dict[str, Any]:
         raise PartInferError(f"{file.path} does not generate text: its attention is not causal")
     hidden = metadata.integer(key("embedding_length"), low=1)
     heads = metadata.integer(key("attention.head_count"), low=1)
-    kv_heads = metadata.integer(key("attention.head_count_kv"), heads, low=1)
+    kinds = {}
+    if architecture is not None and architecture.missing_heads:
+        kv_heads, kinds = _heads_by_layer(metadata, architecture.missing_heads)
+    else:
+        kv_heads = metadata.integer(key("attention.head_count_kv"), heads, low=1)
     head_dim = metadata.integer(key("attention.key_length"), hidden // heads, low=1)
     if (
         metadata.integer(key("attention.value_length"), head_dim if head_dim * heads == hidden else hidden // heads)
@@ -99,7 +108,19 @@ def _sizes(metadata: Metadata, epsilon: tuple[str, str]) -> dict[str, Any]:
         "max_position_embeddings": metadata.integer(key("context_length"), low=1),
         epsilon[0]: metadata.number(key(epsilon[1])),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-    }
+    } | kinds
+
+
+def _heads_by_layer(metadata: Metadata, missing: str) -> tuple[int, dict[str, list[str]]]:
+    """Heads for keys, and `layer_types`, of which those without such heads are `missing`."""
+    key = metadata.of_model("attention.head_count_kv")
+    layers = metadata.integer(metadata.of_model("block_count"), low=1)
+    counts = metadata.numbers(key, layers)
+    given = [] if counts is None else [int(count) for count in counts[:layers]]
+    some = set(given) - {0}
+    if len(some) != 1 or min(some) < 1:
+        raise metadata.error(key, f"a list of one number or 0 for each of {layers} layers")
+    return some.pop(), {"layer_types": ["full_attention" if count else missing for count in given]}
 
 
 def _check_no_experts(metadata: Metadata) -> None:

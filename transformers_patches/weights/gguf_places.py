@@ -28,6 +28,7 @@ from transformers_patches.weights.parts import part_name
 _RENAMED = (
     (".router.weight", ".router.layer.weight"),  # Granite's
     (".e_score_correction_bias", ".e_score_correction.bias"),
+    (".expert_bias", ".expert_bias.bias"),
 )
 
 
@@ -93,7 +94,14 @@ def places_of_model(
             continue
         same = _without_ones(weight.shape) == _without_ones(tensor.shape)  # files may leave out dimensions of 1
         found[weight.name] = replace(place, shape=weight.shape) if same else place
-    return found | {name: _place(file.tensors[name]) for name in file.tensors.keys() - used}
+    unused = [name for name in file.tensors.keys() - used if not _is_beyond(name, config.num_hidden_layers)]
+    return found | {name: _place(file.tensors[name]) for name in unused}
+
+
+def _is_beyond(name: str, layers: int) -> bool:
+    """Whether a tensor belongs to a block after the layers of the model."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= layers
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def _wanted(metadata: Metadata, config: PretrainedConfig) -> Iterator[_Wanted]:
 
 def _stored_name(name: str, names: gguf.TensorNameMap) -> str | None:
     """The name in the file of a weight in the model; None if it has none."""
-    for known in (name, *(name.replace(ours, theirs) for ours, theirs in _RENAMED if name.endswith(ours))):
+    for known in (*(name.replace(ours, theirs) for ours, theirs in _RENAMED if name.endswith(ours)), name):
         base, _, kind = known.rpartition(".")
         if (stored := names.get_name(base)) is not None:
             return f"{stored}.{kind}"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.weights.gguf_architectures import PATTERN, WINDOW, Architecture
+from transformers_patches.weights.gguf_architectures import MAY_BE_ZERO, PATTERN, WINDOW, Architecture
 from transformers_patches.weights.gguf_schema import Metadata
 
 
@@ -24,13 +24,13 @@ def settings_of(
             metadata.refuse(key(name), f"only {str(expected).lower()} can be computed")
     fields: dict[str, Any] = dict(architecture.fixed)
     for name, stored in architecture.integers.items():
-        fields[name] = metadata.integer(key(stored), low=1)
+        fields[name] = metadata.integer(key(stored), low=0 if stored in MAY_BE_ZERO else 1)
     for name, (stored, default) in architecture.numbers.items():
         fields[name] = metadata.number(key(stored), sizes["head_dim"] ** -0.5 if default is None else default)
     for name, (stored, default) in architecture.flags.items():
         fields[name] = metadata.flag(key(stored), default)
-    for name, projection in architecture.biases.items():
-        fields[name] = f"blk.0.{projection}.bias" in metadata.file.tensors
+    for name, tensor in architecture.present.items():
+        fields[name] = f"blk.0.{tensor}" in metadata.file.tensors
     if architecture.has_experts:
         _check_router(architecture, metadata, fields, sizes["hidden_size"])
     if architecture.window:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.llama_cpp_model import LlamaCppModel
+from tests.model_gguf import FILES
+from tests.model_table import VOCABULARY
 from tests.tiny_gguf import tiny_model, tokens, write_tiny_gguf
 from tests.transformers_patches.weights.gguf_cases import (
     CONFIGS,
@@ -16,6 +18,8 @@ from tests.transformers_patches.weights.gguf_cases import (
     byte_level_vocabulary,
     sentencepiece_vocabulary,
 )
+from tests.transformers_patches.weights.test_gguf_models import CASES as MODEL_CASES
+from tests.transformers_patches.weights.test_gguf_models import write_case
 from tests.transformers_patches.weights.test_gguf_ties import letters, merged, spaces, written
 from transformers_patches.config import PartInferConfig
 from transformers_patches.load.loader import load_model, read_config
@@ -35,6 +39,29 @@ def test_logits(case: Case, tmp_path):
     ours = load_model(path, settings).model(IDS).logits[0]
     # llama.cpp's GELU comes from a table of 16 bits
     bound = 0.1 if case.architecture.startswith("gemma") else 1e-3
+    assert (ours - expected).abs().max() / expected.std() < bound
+
+
+# What llama.cpp computes of some architectures: no biases in FFNs, windows of the 32B model only, …
+AS_LLAMA_CPP_HAS_IT = {
+    "exaone4": {"num_hidden_layers": 64, "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 16},
+    "ernie4_5": {"use_bias": False},
+    "phi3": {"sliding_window": None},
+    "olmoe": {"num_key_value_heads": 4},
+}
+NOT_THERE = ("seed_oss, biases", "smollm3, biases")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in (*FILES, *MODEL_CASES) if name not in NOT_THERE])
+def test_logits_of_other_architectures(name, tmp_path):
+    path, ids = tmp_path / "tiny.gguf", IDS.remainder(VOCABULARY)
+    model = write_case(path, name, AS_LLAMA_CPP_HAS_IT.get(name))
+    expected = LlamaCppModel(path).logits(ids[0].tolist())
+    settings = PartInferConfig(method="dense", dtype="float32", device="cpu", kernels="torch")
+    ours = load_model(path, settings).model(ids).logits[0]
+    # llama.cpp's GELU comes from a table of 16 bits
+    bound = 0.1 if model.config.model_type in ("gemma", "starcoder2", "gpt_neox") else 1e-3
     assert (ours - expected).abs().max() / expected.std() < bound
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.conftest import random_neuron_file
 from tests.model_gguf import FILES, write_model_gguf
@@ -31,7 +33,8 @@ CASES = {
     "phi3, no windows": ("phi3", {"sliding_window": None}),
     "granitemoe, biases": ("granitemoe", {"attention_bias": True}),
     **{name: VARIANTS[name] for name in ("nemotron, biases", "seed_oss, biases", "smollm3, biases")},
-    **{name: VARIANTS[name] for name in ("gpt_neox, one after the other", "qwen3_moe, YaRN", "phi3, LongRoPE")},
+    **{name: VARIANTS[name] for name in ("gpt_neox, one after the other", "qwen3_moe, YaRN")},
+    "phi3, LongRoPE": ("phi3", VARIANTS["phi3, LongRoPE"][1] | {"sliding_window": None}),
 }
 LONGROPE_FILE = {
     "metadata": {
@@ -45,14 +48,20 @@ LONGROPE_FILE = {
 }
 
 
+def write_case(path: Path, name: str, more: dict | None = None) -> PreTrainedModel:
+    """The file of a model_type or of one of CASES, with more options of its config; returns the model."""
+    model_type, options = CASES.get(name, (name, {}))
+    model = tiny_model(model_type, AS_FILES_HAVE_IT.get(model_type, {}) | options | (more or {}))
+    write_model_gguf(path, model, **(LONGROPE_FILE if "LongRoPE" in name else {}))
+    return model
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*FILES, *CASES])
 def test_logits(name, tmp_path):
-    model_type, options = CASES.get(name, (name, {}))
-    model = tiny_model(model_type, AS_FILES_HAVE_IT.get(model_type, {}) | options)
-    write_model_gguf(tmp_path / "tiny.gguf", model, **(LONGROPE_FILE if "LongRoPE" in name else {}))
+    model = write_case(tmp_path / "tiny.gguf", name)
     ours = load_model(tmp_path / "tiny.gguf", PartInferConfig(method="dense", **TORCH)).model
-    assert ours.config.model_type == model_type
+    assert ours.config.model_type == model.config.model_type
     expected = model(IDS).logits
     assert (ours(IDS).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -118,6 +127,8 @@ def test_a_part_of_one_expert_costs_its_own_bytes(tmp_path):
         ("olmo2", {"olmo2.rope.dimension_count": 4}, {}, "rope.dimension_count to 4: only all 8 dimensions"),
         ("glm4", {"glm4.rope.dimension_count": 10}, {}, "rope.dimension_count to 10: only all 8 dimensions"),
         ("olmo2", {"olmo2.final_logit_softcapping": 30.0}, {}, "softcapping, which is not understood"),
+        ("lfm2", {"lfm2.attention.head_count_kv": 2}, {}, "head_count_kv must be a list of 4 numbers"),
+        ("lfm2", {"lfm2.attention.head_count_kv": [0, 2, 0, 1]}, {}, "head_count_kv must be a list of one number or 0"),
         ("olmo2", {"olmo2.expert_count": 4}, {}, "mixture of experts"),
         ("starcoder2", {}, {"blk.3.attn_output.bias": None}, "lacks model.layers.3.self_attn.o_proj.bias"),
         ("nemotron", {"nemotron.attention.layer_norm_epsilon": None}, {}, "has no nemotron.attention.layer_norm_eps"),
@@ -130,6 +141,20 @@ def test_what_cannot_be_read_is_refused(model_type, metadata, tensors, message, 
     with pytest.raises(PartInferError, match=message) as raised:
         load_model(path, PartInferConfig(method="dense", **TORCH))
     assert "\n" not in str(raised.value)
+
+
+def test_layers_for_later_tokens_are_left_unread(tmp_path):
+    """GLM-4.5's files have one more block than the model has layers."""
+    model = tiny_model("glm4_moe")
+    more = {"glm4moe.block_count": LAYERS + 1, "glm4moe.nextn_predict_layers": 1}
+    block = {f"blk.{LAYERS}.{name}.weight": torch.ones(32) for name in ("attn_norm", "nextn.enorm")}
+    write_model_gguf(tmp_path / "tiny.gguf", model, more, block)
+    ours = load_model(tmp_path / "tiny.gguf", PartInferConfig(method="dense", **TORCH)).model
+    with torch.no_grad():
+        assert (ours(IDS).logits - model(IDS).logits).abs().max() < 1e-4
+    write_model_gguf(tmp_path / "tiny.gguf", model, {"glm4moe.nextn_predict_layers": LAYERS})
+    with pytest.raises(PartInferError, match="nextn_predict_layers must be an integer from 0 to 3"):
+        read_config(tmp_path / "tiny.gguf")
 
 
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path):

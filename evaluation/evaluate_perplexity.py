@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file: imports come from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -17,6 +18,9 @@ from evaluation.windows import HALVES, PREFILL_TOKENS, SCORED_TOKENS, Example, S
 from transformers_patches import cli, flags
 from transformers_patches.errors import PartInferError
 from transformers_patches.files import scratch_folder
+
+if TYPE_CHECKING:
+    from evaluation.processes import Processes
 
 DEFAULT_METHODS = "dense,dense+partial,partinfer,coreinfer"
 BATCH_SIZE = 4
@@ -69,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.models import model_label, settled
+    from evaluation.processes import Processes
     from transformers_patches.weights.lookup import find_model
     from transformers_patches.weights.model_files import load_tokenizer, read_config
 
@@ -76,7 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(folder)
     examples = read_examples(source, tokenizer, read_config(folder).max_position_embeddings)
     grid = [settled(configuration, folder, arguments.task_type) for configuration in grid]
-    rows = _measure(grid, folder, examples, batch_size, arguments)
+    processes = Processes()
+    arguments.quiet = arguments.quiet or not processes.first
+    if parse_compared(arguments.compare):
+        processes.refuse_several("--compare")
+    rows = _measure(grid, folder, examples, batch_size, arguments, processes)
+    if not processes.first:
+        return cli.DONE
     result = {
         "model": model_label(folder),
         "dataset": source.dataset,
@@ -112,6 +123,7 @@ def _measure(
     examples: list[Example],
     batch_size: int | None,
     arguments: argparse.Namespace,
+    processes: Processes,
 ) -> list[dict]:
     """A row per configuration and per type of llama.cpp. batch_size: all rows, the dense ones too, are scored alike."""
     from evaluation.compared.files import ComparedFiles, own_kind
@@ -125,7 +137,8 @@ def _measure(
         if compared:
             files = ComparedFiles(folder, lambda: open_weights(folder), config, own_kind(config), scratch)
         own = own_kind(config, arguments.dtype)
-        rows = PerplexityRows(folder, examples, batch_size, arguments, store if first_dense(grid) else None)
+        kept = store if first_dense(grid) else None
+        rows = PerplexityRows(folder, examples, batch_size, arguments, kept, processes)
         return measure(rows, grid, files, [kind or own for kind in compared])
 
 

@@ -90,15 +90,20 @@ def main(argv: list[str] | None = None) -> int:
     cli.begin(arguments)
     # heavy imports only now: --help and wrong usage answer at once
     from evaluation.models import settled
+    from evaluation.processes import Processes
     from evaluation.task_runs import TaskRunner
     from transformers_patches.weights.lookup import find_model
 
-    runner = TaskRunner(find_model(arguments.model_name, arguments.checkpoint_path), arguments)
+    processes = Processes()
+    arguments.quiet = arguments.quiet or not processes.first
+    runner = TaskRunner(find_model(arguments.model_name, arguments.checkpoint_path), arguments, processes)
     rows = []
     for configuration in grid:
         for task_type, tasks in runner.tasks_by_type().items():
             rows += runner.run(settled(configuration, runner.folder, task_type), task_type, tasks)
             gc.collect()  # one model at a time in memory
+    if not processes.first:
+        return cli.DONE
     table = markdown_table(rows, ["task", "configuration", "metric", "value", "stderr", "ffn_bytes_fraction"])
     cli.report(arguments.json, {"model": runner.model, "rows": rows}, table, indent=1)
     return cli.DONE

@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a file: imports come from the repository, not from this folder
@@ -26,7 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
-from evaluation.answer_log import AnswerLog
+from evaluation.answer_log import GENERATED, SCORED, AnswerLog
 from evaluation.models import attach_published, find_rankings
 from evaluation.published.settings import PublishedSettings
 from evaluation.scoring import Request, batches, continuation_logits
@@ -90,6 +91,8 @@ class PartInferLM(HFLM):
         if is_gguf(folder):
             others.setdefault("tokenizer", load_tokenizer(folder))
         super().__init__(pretrained=str(folder), device=device, **others)
+        if getattr(self, "accelerator", None) is not None:  # HFLM shares work among processes on GPUs only
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> PartInferLM:
@@ -140,10 +143,20 @@ class PartInferLM(HFLM):
         several = any((request.repeats or 1) > 1 for request in requests)  # different answers to one prompt
         if self.answer_log is None or several:
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
-        missing = [request for request in requests if self.answer_log.get(request.args) is None]
+        return self._through_log(GENERATED, requests, partial(super().generate_until, disable_tqdm=disable_tqdm))
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Scores; those that `answer_log` holds are not computed again."""
+        if self.answer_log is None:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return self._through_log(SCORED, requests, partial(super().loglikelihood, disable_tqdm=disable_tqdm))
+
+    def _through_log(self, kind: str, requests: list, compute: Callable[[list], list]) -> list:
+        """The answers of lm-eval's requests, of which only those that the log lacks are computed."""
+        missing = [request for request in requests if self.answer_log.get(kind, request.args) is None]
         self.cache_hook = self.answer_log
-        super().generate_until(missing, disable_tqdm=disable_tqdm)
-        return [self.answer_log.get(request.args) for request in requests]
+        compute(missing)
+        return [self.answer_log.get(kind, request.args) for request in requests]
 
     def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
         if self.device.type == "cpu":
@@ -232,14 +245,28 @@ class PartInferLM(HFLM):
             for context, continuation in rolling_windows(
                 self.tok_encode(text), self.prefix_token_id, prefilled, scored
             ):
-                windows.append((None, context, continuation))
+                windows.append((_window_key(context, continuation), context, continuation))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        for owner, (score, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for owner, (score, _) in zip(owners, self._scored_windows(windows, disable_tqdm), strict=True):
             totals[owner] += score
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+    def _scored_windows(self, windows: list[TokenRequest], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        """Scores of windows, which are kept in `answer_log` like other scores."""
+        log = self.answer_log
+        if log is None:
+            return self._loglikelihood_tokens(windows, disable_tqdm)
+        self.cache_hook = log
+        self._loglikelihood_tokens([w for w in windows if log.get(SCORED, w[0]) is None], disable_tqdm)
+        return [log.get(SCORED, window[0]) for window in windows]
+
+
+def _window_key(context: list[int], continuation: list[int]) -> tuple[str, str]:
+    """What a window is known by in the answer log, where other requests have their texts."""
+    return tuple(f"tokens {' '.join(map(str, part))}" for part in (context, continuation))
 
 
 def rolling_windows(tokens: list[int], prefix: int, prefilled: int, scored: int) -> list[tuple[list[int], list[int]]]:

@@ -60,7 +60,7 @@ def dense_logits() -> Iterator[DenseLogits]:
 def score_examples(
     logits: Iterable[tuple[int, torch.Tensor]], examples: list[Example], dense: DenseLogits | None, *, is_dense: bool
 ) -> dict[str, np.ndarray]:
-    """Sums over each example's scored tokens: float64 [examples] for each name in COLUMNS.
+    """Sums over each example's scored tokens: float64 [examples] for each name in COLUMNS; NaN without logits.
 
     logits: for each example, its index and the logits [T, V] of its target
     dense: the dense model's logits, written if is_dense, else read; None: `kl` and `agreement` are NaN
@@ -78,25 +78,37 @@ def score_examples(
 
 
 def method_logits(
-    model: PreTrainedModel, examples: list[Example], batch_size: int | None
+    model: PreTrainedModel, examples: list[Example], batch_size: int | None, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """For each example, its index and the logits [T, V] of its target.
 
     batch_size: how many examples to score together, in one pass; None: one example at a time, token by token, as
         decoding computes
+    share: of several processes, which one this is and how many there are; each takes whole batches, so that what is
+        computed together does not depend on them
 
     Raises PartInferError for tokens that the model does not have.
     """
     for number, example in enumerate(examples, start=1):
         check_token_ids(example.context + example.target, model.config.vocab_size, f"example {number}")
     if batch_size is None:
-        for index, example in enumerate(examples):
+        for index, example in list(enumerate(examples))[share[0] :: share[1]]:
             yield index, decoded_logits(model, example.context, example.target)
         return
     requests = [(example.context, [example.target]) for example in examples]
-    for indices in batches(requests, batch_size):
+    for indices in list(batches(requests, batch_size))[share[0] :: share[1]]:
         for row, _, logits in continuation_logits(model, [requests[i] for i in indices]):
             yield indices[row], logits
+
+
+def together(tables: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The table of all examples from those of several processes, which are NaN where another one has the example."""
+    whole = {name: values.copy() for name, values in tables[0].items()}
+    for table in tables[1:]:
+        theirs = ~np.isnan(table["nll"])
+        for name, values in table.items():
+            whole[name][theirs] = values[theirs]
+    return whole
 
 
 def _sums(logits: torch.Tensor, target: list[int], dense: torch.Tensor | None) -> dict[str, float]:

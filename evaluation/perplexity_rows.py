@@ -15,7 +15,8 @@ from evaluation.compared.files import ComparedFiles
 from evaluation.compared.kinds import ComparedFile
 from evaluation.methods import Configuration
 from evaluation.models import load_configuration
-from evaluation.perplexity import DenseLogits, method_logits, result_row, score_examples
+from evaluation.perplexity import DenseLogits, method_logits, result_row, score_examples, together
+from evaluation.processes import Processes, merged_counts
 from evaluation.weights import weight_counts
 from evaluation.windows import Example
 from transformers_patches.load.loaded_model import LoadedModel
@@ -29,6 +30,7 @@ class PerplexityRows:
     batch_size: how many are scored together; None: token by token, as decoding computes
     arguments: of the script: --task_type, --random_neurons_filepath, --seed, --bootstrap_iters, --quiet, --threads
     store: where the dense model's logits are kept; None: no row is compared to it
+    processes: which share the examples among them; all of them have the rows. None: this one is alone
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class PerplexityRows:
         batch_size: int | None,
         arguments: argparse.Namespace,
         store: DenseLogits | None,
+        processes: Processes | None = None,
     ) -> None:
         self.folder, self.examples, self.batch_size, self.arguments = folder, examples, batch_size, arguments
-        self._store = store
+        self._store, self._processes = store, processes or Processes()
         self._bootstrap = Bootstrap(len(examples), arguments.bootstrap_iters, arguments.seed)
         self._dense: dict | None = None
         self._tables: dict[str, dict] = {}
@@ -53,12 +56,15 @@ class PerplexityRows:
         is_dense = self._dense is None and self._store is not None and configuration.method == "dense"
         if is_dense:
             self._store.check_space(self.examples, loaded.model.config.vocab_size, loaded.model.dtype.itemsize)
-        logits = method_logits(loaded.model, self.examples, self.batch_size)
+        share = (self._processes.number, self._processes.count)
+        logits = method_logits(loaded.model, self.examples, self.batch_size, share)
         table = self._score(logits, is_dense=is_dense)
         loaded.check_weights()
         self._tables[configuration.label] = table
         same_table = None if same is None else self._tables[same.label]
-        row = result_row(_settings(configuration, loaded), table, self._dense, same_table, self._bootstrap)
+        counts = merged_counts(self._processes.gathered(weight_counts(loaded)))
+        what = _settings(configuration, loaded) | counts
+        row = result_row(what, table, self._dense, same_table, self._bootstrap)
         del loaded, logits  # one model at a time in memory
         gc.collect()
         return row
@@ -89,6 +95,7 @@ class PerplexityRows:
     def _score(self, logits, *, is_dense: bool = False) -> dict:
         store = self._store if is_dense or self._dense is not None else None
         table = score_examples(logits, self.examples, store, is_dense=is_dense)
+        table = together(self._processes.gathered(table))
         if is_dense:
             self._dense = table
         return table
@@ -143,7 +150,6 @@ def _settings(configuration: Configuration, loaded: LoadedModel) -> dict:
         "selection": loaded.settings.selection if settings.computes_sparsely else None,
         "compensation": loaded.settings.compensation,
         **_published(configuration),
-        **weight_counts(loaded),
     }
 
 

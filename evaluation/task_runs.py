@@ -21,8 +21,10 @@ from evaluation.answer_log import AnswerLog
 from evaluation.methods import Configuration
 from evaluation.models import model_label, rankings_of
 from evaluation.partinfer_lm import PartInferLM
+from evaluation.processes import Processes, merged_counts
 from evaluation.results import is_finished, result_path, write_result
 from evaluation.task_groups import task_type_of
+from evaluation.weights import weight_counts
 from transformers_patches.errors import PartInferError
 
 TASKS = Path(__file__).resolve().parent / "tasks"
@@ -46,8 +48,8 @@ _RUN_OPTIONS = (
 class TaskRunner:
     """Runs the requested tasks on one checkpoint. Raises PartInferError for tasks that do not exist."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
-        self.folder, self.arguments = folder, arguments
+    def __init__(self, folder: Path, arguments: argparse.Namespace, processes: Processes) -> None:
+        self.folder, self.arguments, self.processes = folder, arguments, processes
         self.model = model_label(folder)
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = [name.strip() for name in arguments.task_name.split(",") if name.strip()]
@@ -65,7 +67,10 @@ class TaskRunner:
         return groups
 
     def run(self, configuration: Configuration, task_type: str | None, tasks: list[str]) -> list[dict]:
-        """Load the model once, run tasks on it, write their result files, and return a row per metric."""
+        """Load the model once, run tasks on it, write their result files, and return a row per metric.
+
+        Of several processes, which share the examples, the first one has the rows and writes the files.
+        """
         model = None
         rows = []
         for task in tasks:
@@ -78,11 +83,12 @@ class TaskRunner:
             objects, leaves = self._load_task(task)
             self._check_allowed(leaves)
             model = model or self._load(configuration, task_type)
-            model.answer_log = AnswerLog(path.with_suffix(".answers.jsonl"), run)
-            if not self.arguments.skip_finished:
-                model.answer_log.forget()
+            model.answer_log = self._answer_log(path, run)
             result, samples = self._run_task(model, configuration, objects, leaves)
-            write_result(path, result | {"task": task, "run": run}, samples)
+            if not self.processes.first:
+                continue
+            result |= {"task": task, "run": run, "answers_kept": model.answer_log.kept}
+            write_result(path, result, samples)
             model.answer_log.forget()  # the result holds what counts
             shared = {
                 "configuration": configuration.label,
@@ -90,6 +96,16 @@ class TaskRunner:
             }
             rows += [shared | metric for metric in result["metrics"]]
         return rows
+
+    def _answer_log(self, path: Path, run: dict) -> AnswerLog:
+        """Where answers are kept until the result is written: those of a run that was stopped with --skip_finished."""
+        path = path.with_suffix(".answers.jsonl")
+        if self.processes.first and not self.arguments.skip_finished:
+            path.unlink(missing_ok=True)
+        self.processes.gathered(None)  # nobody reads or writes before that
+        log = AnswerLog(path, run)
+        self.processes.gathered(None)  # nobody writes before all have read
+        return log
 
     def _check_allowed(self, tasks: dict[str, Task]) -> None:
         """Raise PartInferError for tasks that run programs or hold conversations, if no flag asks for that."""
@@ -154,15 +170,17 @@ class TaskRunner:
             fewshot_random_seed=given.seed,
             confirm_run_unsafe_code=given.run_generated_code,
         )
+        counts = merged_counts(self.processes.gathered(weight_counts(model.loaded)))
+        if output is None:  # not the first process
+            return {}, {}
         samples = output.pop("samples", {})
-        counts = output["config"]["partinfer"]
         result = {
             "model": self.model,
             "configuration": configuration.label,
             "method": configuration.method,
             "metrics": _metrics(output["results"]),
             "rows": {name: count["effective"] for name, count in output["n-samples"].items()},
-            "weights": {name: value for name, value in counts.items() if name != "settings"},
+            "weights": counts,
             "seconds": round(time.perf_counter() - started, 1),
             "lm_eval": {name: output[name] for name in ("results", "versions", "n-shot", "higher_is_better")},
         }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from evaluation.answer_log import AnswerLog
 from evaluation.evaluate_task import main
 from evaluation.results import is_finished, result_path
 from evaluation.task_groups import task_type_of
@@ -219,3 +220,45 @@ def test_every_local_task_runs_on_the_real_data(flags, tmp_path):
     assert main([*shown, *limits, "--task_name", tasks]) == 0
     for task in tasks.split(","):
         assert result(tmp_path, "partinfer", task)["metrics"], task
+
+
+@pytest.mark.parametrize(
+    ("task", "method"), [("local_piqa", "dense"), ("local_piqa", "partinfer"), ("own", "partinfer")]
+)
+def test_a_run_that_was_stopped_goes_on_within_the_task(flags, tmp_path, data_folder, monkeypatch, task, method):
+    """Of scores, and of windows of whole texts."""
+    (tmp_path / "own.yaml").write_text(
+        "task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: piqa/validation.jsonl}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: goal\n"
+        "metric_list: [{metric: word_perplexity}]\n",
+        encoding="utf-8",
+    )
+    run = [*flags, f"--task_name={task}", f"--method={method}", f"--include_path={tmp_path}", "--scored_tokens=4"]
+    run += ["--prefill_tokens=4", "--batch_size=1", "--skip_finished", "--task_type=QA"]
+    add, kept = AnswerLog.add_partial, []
+
+    def stopped(self, kind, request, answer) -> None:
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+        add(self, kind, request, answer)
+        kept.append(request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerLog, "add_partial", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(run)
+    log = result_path(tmp_path, "tiny-llama", method, task).with_suffix(".answers.jsonl")
+    assert log.read_text(encoding="utf-8").count("\n") == 3
+    with pytest.raises(PartInferError, match="run with other settings"):
+        main([*run, "--limit=2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerLog, "add_partial", lambda self, *rest: (kept.append(rest[1]), add(self, *rest)))
+        assert main(run) == 0
+    scored = [request for request in kept if len(request) == 2]  # a whole text's sum is no answer of its own
+    assert len(scored) > 3
+    assert not set(scored[:3]) & set(scored[3:])
+    assert not log.exists()
+    went_on = result(tmp_path, method, task)
+    assert went_on["answers_kept"] == 3
+    assert main([option for option in run if option != "--skip_finished"]) == 0
+    assert result(tmp_path, method, task)["metrics"] == went_on["metrics"]

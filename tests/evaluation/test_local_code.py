@@ -146,10 +146,18 @@ def test_a_stopped_run_goes_on_with_the_next_problem(flags, tmp_path, monkeypatc
     assert result(tmp_path, "dense")["metrics"][0]["value"] == 0.5
 
 
-def test_answers_of_other_runs_and_half_lines_are_ignored(tmp_path):
-    path = tmp_path / "a.jsonl"
-    AnswerLog(path, {"limit": 1}).add_partial("generate_until", ("prompt", {"until": ["x"]}), "answer")
+def test_half_lines_are_ignored_and_runs_never_mixed(tmp_path):
+    path, asked = tmp_path / "a.jsonl", ("prompt", {"until": ["x"]})
+    AnswerLog(path, {"limit": 1}).add_partial("generate_until", asked, "answer")
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"key": "1')
-    assert AnswerLog(path, {"limit": 1}).get(("prompt", {"until": ["x"]})) == "answer"
-    assert AnswerLog(path, {"limit": 2}).get(("prompt", {"until": ["x"]})) is None
+    log = AnswerLog(path, {"limit": 1})
+    assert log.get("generate_until", asked) == "answer"
+    assert log.get("generate_until", ("prompt", {"until": ["y"]})) is None
+    log.add_partial("loglikelihood", ("a", "b"), (-1.25, True))
+    log.add_partial("loglikelihood_rolling", ("c",), -3.0)  # a sum of what is kept already
+    again = AnswerLog(path, {"limit": 1})
+    assert again.get("loglikelihood", ("a", "b")) == (-1.25, True)
+    assert again.kept == 2
+    with pytest.raises(PartInferError, match="answers of a run with other settings"):
+        AnswerLog(path, {"limit": 2})

@@ -12,7 +12,10 @@ from evaluation.tables import number
 from transformers_patches.errors import PartInferError
 
 # A task's score is the first of these metrics that it has.
-_PRIMARY = ("HasAns_f1", "f1", "exact_match", "bleu", "rougeL", "rouge1", "rougeL_max", "acc", "word_perplexity")
+_PRIMARY = (
+    *("HasAns_f1", "f1", "exact_match", "pass@1", "prompt_level_strict_acc"),
+    *("bleu", "rougeL", "rouge1", "rougeL_max", "acc", "word_perplexity"),
+)
 _SETTINGS = ("sparsity", "loaded_neurons_percent")
 _SIZES = {"loaded_bytes_fraction": "weight_bytes_resident", "token_bytes_fraction": "token_bytes"}
 # A result is compared with the dense result for the same model, task and options.

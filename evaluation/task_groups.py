@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 # The original's task groups, extended by the offline tasks. Language modelling belongs to none: it uses the model's
 # neuron file.
 _GROUPS = {
-    "QA": ("*triviaqa*", "*squad*", "*mlqa*", "*piqa*", "*truthfulqa*"),
+    "QA": ("*triviaqa*", "*squad*", "*mlqa*", "*piqa*", "*truthfulqa*", "*gsm8k*"),
     "Summarize": ("*cnn_dailymail*", "*xsum*", "*samsum*"),
     "translate_de_en": ("wmt*", "*translation*"),
 }

@@ -52,11 +52,16 @@ def main(arguments: argparse.Namespace) -> None:
         raise PartInferError("no text is long enough to measure losses on: two tokens of a prompt, and one to score")
     if arguments.ladder:
         neurons.ladder = ladder_of(arguments, loaded, texts)
+        _save(neurons, arguments.file)  # with predicted losses, should measuring them be interrupted
     del loaded
     neurons.loss = measure(arguments, neurons, texts)
     if arguments.ladder:
         neurons.ladder = measure_ladder(arguments, neurons, texts)
-    with interrupts_deferred():
-        neurons.save(arguments.file)
+    _save(neurons, arguments.file)
     content = {"output": str(arguments.file), **losses(neurons)}
     cli.report(arguments.json, content, expectation(neurons.loss, neurons.ladder))
+
+
+def _save(neurons: NeuronFile, file: Path) -> None:
+    with interrupts_deferred():
+        neurons.save(file)

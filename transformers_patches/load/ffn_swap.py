@@ -12,6 +12,7 @@ from transformers_patches.plan.load_plan import LayerPlan
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.compensation import Compensation
 from transformers_patches.sparse.layer_selection import LayerSelection
+from transformers_patches.sparse.moved_rows import CudaCopies, MovedRows, Transfers
 from transformers_patches.sparse.neuron_rows import BY_INPUT, PAIRED, PLAIN, NeuronRows
 from transformers_patches.sparse.prior import Prior
 from transformers_patches.sparse.prompt_selection import PromptSelection
@@ -28,11 +29,15 @@ from transformers_patches.weights.source import Source, WeightedSum
 def swap_ffns(model: PreTrainedModel, run: ResolvedRun, state: RequestState) -> dict[str, Source]:
     """Put a SparseFFN in place of each planned FFN; where the new parameters come from."""
     family, sources = run.family, {}
+    transfers = Transfers(CudaCopies(run.device))
     for layer in run.plan.layers:
         dense = family.ffn_module(model, layer)
         place = f"{family.layers}.{layer}.{family.ffn_children[0]}"
         sources |= {f"{place}.{name}": source for name, source in _sources(run, layer, dense).items()}
-        family.swap_ffn(family.decoder_layers(model)[layer], _sparse_ffn(run, layer, dense, state))
+        ffn = _sparse_ffn(run, layer, dense, state)
+        if isinstance(ffn.rows, MovedRows):
+            ffn.rows.join(transfers)
+        family.swap_ffn(family.decoder_layers(model)[layer], ffn)
     return sources
 
 
@@ -42,7 +47,7 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
     up, down = getattr(dense, family.up), getattr(dense, family.down)
     prior, activation = _prior(run, layer, plan), family.activation_of(dense, run.config)
     with without_memory():
-        rows = (NeuronRows if run.resident is None else OnDemandRows)(
+        rows = _kind_of_rows(run)(
             plan.loaded_count,
             up.in_features,
             activation,
@@ -54,6 +59,12 @@ def _sparse_ffn(run: ResolvedRun, layer: int, dense: nn.Module, state: RequestSt
         )
         selection = _selection(run, rows, layer, prior)
         return SparseFFN(rows, selection, state, output_bias=down.bias is not None).to(run.dtype)
+
+
+def _kind_of_rows(run: ResolvedRun) -> type[NeuronRows]:
+    if run.settings.memory_limit:
+        return MovedRows
+    return NeuronRows if run.resident is None else OnDemandRows
 
 
 def _layout(run: ResolvedRun) -> str:

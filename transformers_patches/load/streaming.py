@@ -254,6 +254,8 @@ def _memory_for(
             return held
 
     def empty(like: torch.Tensor) -> torch.Tensor:
+        if pinned:
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
         if paired:  # with the other paired weight of its module
             return memory.empty_paired((weight.name.rpartition(".")[0], like.dtype), like.shape, like.dtype)
         if joined is not None:
@@ -261,8 +263,7 @@ def _memory_for(
             return memory.empty_joined((joined.group, like.dtype), like.shape[0], widths, joined.number, like.dtype)
         return memory.empty(like.shape, like.dtype, target)
 
-    values = like.like(empty) if isinstance(like, QuantizedTensor) else empty(like)
-    return values.pin_memory() if pinned else values
+    return like.like(empty) if isinstance(like, QuantizedTensor) else empty(like)
 
 
 def _hold(

@@ -153,7 +153,7 @@ class NeuronRows(nn.Module):
 
     @staticmethod
     def _on_device(rows: Rows, device: torch.device) -> Rows:
-        """The rows where the arithmetic runs; a transfer only with memory_limit."""
+        """The rows where the arithmetic runs."""
         return {name: w.to(device, non_blocking=True) for name, w in rows.items()}
 
     def activations(self, x: torch.Tensor, rows: Rows) -> Activations:

@@ -257,7 +257,7 @@ def test_a_hidden_size_without_groups_is_an_error(tmp_path):
         load_model(tmp_path, PartInferConfig(method="dense", dtype="int4", device="cpu"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("memory_limit", [False, True])
 @pytest.mark.parametrize("dtype", BITS)
 def test_cuda_gives_the_logits_of_the_cpu(dtype, memory_limit, tiny_checkpoints, quantized):

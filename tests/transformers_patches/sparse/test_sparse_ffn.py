@@ -192,7 +192,7 @@ def test_with_memory_limit_only_active_neurons_are_moved_once_per_prompt(family,
     assert all(torch.equal(a, b) for a, b in zip(logits, expected * 2, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("memory_limit", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cuda_gives_the_logits_of_the_cpu(family, memory_limit, tiny_checkpoints, loaded):

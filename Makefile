@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= smollm2-135m
 RUN = .venv/bin/python
 
-.PHONY: demo test fast lint install model browser clean
+.PHONY: demo test fast gpu lint install model browser clean
 
 demo: install  ## a real model answers each prompt twice, dense and with the fewest bytes that keep its answers
 	$(RUN) download.py --model_name $(MODEL) --keep_gguf
@@ -14,6 +14,11 @@ test: install model lint  ## everything, on tiny random models and on the demo m
 
 fast: install  ## the tests that need no model
 	$(RUN) -m pytest -m "not slow and not model"
+
+gpu: install model  ## what only a machine with a GPU can prove, in 10 minutes: tests, then speeds
+	$(RUN) -m pytest -m cuda
+	$(RUN) -m pytest tests/transformers_patches/kernels/triton -m "not slow"
+	$(RUN) benchmarks/gpu.py --seconds 420
 
 lint: install
 	$(RUN) -m ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run as a file: imports come from the repository, not from this folder
@@ -18,6 +19,9 @@ def disk_bytes() -> int:
         if name == "read_bytes":
             return int(value)
     return 0
+
+
+Reached = Callable[[int], bool]  # is told each token; whether to go on
 
 
 class PartInfer:
@@ -37,25 +41,21 @@ class PartInfer:
 
         torch.set_num_threads(job["threads"])
         self.loaded = load_model(job["path"], settings_for(Path(job["path"]), given, "QA"))
-        self.cache = None
 
-    def prefill(self, prompt: list[int]) -> int:
+    def answer(self, prompt: list[int], count: int, reached: Reached) -> None:
         import torch
+        from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-        from transformers_patches.fast_pass.one_token import new_cache
+        from transformers_patches.generation.generate import generate_ids
 
-        self.cache = new_cache(self.loaded.model)
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = self.loaded.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return int(out.logits[0, -1].argmax())
+        class Tell(StoppingCriteria):
+            def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+                return torch.tensor([not reached(int(ids[0, -1]))])
 
-    def step(self, token: int) -> int:
-        import torch
-
-        with torch.inference_mode():
-            ids = torch.tensor([[token]])
-            return int(self.loaded.model(ids, past_key_values=self.cache, use_cache=True).logits[0, -1].argmax())
+        config = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+        generate_ids(
+            self.loaded, torch.tensor([prompt]), config, None, stopping_criteria=StoppingCriteriaList([Tell()])
+        )
 
     def facts(self) -> dict:
         rows = self.loaded.rows_on_disk
@@ -74,14 +74,14 @@ class LlamaCpp:
             job["path"], n_ctx=512, n_threads=job["threads"], n_threads_batch=job["threads"], verbose=False
         )
 
-    def prefill(self, prompt: list[int]) -> int:
+    def answer(self, prompt: list[int], count: int, reached: Reached) -> None:
         self.model.reset()
-        self.model.eval(prompt)
-        return int(self.model.sample(temp=0.0))
-
-    def step(self, token: int) -> int:
-        self.model.eval([token])
-        return int(self.model.sample(temp=0.0))
+        ids = prompt
+        for _ in range(count):
+            self.model.eval(ids)
+            ids = [int(self.model.sample(temp=0.0))]
+            if not reached(ids[0]):
+                break
 
     def facts(self) -> dict:
         return {}
@@ -104,28 +104,50 @@ class Accelerate:
             local_files_only=True,
             trust_remote_code=False,
         )
-        self.cache = None
 
-    def prefill(self, prompt: list[int]) -> int:
-        self.cache = None
-        return self._pass(prompt)
-
-    def step(self, token: int) -> int:
-        return self._pass([token])
-
-    def _pass(self, ids: list[int]) -> int:
+    def answer(self, prompt: list[int], count: int, reached: Reached) -> None:
         import torch
 
-        with torch.inference_mode():
-            out = self.model(torch.tensor([ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
-        return int(out.logits[0, -1].argmax())
+        ids, cache = prompt, None
+        for _ in range(count):
+            with torch.inference_mode():
+                out = self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids, cache = [int(out.logits[0, -1].argmax())], out.past_key_values
+            if not reached(ids[0]):
+                break
 
     def facts(self) -> dict:
         return {}
 
 
 ENGINES = {"partinfer": PartInfer, "llama.cpp": LlamaCpp, "accelerate": Accelerate}
+
+
+class Timing:
+    """When the tokens of an answer came, and what had been read from disk by then. until: when it may go on no longer."""
+
+    def __init__(self, engine: PartInfer | LlamaCpp | Accelerate, until: float) -> None:
+        self.engine, self.until, self.tokens = engine, until, []
+        self.times, self.disk = [time.perf_counter()], [disk_bytes()]
+
+    def reached(self, token: int) -> bool:
+        if not self.tokens:
+            self.engine.facts()  # what is counted from here on is of decoding only
+        self.tokens.append(token)
+        self.times.append(time.perf_counter())
+        self.disk.append(disk_bytes())
+        return self.times[-1] < self.until
+
+    def row(self) -> dict:
+        begun, first, *_, last = self.times if len(self.times) > 2 else (*self.times, self.times[-1])
+        before, prompt, *_, end = self.disk if len(self.disk) > 2 else (*self.disk, self.disk[-1])
+        steps = len(self.tokens) - 1
+        return {
+            "first_token_s": first - begun,
+            "tokens_per_second": steps / (last - first) if steps else None,
+            "prompt_disk_mb": (prompt - before) / 1e6,
+            "token_disk_mb": (end - prompt) / 1e6 / steps if steps else None,
+        }
 
 
 def measure(job: dict) -> dict:
@@ -139,24 +161,10 @@ def measure(job: dict) -> dict:
     engine = ENGINES[job["engine"]](job)
     load_s, rows, answers = time.perf_counter() - started, [], []
     for prompt in job["prompts"]:
-        before, begun = disk_bytes(), time.perf_counter()
-        tokens = [engine.prefill(prompt)]
-        first, read = time.perf_counter() - begun, disk_bytes()
-        if job["engine"] == "partinfer":
-            engine.facts()  # those of decoding only
-        while len(tokens) < job["new_tokens"] and time.perf_counter() - started < job["seconds"]:
-            tokens.append(engine.step(tokens[-1]))
-        spent, steps = time.perf_counter() - begun - first, len(tokens) - 1
-        rows.append(
-            {
-                "first_token_s": first,
-                "tokens_per_second": steps / spent if steps else None,
-                "prompt_disk_mb": (read - before) / 1e6,
-                "token_disk_mb": (disk_bytes() - read) / 1e6 / steps if steps else None,
-                **engine.facts(),
-            }
-        )
-        answers.append(tokens)
+        one = Timing(engine, started + job["seconds"])
+        engine.answer(prompt, job["new_tokens"], one.reached)
+        rows.append(one.row() | engine.facts())
+        answers.append(one.tokens)
         if time.perf_counter() - started > job["seconds"]:
             break
     return {

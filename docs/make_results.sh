@@ -2,7 +2,7 @@
 # The numbers of docs/results.md: neuron files and a fit from the calibration halves of the data sets, then tasks and
 # perplexity of every method on seeded samples of the report halves, then the tables in the page. For a night: a step that
 # fails is named at the end, and the others go on. Started again, it goes on where it stopped: finished steps are
-# skipped, profiles, fits and tasks go on inside. $OUT/make_results.log says when each step began and ended.
+# skipped, and all others go on inside. $OUT/make_results.log says when each step began and ended.
 #
 # Usage: DATA=path/to/data [MODEL=NAME] [SIZE=full|small] sh docs/make_results.sh [STAGE…]
 #
@@ -91,7 +91,7 @@ perplexity() {
         --selection up --compensation none,mean,refit --fit_filepath "$FIT" \
         --dataset "$DATA/$data" --limit "$examples" --batch_size 8 \
         --dataset_neurons_filepath "$NEURONS/${ONE:-$dataset}.safetensors" \
-        --model_neurons_filepath "$NEURONS/${ONE:-model}.safetensors" --json "$result" "$@"
+        --model_neurons_filepath "$NEURONS/${ONE:-model}.safetensors" --skip_finished --json "$result" "$@"
 }
 
 # CATS, TEAL and WINA, calibrated on the valid text
@@ -100,7 +100,7 @@ baselines() {
     [ -f "$result" ] && return
     $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method dense,cats,teal_uniform,wina \
         --paper_sparsity 0.25,0.4,0.5 --calibration "$DATA/wikitext2/valid.txt" --dataset "$DATA/wikitext2/test.txt" \
-        --limit "$WINDOWS" --batch_size 8 --json "$result"
+        --limit "$WINDOWS" --batch_size 8 --skip_finished --json "$result"
 }
 
 page() {

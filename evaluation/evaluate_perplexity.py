@@ -52,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", default="", metavar="LIST", help=f"also measure {HELP}")
     add("--bootstrap_iters", type=int, default=1000, help="resamples of the confidence intervals (1000)")
     add("--seed", type=int, default=0, help="of the sample, the bootstrap, and random rankings without a file (0)")
+    add(
+        "--skip_finished",
+        action="store_true",
+        help="go on where a run with the same settings and --json FILE was stopped: rows that it has finished are kept",
+    )
     flags.add_json(parser)
     flags.add_quiet(parser)
     flags.add_config(parser)
@@ -66,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         batch_size = _batch_size(arguments)
         flags.check_model(arguments)
         parse_compared(arguments.compare)
+        kept = _kept_path(arguments)
         if arguments.bootstrap_iters < 1:
             raise PartInferError(f"bootstrap_iters must be at least 1, got {arguments.bootstrap_iters}")
     except PartInferError as error:
@@ -100,7 +106,17 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     cli.report(arguments.json, result, _table(rows), indent=1)
+    if kept is not None:
+        kept.unlink(missing_ok=True)  # the result has all rows
     return cli.DONE
+
+
+def _kept_path(arguments: argparse.Namespace) -> Path | None:
+    """Where finished rows are kept until all are there: beside the file of --json. PartInferError if there is none."""
+    in_file = arguments.json not in (None, flags.STANDARD_OUTPUT)
+    if arguments.skip_finished and not in_file:
+        raise PartInferError("--skip_finished keeps rows beside the file of --json: give --json FILE")
+    return Path(f"{arguments.json}.rows") if arguments.skip_finished else None
 
 
 def _source(arguments: argparse.Namespace) -> Source:
@@ -138,7 +154,8 @@ def _measure(
             files = ComparedFiles(folder, lambda: open_weights(folder), config, own_kind(config), scratch)
         own = own_kind(config, arguments.dtype)
         kept = store if first_dense(grid) else None
-        rows = PerplexityRows(folder, examples, batch_size, arguments, kept, processes)
+        rows = PerplexityRows(folder, examples, batch_size, arguments, kept, processes, _kept_path(arguments))
+        processes.gathered(None)  # nobody writes before all have read
         return measure(rows, grid, files, [kind or own for kind in compared])
 
 

@@ -13,6 +13,7 @@ import torch
 from evaluation.bootstrap import Bootstrap
 from evaluation.compared.files import ComparedFiles
 from evaluation.compared.kinds import ComparedFile
+from evaluation.kept_rows import KeptRows
 from evaluation.methods import Configuration
 from evaluation.models import load_configuration
 from evaluation.perplexity import DenseLogits, method_logits, result_row, score_examples, together
@@ -31,6 +32,7 @@ class PerplexityRows:
     arguments: of the script: --task_type, --random_neurons_filepath, --seed, --bootstrap_iters, --quiet, --threads
     store: where the dense model's logits are kept; None: no row is compared to it
     processes: which share the examples among them; all of them have the rows. None: this one is alone
+    kept: a file for rows that are finished; None: there is none
     """
 
     def __init__(
@@ -41,12 +43,32 @@ class PerplexityRows:
         arguments: argparse.Namespace,
         store: DenseLogits | None,
         processes: Processes | None = None,
+        kept: Path | None = None,
     ) -> None:
         self.folder, self.examples, self.batch_size, self.arguments = folder, examples, batch_size, arguments
         self._store, self._processes = store, processes or Processes()
         self._bootstrap = Bootstrap(len(examples), arguments.bootstrap_iters, arguments.seed)
         self._dense: dict | None = None
         self._tables: dict[str, dict] = {}
+        self.kept = KeptRows(kept, self._conditions())
+
+    def _conditions(self) -> list:
+        """What all rows have in common, for the file of finished ones."""
+        given = self.arguments
+        examples = [[example.context, example.target] for example in self.examples]
+        resampling = [given.bootstrap_iters, given.seed]
+        return [str(self.folder), examples, self.batch_size, resampling, given.task_type, self._store is not None]
+
+    def finished(self, configuration: Configuration, same: Configuration | None = None) -> dict | None:
+        """The row of a configuration that a stopped run has left; None: it must be measured."""
+        found = self.kept.find(configuration, same)
+        if found is None:
+            return None
+        row, table = found
+        self._tables[configuration.label] = table
+        if self._dense is None and self._store is not None and configuration.method == "dense":
+            self._dense = table
+        return row
 
     def row(self, configuration: Configuration, same: Configuration | None = None) -> dict:
         """The row of a configuration. same: a configuration measured before, for perplexity_ratio; may be this one."""
@@ -65,6 +87,8 @@ class PerplexityRows:
         counts = merged_counts(self._processes.gathered(weight_counts(loaded)))
         what = _settings(configuration, loaded) | counts
         row = result_row(what, table, self._dense, same_table, self._bootstrap)
+        if self._processes.first:
+            self.kept.keep(configuration, same, row, table)
         del loaded, logits  # one model at a time in memory
         gc.collect()
         return row
@@ -111,10 +135,15 @@ def measure(
 ) -> list[dict]:
     """The rows of a grid, then those of llama.cpp's types. With several types, a method is also compared to itself."""
     typed = bool(rows.arguments.dtypes)
-    found = {}
-    for configuration in in_order(grid):
-        same = _in_first_type(configuration, grid) if typed else None
-        found[configuration.label] = rows.row(configuration, same)
+    found, order = {}, in_order(grid)
+    sames = {c.label: _in_first_type(c, grid) if typed else None for c in order}
+    missing = [c for c in order if rows.kept.find(c, sames[c.label]) is None]
+    if (missing or kinds) and first_dense(grid) not in (None, *missing):
+        missing.insert(0, first_dense(grid))  # the others are compared to its logits, which are not kept
+    for configuration in order:
+        same = sames[configuration.label]
+        row = rows.row(configuration, same) if configuration in missing else rows.finished(configuration, same)
+        found[configuration.label] = row
     return [found[configuration.label] for configuration in grid] + [rows.compared_row(files.file(k)) for k in kinds]
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evaluation import perplexity_rows
 from evaluation.bootstrap import Bootstrap
 from evaluation.evaluate_perplexity import main
 from evaluation.windows import Source, read_examples
@@ -434,3 +435,38 @@ def test_predictions_that_are_not_finite_are_told(options, model_folder, tmp_pat
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(PartInferError, match="the model's logits are not finite"):
         main([f"--model_name={folder}", "--device=cpu", "--method=dense", *map(str, windows), *options])
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_next_row(model_folder, ranking_paths, windows, tmp_path, monkeypatch):
+    out, given = tmp_path / "out.json", [*windows, "--method", "partinfer,dense,coreinfer", "--skip_finished"]
+    measured, load = [], perplexity_rows.load_configuration
+
+    def loading(configuration, *rest):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(configuration.label)
+        return load(configuration, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(perplexity_rows, "load_configuration", loading)
+        with pytest.raises(KeyboardInterrupt):
+            run(model_folder, ranking_paths, out, *given)
+    assert measured == ["dense", "partinfer"]
+    kept = tmp_path / "out.json.rows"
+    with open(kept, "a", encoding="utf-8") as file:
+        file.write('{"key": "half a li')
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            perplexity_rows, "load_configuration", lambda c, *rest: (again.append(c.label), load(c, *rest))[1]
+        )
+        went_on = run(model_folder, ranking_paths, out, *given)
+    assert again == ["dense", "coreinfer"]  # the dense model's logits are not kept
+    assert not kept.exists()
+    assert went_on == run(model_folder, ranking_paths, out, *given[:-1])
+
+
+def test_finished_rows_need_a_file(model_folder, windows, capsys):
+    with pytest.raises(SystemExit):
+        main([f"--model_name={model_folder}", *map(str, windows), "--method=dense", "--skip_finished"])
+    assert "give --json FILE" in capsys.readouterr().err

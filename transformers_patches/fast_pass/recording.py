@@ -8,6 +8,7 @@ token, position, keys and values, and the sparse layers' choices.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -103,7 +104,8 @@ class Recording:
     def record(self, recorder: Recorder, token: torch.Tensor, position: int) -> None:
         """Record the step. What it writes meanwhile, at `position`, is written again by the first replay."""
         self._set(token, position)
-        self.replay = recorder(self._step)
+        with torch.cuda.device(token.device) if token.is_cuda else nullcontext():  # streams are the current GPU's
+            self.replay = recorder(self._step)
         self.take_counts()
 
     def run(self, token: torch.Tensor, position: int) -> torch.Tensor:

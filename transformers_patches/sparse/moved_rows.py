@@ -47,16 +47,16 @@ class CudaCopies:
             self._stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._stream):
             moved = {name: weight.to(self.device, non_blocking=True) for name, weight in rows.items()}
-            return _CudaMoving(moved, self._stream.record_event())
+            return _CudaMoving(moved, self._stream.record_event(), self.device)
 
 
 class _CudaMoving:
-    def __init__(self, rows: Rows, arrived: torch.cuda.Event) -> None:
-        self.rows, self.arrived = rows, arrived
+    def __init__(self, rows: Rows, arrived: torch.cuda.Event, device: torch.device) -> None:
+        self.rows, self.arrived, self.device = rows, arrived, device
 
     def take(self) -> Rows:
         """The stream that computes waits for the rows, and their memory is kept until it has used them."""
-        stream = torch.cuda.current_stream(self.arrived.device)
+        stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self.arrived)
         for weight in self.rows.values():
             for part in weight.parts if isinstance(weight, QuantizedTensor) else [weight]:

@@ -6,6 +6,8 @@ The sizes are chosen so that a matrix of a 1B model already makes some programs 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 from torch import Tensor
@@ -23,9 +25,13 @@ BITS = {torch.int8: 8, torch.uint8: 4}  # of packed values; 0 for floats
 
 
 def start(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """Start a kernel over a grid; nothing if the grid is empty."""
-    if all(grid):
-        kernel[grid](*arguments, **constants)
+    """Start a kernel over a grid, on the GPU of its first argument, a tensor; nothing if the grid is empty."""
+    if not all(grid):
+        return
+    first = arguments[0]
+    # Triton starts kernels on the current GPU, which need not be the one that the tensors are on
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        kernel[grid](*arguments, enable_fp_fusion=True, **constants)
 
 
 def bits_of(matrix: Matrix) -> int:

@@ -154,7 +154,8 @@ def by_input_on_device(x: Tensor, layer: ByInput) -> tuple[Tensor, Tensor]:
 def _by_input(x: Tensor, layer: ByInput, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """[T, out] of a type, and the counts."""
     layer = replace(layer, weight=layer.weight if isinstance(layer.weight, QuantizedTensor) else layer.weight.detach())
-    apart, scores = launch.inputs(x, layer.mean, layer.norm)
+    mean, norm, constant = (vector.to(x.device) for vector in layer.vectors)  # where they are on the CPU
+    apart, scores = launch.inputs(x, mean, norm)
     positions = Positions(len(layer.weight), 0, None, None, None)
     counts = torch.full((len(x),), len(layer.weight), dtype=torch.int32, device=x.device)
     if layer.threshold >= 0:
@@ -162,5 +163,5 @@ def _by_input(x: Tensor, layer: ByInput, dtype: torch.dtype) -> tuple[Tensor, Te
         chosen, counts = launch.choose(scores, None, bound)
         positions = positions._replace(chosen=chosen, counts=counts)
     out = torch.empty(len(x), layer.weight.shape[1], dtype=dtype, device=x.device)
-    _sums(apart, layer.weight, positions, layer.constant, out)
+    _sums(apart, layer.weight, positions, constant, out)
     return out, counts

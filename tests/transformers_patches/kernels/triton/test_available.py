@@ -19,14 +19,21 @@ def test_triton_is_there():
     assert triton.why_not() == ""
 
 
-def test_without_triton_pytorch_computes(monkeypatch):
-    triton.available.cache_clear()
-    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("missing", "why"),
+    [("find_spec", "Triton is not installed"), ("shutil", "Triton needs a C compiler (gcc or clang)")],
+)
+def test_without_triton_or_a_compiler_pytorch_computes(monkeypatch, missing, why):
+    triton.why_not.cache_clear()
+    monkeypatch.setattr(triton, "find_spec", lambda name: name)
+    if missing == "find_spec":
+        monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton.shutil, "which", lambda name: None)
     try:
         assert not triton.computes_on(torch.device("cuda"))
-        assert triton.why_not() == "Triton is not installed"
+        assert triton.why_not() == why
     finally:
-        triton.available.cache_clear()
+        triton.why_not.cache_clear()
 
 
 def test_tensors_on_the_cpu_do_not_load_the_kernels(monkeypatch):

@@ -24,7 +24,7 @@ def run(device, name: str, *arguments):
     return (result[0] if isinstance(result, tuple) else result).cpu()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_gated_ffn(device, large_blocks, dtype, size):
     tokens, columns, rows, prefix, listed = size

@@ -97,21 +97,36 @@ FILES: dict[str, Stored] = {
         {"expert_gating_func": 2},
         {".expert_bias": ".expert_bias.bias"},
     ),
+    "gpt_oss": Stored(
+        "gpt-oss",
+        RMS | WINDOW | LOCAL | {"expert_feed_forward_length": "intermediate_size"},
+        names={".sinks": ".sinks.weight"},
+    ),
     "granitemoe": Stored("granitemoe", RMS | GRANITE | LOCAL, names={".router.weight": ".router.layer.weight"}),
 }
 
 
 def write_model_gguf(
-    path: Path, model: PreTrainedModel, metadata: dict[str, object] | None = None, tensors: dict | None = None
+    path: Path,
+    model: PreTrainedModel,
+    metadata: dict[str, object] | None = None,
+    tensors: dict | None = None,
+    packed: dict[str, gguf.GGMLQuantizationType] | None = None,
 ) -> None:
-    """A model's file, in float32, without a vocabulary. metadata, tensors: more, or others; None takes one away."""
+    """A model's file, in float32, without a vocabulary.
+
+    metadata, tensors: more, or others; None takes one away. packed: other types, by how names end.
+    """
     config, stored = model.config, FILES[model.config.model_type]
     writer = gguf.GGUFWriter(path, stored.architecture)
     for key, value in (_metadata(config, stored) | (metadata or {})).items():
         if value is not None:
             add_value(writer, key, value)
     for name, values in (dict(_tensors(model, stored)) | (tensors or {})).items():
-        if values is not None:
+        kind = next((kind for end, kind in (packed or {}).items() if name.endswith(end)), None)
+        if values is not None and kind is not None:
+            writer.add_tensor(name, gguf.quants.quantize(values.contiguous().numpy(), kind), raw_dtype=kind)
+        elif values is not None:
             writer.add_tensor(name, values.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -166,7 +181,7 @@ def _tensors(model: PreTrainedModel, stored: Stored) -> Iterator[tuple[str, torc
         for ours, theirs in stored.names.items():
             name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
         if ".experts." in name:
-            yield from _of_experts(name, values)
+            yield from _of_experts(name, values, taking_turns=stored.architecture == "gpt-oss")
             continue
         base, _, kind = name.rpartition(".")
         found = names.get_name(base)
@@ -174,14 +189,17 @@ def _tensors(model: PreTrainedModel, stored: Stored) -> Iterator[tuple[str, torc
         yield f"{found}.{kind}", _as_converted(f"{found}.{kind}", values, config, stored.architecture)
 
 
-def _of_experts(name: str, values: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _of_experts(name: str, values: torch.Tensor, *, taking_turns: bool) -> Iterator[tuple[str, torch.Tensor]]:
     block = f"blk.{name.split('.')[2]}"
     if name.endswith("gate_up_proj"):
-        gate, up = values.chunk(2, dim=1)
+        gate, up = values.chunk(2, dim=1) if not taking_turns else (values[..., t::2].transpose(1, 2) for t in (0, 1))
         yield f"{block}.ffn_gate_exps.weight", gate
         yield f"{block}.ffn_up_exps.weight", up
+    elif name.endswith("_bias"):
+        kinds = {"gate": values[:, ::2], "up": values[:, 1::2]} if "gate_up" in name else {"down": values}
+        yield from ((f"{block}.ffn_{kind}_exps.bias", own) for kind, own in kinds.items())
     else:
-        yield f"{block}.ffn_down_exps.weight", values
+        yield f"{block}.ffn_down_exps.weight", values.transpose(1, 2) if taking_turns else values
 
 
 def _as_converted(name: str, values: torch.Tensor, config: PretrainedConfig, architecture: str) -> torch.Tensor:

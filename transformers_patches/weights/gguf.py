@@ -19,7 +19,7 @@ from transformers_patches.weights.gguf_architectures import architecture_of
 from transformers_patches.weights.gguf_config import config_of
 from transformers_patches.weights.gguf_family import family_of
 from transformers_patches.weights.gguf_file import GGUFFile, read_gguf
-from transformers_patches.weights.gguf_places import Place, places_of_family, places_of_model
+from transformers_patches.weights.gguf_places import Place, Turns, places_of_family, places_of_model
 from transformers_patches.weights.gguf_schema import Metadata
 from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import Source, WeightSource
@@ -47,13 +47,18 @@ class GGUFCheckpoint(WeightSource):
     def names(self) -> set[str]:
         return set(self._tensors)
 
-    def _place(self, name: str) -> Place:
+    def _place(self, name: str) -> Place | Turns:
         """Where a tensor is, or a part of one that the file has in one piece (`weights/parts.py`)."""
         place, rows = self._tensors.get(name), rows_of_part(name)
         if place is not None or rows is None:
             return self._tensors[name]
         whole = self._tensors[whole_name(name)]
-        if whole.order is not None or len(whole.shape) != 2 or not rows.start <= rows.stop <= whole.rows:
+        if (
+            isinstance(whole, Turns)
+            or whole.order is not None
+            or len(whole.shape) != 2
+            or not rows.start <= rows.stop <= whole.rows
+        ):
             raise PartInferError(f"{self.path}: {name} was asked for, but its shape is {whole.shape}")
         count = rows.stop - rows.start
         offset, nbytes = whole.offset + rows.start * whole.row_bytes, count * whole.row_bytes
@@ -72,6 +77,9 @@ class GGUFCheckpoint(WeightSource):
 
     def read_into(self, name: str, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         stored = self._place(name)
+        if isinstance(stored, Turns):
+            self._read_turns(stored, out, rows)
+            return
         if stored.path is None:
             out.zero_()
             return
@@ -90,6 +98,9 @@ class GGUFCheckpoint(WeightSource):
     def read_columns_into(self, source: Source, out: torch.Tensor) -> None:
         """Packed rows are whole, so all of the tensor is read."""
         stored, rest = self._place(source.name), source.left_out
+        if isinstance(stored, Turns):
+            self._read_columns_of_turns(stored, source.neurons, out)
+            return
         for part in torch.arange(stored.rows).split(max(1, VALUES_AT_ONCE // stored.columns)):
             values = self._unpack(stored, part)
             if rest is not None:
@@ -97,6 +108,29 @@ class GGUFCheckpoint(WeightSource):
             if source.largest is not None:
                 source.largest[part] = values.abs().amax(dim=1)
             out[:, part[0] : part[-1] + 1] = values.index_select(1, source.neurons).t().to(out.device, out.dtype)
+
+    def _read_turns(self, stored: Turns, out: torch.Tensor, rows: torch.Tensor | None) -> None:
+        turns = len(stored.places)
+        for turn, place in enumerate(stored.places):
+            for part in torch.arange(place.rows).split(max(1, VALUES_AT_ONCE // place.columns)):
+                values = self._unpack(place, part)
+                if stored.turned:
+                    columns = turns * part + turn
+                    out[:, columns] = (values if rows is None else values[:, rows]).t().to(out.device, out.dtype)
+                else:
+                    out[part, turn::turns] = values.to(out.device, out.dtype)
+
+    def _read_columns_of_turns(self, stored: Turns, columns: torch.Tensor, out: torch.Tensor) -> None:
+        """Columns that are rows in the file: only those are read. Their rows have no scales of columns."""
+        turns = len(stored.places)
+        for turn, place in enumerate(stored.places):
+            mine = (columns % turns == turn).nonzero().squeeze(1)
+            if not len(mine):
+                continue
+            wanted = columns[mine] // turns
+            order = wanted.argsort()
+            for part in order.split(max(1, VALUES_AT_ONCE // place.columns)):
+                out[mine[part]] = self._unpack(place, wanted[part]).to(out.device, out.dtype)
 
     def _unpack(self, stored: Place, rows: torch.Tensor) -> torch.Tensor:
         """float32 [len(rows), columns] of a tensor's rows as they lie in the file. rows: rising.

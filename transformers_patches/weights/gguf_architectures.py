@@ -170,6 +170,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed={"norm_topk_prob": True, "use_expert_bias": True, "routed_scaling_factor": 1.0},
         expected={"expert_gating_func": SIGMOID},
     ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        integers={**_LOCAL_EXPERTS, "intermediate_size": "expert_feed_forward_length"},
+        expected=_SOFTMAX,
+        window=2,
+    ),
     "granitemoe": replace(_GRANITE, model_type="granitemoe", integers=_LOCAL_EXPERTS),
 }
 _MIXTRAL = Architecture("mixtral", rotary_pairs=True, integers=_LOCAL_EXPERTS)

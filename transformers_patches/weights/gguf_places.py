@@ -29,6 +29,7 @@ _RENAMED = (
     (".router.weight", ".router.layer.weight"),  # Granite's
     (".e_score_correction_bias", ".e_score_correction.bias"),
     (".expert_bias", ".expert_bias.bias"),
+    (".sinks", ".sinks.weight"),
 )
 
 
@@ -58,6 +59,27 @@ class Place:
         return self.nbytes // self.rows
 
 
+@dataclass(frozen=True)
+class Turns:
+    """A weight of the model, or a part of one, whose columns are stored in several tensors and take turns.
+
+    places: the tensors; column i of number t is column i * len(places) + t.
+    turned: those columns are the tensors' rows.
+    """
+
+    places: tuple[Place, ...]
+    turned: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.places[0].shape[::-1] if self.turned else self.places[0].shape
+        return rows, columns * len(self.places)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(place.nbytes for place in self.places)
+
+
 def places_of_family(file: GGUFFile, metadata: Metadata, family: Family) -> dict[str, Place]:
     """By names in the model, for architectures with an entry in `families.py`; unknown tensors keep their names."""
     names = family.gguf_names()
@@ -76,11 +98,12 @@ def places_of_family(file: GGUFFile, metadata: Metadata, family: Family) -> dict
 
 def places_of_model(
     file: GGUFFile, metadata: Metadata, architecture: Architecture, config: PretrainedConfig
-) -> dict[str, Place]:
+) -> dict[str, Place | Turns]:
     """By names in the model, for architectures that are found by looking; unknown tensors keep their names."""
     heads = {"attn_q": config.num_attention_heads, "attn_k": getattr(config, "num_key_value_heads", 0)}
     by_projection = heads if architecture.rotary_pairs else {}
-    found, used = {}, set(FACTOR_TENSORS)
+    found, used = _taking_turns(file, config)
+    used |= set(FACTOR_TENSORS)
     for weight in _wanted(metadata, config):
         tensor = file.tensors.get(weight.stored)
         if tensor is None:
@@ -96,6 +119,33 @@ def places_of_model(
         found[weight.name] = replace(place, shape=weight.shape) if same else place
     unused = [name for name in file.tensors.keys() - used if not _is_beyond(name, config.num_hidden_layers)]
     return found | {name: _place(file.tensors[name]) for name in unused}
+
+
+def _taking_turns(file: GGUFFile, config: PretrainedConfig) -> tuple[dict[str, Place | Turns], set[str]]:
+    """The experts of gpt-oss, and the names that they have in the file; nothing of other models."""
+    family = family_of_config(config)
+    layout, found, used = family.experts, {}, set()
+    if layout is None or not layout.interleaved:
+        return found, used
+    count, hidden, size = layout.count, layout.hidden, layout.size
+    for layer in family.expert_layers(config.num_hidden_layers):
+        block, place = f"blk.{layer}.ffn_", f"{family.layers}.{layer}.{family.found.experts}."
+        weights = {kind: file.tensors.get(f"{block}{kind}_exps.weight") for kind in ("gate", "up", "down")}
+        biases = {kind: file.tensors.get(f"{block}{kind}_exps.bias") for kind in ("gate", "up", "down")}
+        shapes = [None if one is None else one.shape for one in (*weights.values(), *biases.values())]
+        expected = [(count, size, hidden)] * 2 + [(count, hidden, size)] + [(count, size)] * 2 + [(count, hidden)]
+        if shapes != expected:
+            continue  # what loads the weights says what is missing
+        used |= {tensor.name for tensor in (*weights.values(), *biases.values())}
+        gate, up, down = (_by_expert(_place(tensor)) for tensor in weights.values())
+        for expert in range(count):
+            both = part_name(place + layout.gate_up, expert * hidden, (expert + 1) * hidden)
+            found[both] = Turns((gate[expert], up[expert]), turned=True)
+            own = part_name(place + layout.down, expert * size, (expert + 1) * size)
+            found[own] = Turns((down[expert],), turned=True)
+        found[place + layout.gate_up_bias] = Turns((_place(biases["gate"]), _place(biases["up"])), turned=False)
+        found[place + layout.down_bias] = _place(biases["down"])
+    return found, used
 
 
 def _is_beyond(name: str, layers: int) -> bool:
@@ -122,6 +172,8 @@ def _wanted(metadata: Metadata, config: PretrainedConfig) -> Iterator[_Wanted]:
     layout, experts = family.experts, f".{family.found.experts}."
     for name, shape in family.found.shapes.items():
         block = f"blk.{name.removeprefix(f'{family.layers}.').partition('.')[0]}"
+        if layout is not None and layout.interleaved and experts in name:
+            continue
         if layout is not None and name.endswith(experts + layout.gate_up):
             for turn, kind in enumerate(("gate", "up")):
                 yield _Wanted(f"{block}.ffn_{kind}_exps.weight", name, shape, turn, 2)
@@ -144,13 +196,18 @@ def _of_experts(place: Place, weight: _Wanted) -> dict[str, Place]:
     """One place for each expert: a part of the tensor that the model has for all of them."""
     if len(place.shape) != 3:
         return {weight.name: place}  # what loads the weights says that it has another shape
-    count, rows, columns = place.shape
-    nbytes, found = place.nbytes // count, {}
-    for expert in range(count):
+    found, rows = {}, place.shape[1]
+    for expert, own in enumerate(_by_expert(place)):
         first = (weight.turns * expert + weight.turn) * rows
-        own = replace(place, shape=(rows, columns), offset=place.offset + expert * nbytes, nbytes=nbytes)
         found[part_name(weight.name, first, first + rows)] = own
     return found
+
+
+def _by_expert(place: Place) -> list[Place]:
+    """The matrices of a tensor of three dimensions."""
+    count, nbytes = place.shape[0], place.nbytes // place.shape[0]
+    offsets = (place.offset + expert * nbytes for expert in range(count))
+    return [replace(place, shape=place.shape[1:], offset=offset, nbytes=nbytes) for offset in offsets]
 
 
 def _without_ones(shape: tuple[int, ...]) -> list[int]:

@@ -37,6 +37,8 @@ def settings_of(
         fields |= _windows(architecture, metadata, sizes["num_hidden_layers"])
     if "original_max_position_embeddings" in rope:  # Phi-3 has a field of its own, which wins
         fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    if architecture.model_type == "gpt_oss" and rope["rope_type"] == "yarn":  # as OpenAI computes it
+        fields["rope_parameters"] = rope | {"truncate": False}
     if architecture.model_type == "olmo3":  # layers with a window have no scaling
         near = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
         fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": near}

@@ -48,6 +48,7 @@ AS_LLAMA_CPP_HAS_IT = {
     "ernie4_5": {"use_bias": False},
     "phi3": {"sliding_window": None},
     "olmoe": {"num_key_value_heads": 4},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},  # llama.cpp rounds YaRN's bounds
 }
 NOT_THERE = ("seed_oss, biases", "smollm3, biases")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from transformers import PreTrainedModel
 
 from tests.conftest import random_neuron_file
@@ -17,6 +19,7 @@ from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
 from transformers_patches.weights.model_files import open_weights, read_config
+from transformers_patches.weights.source import Source
 
 IDS = torch.arange(3, 103)[None]  # longer than windows, and than what the tiny models with scaled positions began with
 TORCH = {"device": "cpu", "kernels": "torch", "dtype": "float32"}
@@ -68,7 +71,9 @@ def test_logits(name, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.why_not()}")
-@pytest.mark.parametrize(("model_type", "dtype"), [("granitemoe", "int4"), ("qwen2_moe", "bfloat16")])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), [("granitemoe", "int4"), ("qwen2_moe", "bfloat16"), ("gpt_oss", "int8")]
+)
 def test_experts_are_read_as_from_a_folder(model_type, dtype, tmp_path):
     model = tiny_model(model_type, AS_FILES_HAVE_IT.get(model_type))
     write_model_gguf(tmp_path / "tiny.gguf", model)
@@ -141,6 +146,28 @@ def test_what_cannot_be_read_is_refused(model_type, metadata, tensors, message, 
     with pytest.raises(PartInferError, match=message) as raised:
         load_model(path, PartInferConfig(method="dense", **TORCH))
     assert "\n" not in str(raised.value)
+
+
+def test_experts_in_mxfp4(tmp_path):
+    """As OpenAI's own files of gpt-oss have them."""
+    model, place = tiny_model("gpt_oss"), "model.layers.1.mlp.experts"
+    write_model_gguf(tmp_path / "plain.gguf", model)
+    write_model_gguf(tmp_path / "tiny.gguf", model, packed={"_exps.weight": GGMLQuantizationType.MXFP4})
+    source = open_weights(tmp_path / "tiny.gguf")
+    values = model.state_dict()[f"{place}.gate_up_proj"][4].t().contiguous()  # [2 N, H]
+    expected = dequantize(quantize(values.numpy(), GGMLQuantizationType.MXFP4), GGMLQuantizationType.MXFP4)
+    out = torch.empty(32, 2 * SIZE)
+    source.read_into(f"{place}.gate_up_proj[128:160]", out)
+    assert torch.equal(out, torch.from_numpy(expected).t())
+    chosen, columns = torch.tensor([7, 2, 190]), torch.empty(3, 32)
+    before = source.bytes_read
+    source.read_columns_into(Source(f"{place}.gate_up_proj[128:160]", "columns", chosen), columns)
+    assert torch.equal(columns, out[:, chosen].t())
+    assert source.bytes_read - before == 3 * 17  # three rows of 32 values: 4 bits each, and a byte
+    ours = load_model(tmp_path / "tiny.gguf", PartInferConfig(method="dense", **TORCH)).model
+    exact = load_model(tmp_path / "plain.gguf", PartInferConfig(method="dense", **TORCH)).model
+    with torch.no_grad():
+        assert 0 < (ours(IDS).logits - exact(IDS).logits).std() < 0.5 * exact(IDS).logits.std()
 
 
 def test_layers_for_later_tokens_are_left_unread(tmp_path):

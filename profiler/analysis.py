@@ -37,6 +37,7 @@ def overlap(first: NeuronFile, second: NeuronFile, fraction: float) -> torch.Ten
     if first.ranking.shape != second.ranking.shape:
         shapes = (f"{file.source} ({file.num_layers} layers of {file.intermediate_size})" for file in (first, second))
         raise PartInferError(f"{' and '.join(shapes)} do not rank the same neurons: compare files of one model")
+    first.check_ffns()
     count = neuron_count(fraction, first.intermediate_size)
     best = [
         torch.zeros(file.ranking.shape).scatter_(1, file.ranking[:, :count].long(), 1.0) for file in (first, second)

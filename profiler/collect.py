@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from profiler.experts import expert_layers, expert_shape, experts_of, observing
 from profiler.statistics import ActivationStatistics
 from transformers_patches.families import family_of
 
@@ -27,6 +28,7 @@ class Collector:
         self._family = family_of(model.config)
         self._counted: torch.Tensor | None = None
         self._linears = [watched_linears(model, layer) for layer in range(statistics.num_layers)]
+        self._mixtures = expert_layers(model)
 
     @classmethod
     def of(cls, model: PreTrainedModel, max_new_tokens: int) -> Collector:
@@ -34,7 +36,9 @@ class Collector:
         config, family = model.config, family_of(model.config)
         widths = {name: linear.in_features for name, linear in watched_linears(model, 0).items()}
         widths["head"] = model.get_output_embeddings().in_features
-        statistics = ActivationStatistics(config.num_hidden_layers, family.intermediate_size(config), widths)
+        experts = expert_shape(family)
+        size = family.ffn_neurons(config) if experts else family.intermediate_size(config)
+        statistics = ActivationStatistics(config.num_hidden_layers, size, widths, experts)
         return cls(model, statistics, max_new_tokens)
 
     @torch.no_grad()
@@ -58,6 +62,9 @@ class Collector:
             if self._family.has_neurons(layer):
                 down = self._family.down_projection(self.model, layer)
                 handles.append(down.register_forward_pre_hook(self._hook(layer)))
+            if layer in self._mixtures:
+                observe = observing(self._family.experts, layer, self.statistics, self._counted_rows)
+                handles.append(experts_of(self.model, layer).register_forward_pre_hook(observe))
             for name, linear in linears.items():
                 if name in self.statistics.inputs:
                     handles.append(linear.register_forward_pre_hook(self._input_hook(name, layer)))

@@ -6,6 +6,7 @@ import torch
 
 from profiler.ranking import rank
 from transformers_patches.errors import PartInferError
+from transformers_patches.neurons.expert_neurons import ExpertNeurons, merged
 from transformers_patches.neurons.neuron_file import STATISTICS, NeuronFile
 
 
@@ -36,7 +37,15 @@ def merge(files: list[NeuronFile], score: str, task_type: str) -> NeuronFile:
         "tokens": str(sum(file.tokens for file in files)),
         "texts": str(sum(int(file.metadata.get("texts", 0)) for file in files)),
     }
-    return rank(statistics, score, metadata, input_squares=squares)
+    return rank(statistics, score, metadata, input_squares=squares, experts=_experts(files, weights))
+
+
+def _experts(files: list[NeuronFile], weights: torch.Tensor) -> ExpertNeurons | None:
+    """Those of all files; None where not all of them have some."""
+    parts = [file.experts for file in files]
+    if any(part is None for part in parts):
+        return None
+    return merged(parts, weights.tolist(), [file.tokens for file in files], files[-1].source)
 
 
 def _check(file: NeuronFile, first: NeuronFile) -> None:

@@ -51,12 +51,16 @@ def estimate_memory(config: PretrainedConfig, dtype: torch.dtype, batch_size: in
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    size, layers = family_of(config).intermediate_size(config), config.num_hidden_layers
+    family, layers = family_of(config), config.num_hidden_layers
+    experts = family.experts
+    size = family.ffn_neurons(config) if experts else family.intermediate_size(config)
     element = torch.empty(0, dtype=dtype).element_size()
     keys = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = (3 * element + 12) * size + 8 * element * config.hidden_size + 2 * element * layers * keys * head
     batch = batch_size * (tokens * per_token + 4 * config.vocab_size) + 2 * 6 * 8 * layers * size
+    if experts is not None:  # two sums per neuron instead of six, and one expert's activations
+        batch += layers * experts.count * 2 * 2 * 8 * experts.size + batch_size * tokens * 12 * experts.size
     return Estimate(weights, batch)
 
 

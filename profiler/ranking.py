@@ -8,6 +8,7 @@ from torch import nn
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
+from transformers_patches.neurons.expert_neurons import ExpertNeurons
 from transformers_patches.neurons.neuron_file import NeuronFile, ranking_from_scores
 
 WEIGHTED = "_down"  # suffix of scores that are multiplied by the norm of the neuron's down column
@@ -55,14 +56,16 @@ def rank(
     metadata: dict[str, str],
     source: str = "the statistics",
     input_squares: dict[str, torch.Tensor] | None = None,
+    experts: ExpertNeurons | None = None,
 ) -> NeuronFile:
     """A neuron file ranked by a score. It keeps all statistics, so that it can be ranked again by another.
 
-    input_squares: statistics of linear layers' inputs that the file should hold as well
+    input_squares, experts: statistics of linear layers' inputs, and of experts, that the file should hold as well
     """
     scores, metadata = score_neurons(statistics, score, source), {**metadata, "score": score}
     ranking = ranking_from_scores(scores)
-    return NeuronFile(ranking, scores, dict(statistics), metadata, input_squares=dict(input_squares or {}))
+    squares = dict(input_squares or {})
+    return NeuronFile(ranking, scores, dict(statistics), metadata, input_squares=squares, experts=experts)
 
 
 def down_norms(model: nn.Module) -> torch.Tensor:
@@ -74,7 +77,7 @@ def down_norms(model: nn.Module) -> torch.Tensor:
     norms = []
     for layer in range(model.config.num_hidden_layers):
         if not family.has_neurons(layer):
-            norms.append(torch.zeros(family.intermediate_size(model.config)))
+            norms.append(torch.zeros(family.ffn_neurons(model.config)))
             continue
         down = family.down_projection(model, layer)
         with align_module_device(down):

@@ -9,6 +9,7 @@ import torch
 from transformers_patches.neurons.neuron_file import ACTIVATION_STATISTICS
 
 ACTIVATIONS = "activations"  # the name of the sums of h, beside those of inputs
+EXPERTS, EXPERT_TOKENS = "experts", "expert_tokens"  # the same of h inside of experts, and of their tokens
 # How much of h is reduced at a time. On a CPU a block (2 MB of float32) stays in the cache between its passes, and is
 # still large enough that starting the threads for each pass costs little.
 CPU_ELEMENTS, CPU_ROWS, GPU_ROWS = 2**19, 1024, 8192
@@ -30,14 +31,24 @@ class ActivationStatistics:
     on the device of its activations. Memory does not grow with the number of texts.
 
     input_widths: the widths of the inputs to observe as well, by their names in INPUT_SQUARES
+    experts: how many experts a layer has, and neurons an expert, if there are some
     """
 
-    def __init__(self, num_layers: int, intermediate_size: int, input_widths: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        intermediate_size: int,
+        input_widths: dict[str, int] | None = None,
+        experts: tuple[int, int] | None = None,
+    ) -> None:
         self.num_layers, self.intermediate_size = num_layers, intermediate_size
         self.tokens = 0
         self._shapes = {ACTIVATIONS: (num_layers, len(ACTIVATION_STATISTICS), intermediate_size)}
         for name, width in (input_widths or {}).items():
             self._shapes[name] = (1 if name == "head" else num_layers, width)
+        if experts is not None:
+            count, size = experts
+            self._shapes |= {EXPERTS: (num_layers, 2, count, size), EXPERT_TOKENS: (num_layers, count)}
         self._sums: dict[tuple[str, int], torch.Tensor] = {}
         self._pending: dict[tuple[str, int], torch.Tensor] = {}
         self._scratch: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -45,11 +56,19 @@ class ActivationStatistics:
     @property
     def inputs(self) -> list[str]:
         """The names of the inputs that `observe_input` takes."""
-        return [name for name in self._shapes if name != ACTIVATIONS]
+        return [name for name in self._shapes if name not in (ACTIVATIONS, EXPERTS, EXPERT_TOKENS)]
 
     def observe(self, layer: int, h: torch.Tensor) -> None:
         """Add activations h [T, N] of counted tokens (no padding) to the pending sums of a layer."""
         self._observe(ACTIVATIONS, layer, h, block_sums)
+
+    def observe_expert(self, layer: int, expert: int, h: torch.Tensor) -> None:
+        """Add activations h [n, N] of the counted tokens that a router sent to an expert to the pending sums."""
+        pending, tokens = (self._pending_of(name, layer, h.device) for name in (EXPERTS, EXPERT_TOKENS))
+        values = h.float()
+        pending[0, expert] += values.abs().sum(0)
+        pending[1, expert] += values.square().sum(0)
+        tokens[expert] += len(h)
 
     def observe_input(self, name: str, layer: int, x: torch.Tensor) -> None:
         """Add inputs x [T, width] of a linear layer to the pending sums. For the output layer, `layer` is 0."""
@@ -58,11 +77,14 @@ class ActivationStatistics:
     def _observe(
         self, name: str, layer: int, values: torch.Tensor, reduce: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> None:
-        pending = self._pending.get((name, layer))
-        if pending is None:
-            pending = self._pending[name, layer] = _zeros(self._shapes[name][1:], values.device)
+        pending = self._pending_of(name, layer, values.device)
         for rows in values.split(block_rows(values)):
             pending += reduce(rows, self._scratch_for(rows))
+
+    def _pending_of(self, name: str, layer: int, device: torch.device) -> torch.Tensor:
+        if (name, layer) not in self._pending:
+            self._pending[name, layer] = _zeros(self._shapes[name][1:], device)
+        return self._pending[name, layer]
 
     def _scratch_for(self, rows: torch.Tensor) -> torch.Tensor:
         key = rows.device, rows.shape[1]
@@ -122,6 +144,12 @@ class ActivationStatistics:
     def input_squares(self) -> dict[str, torch.Tensor]:
         """Per-token means of x^2 by the names of INPUT_SQUARES: float32 on the CPU."""
         return {name: self._mean(name) for name in self.inputs}
+
+    def expert_means(self, layers: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of these layers: the tokens of each expert, int64 [M, E], and over them mean_abs and rms, float64 [M, E, N]."""
+        tokens = self._stacked(EXPERT_TOKENS)[layers]
+        sums = self._stacked(EXPERTS)[layers] / tokens.clamp(min=1)[:, None, :, None]
+        return tokens.long(), {"mean_abs": sums[:, 0], "rms": sums[:, 1].sqrt()}
 
     def _mean(self, name: str) -> torch.Tensor:
         if not self.tokens:

@@ -131,6 +131,10 @@ class Family:
             )
         return self.found.layout.size
 
+    def ffn_neurons(self, config: PretrainedConfig) -> int:
+        """N; 0 if no layer can be computed by neurons."""
+        return self.intermediate_size(config) if len(self.whole_layers) < config.num_hidden_layers else 0
+
     @property
     def experts(self) -> ExpertsLayout | None:
         """The layout of its mixtures of experts; None if it has none that is known."""

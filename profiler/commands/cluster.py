@@ -37,6 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"{arguments.file} is a ranking in the original's format, which holds no clusters: profile again"
         )
     neurons, source = NeuronFile.load(arguments.file), text_source(arguments)
+    neurons.check_ffns()
     loaded = load_named(arguments)
     neurons.check_fits(loaded.model.config, None, str(arguments.checkpoint_path))
     texts = [ids for ids, _ in chosen_texts(arguments, source, loaded)]

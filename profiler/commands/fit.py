@@ -97,6 +97,7 @@ def main(arguments: argparse.Namespace) -> None:
     source = text_source(arguments)
     path = arguments.neurons or default_output(arguments.checkpoint_path, source.task_type)
     neurons = NeuronFile.load(path)
+    neurons.check_ffns()
     output = arguments.output or fit_path(path)
     settings = _fit_settings(arguments)
     if arguments.quiet:

@@ -46,6 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"{arguments.file} is a ranking in the original's format, which holds no losses: profile again"
         )
     neurons, source = NeuronFile.load(arguments.file), text_source(arguments)
+    neurons.check_ffns()
     loaded = load_named(arguments)
     texts = texts_to_score(arguments, source, loaded)
     if not texts:

@@ -32,7 +32,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     with new_output(arguments.output, overwrite=arguments.overwrite):
         file = NeuronFile.load(arguments.file)
-        again = rank(file.statistics, arguments.score, file.metadata, file.source, file.input_squares)
+        again = rank(file.statistics, arguments.score, file.metadata, file.source, file.input_squares, file.experts)
         again.save(arguments.output)
     content = {"output": str(arguments.output), **again.metadata}
     cli.report(arguments.json, content, f"{arguments.output}: ranked by {arguments.score}")

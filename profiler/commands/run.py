@@ -21,6 +21,7 @@ from profiler.expected_loss import (
     measure,
     texts_to_score,
 )
+from profiler.experts import expert_neurons, few_tokens
 from profiler.loss_measurement import ScoredText
 from profiler.model_texts import own_texts, text_sequences
 from profiler.placement import ProfiledModel, load_for_profiling
@@ -146,7 +147,10 @@ def _count(
     named = {name: str(value) for name, value in settings.items() if value is not None}
     metadata = {**named, **counted, "datasets": "1", "texts_sha256": run.progress.digest}
     values = {**statistics.means(), "down_norm": down_norms(loaded.model)}
-    neurons = rank(values, arguments.score, metadata, input_squares=statistics.input_squares())
+    squares, experts = statistics.input_squares(), expert_neurons(loaded.model, statistics)
+    neurons = rank(values, arguments.score, metadata, input_squares=squares, experts=experts)
+    if not neurons.intermediate_size:
+        return neurons, []  # losses are measured of FFNs
     alone = processes.num_processes == 1 or source.dataset != SELF  # own texts are written by all processes together
     texts = texts_to_score(arguments, source, loaded) if alone and arguments.loss_tokens else []
     return neurons, texts
@@ -206,12 +210,20 @@ def profiled_settings(arguments: argparse.Namespace, source: ResolvedSource, loa
 
 def _report(arguments: argparse.Namespace, neurons: NeuronFile, output: Path) -> None:
     data = neurons.metadata
+    ranked = f"{neurons.num_layers} layers of {neurons.intermediate_size} neurons"
+    if neurons.experts is not None:
+        mixtures, count, size = neurons.experts.shape
+        own = f"{mixtures} layers of {count} experts with {size} neurons"
+        ranked = f"{ranked} and {own}" if neurons.intermediate_size else own
     text = (
-        f"{output}: {neurons.num_layers} layers of {neurons.intermediate_size} neurons ranked by {data['score']} "
+        f"{output}: {ranked} ranked by {data['score']} "
         f"over {data['tokens']} tokens of {data['texts']} texts ({data['dataset']}, {data['task_type']})"
     )
     content = {"output": os.fspath(output), **data}
     if neurons.loss is not None:
         content |= losses(neurons)
         text = f"{expectation(neurons.loss)}\n\n{text}"
+    if neurons.experts is not None and neurons.experts.unknown:
+        text = f"{text}\n{few_tokens(neurons.experts)}"
+        content["experts_with_few_tokens"] = neurons.experts.unknown
     cli.report(arguments.json, content, text)

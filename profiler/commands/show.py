@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from profiler.analysis import concentration, concentration_curves
+from profiler.experts import few_tokens
 from transformers_patches import cli, flags
+from transformers_patches.neurons.expert_neurons import ExpertNeurons
 from transformers_patches.neurons.neuron_file import NeuronFile
 
 HELP = "show what a neuron file holds, and how concentrated the activations are"
@@ -26,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     file = NeuronFile.load(arguments.file)
-    shares = concentration(file, FRACTIONS) if "mean_abs" in file.statistics else None
+    shares = concentration(file, FRACTIONS) if "mean_abs" in file.statistics and file.intermediate_size else None
     if arguments.plot:
+        file.check_ffns()
         from profiler.plots import plot_concentration  # matplotlib takes a second to import
 
         data = file.metadata
@@ -44,6 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
             "metadata": file.metadata,
             "statistics": sorted(file.statistics),
             "concentration": table,
+            "experts": None if file.experts is None else _of_experts(file.experts),
         }
         cli.write_json(arguments.json, content)
     if arguments.json != flags.STANDARD_OUTPUT:
@@ -56,6 +60,10 @@ def _print_text(file: NeuronFile, shares) -> None:
     print(f"  {'neurons per layer':18} {file.intermediate_size}")
     for name, value in sorted(file.metadata.items()):
         print(f"  {name:18} {value!r}" if "\n" in value else f"  {name:18} {value}")
+    if file.experts is not None:
+        _print_experts(file.experts)
+    if not file.intermediate_size:
+        return
     if shares is None:
         print("  no statistics (a legacy or random ranking), so no concentration")
         return
@@ -65,3 +73,29 @@ def _print_text(file: NeuronFile, shares) -> None:
     for layer, row in enumerate(shares):
         print(f"{layer:5} " + "".join(f"{100 * value:11.1f}" for value in row))
     print(f"{'mean':>5} " + "".join(f"{100 * value:11.1f}" for value in shares.mean(0)))
+
+
+def _of_experts(experts: ExpertNeurons) -> dict:
+    """Numbers of each layer's experts."""
+    _, count, size = experts.shape
+    tokens = experts.tokens.sort(dim=1, descending=True).values
+    half = (tokens.cumsum(1) * 2 < tokens.sum(1, keepdim=True)).sum(1) + 1
+    return {
+        "experts": count,
+        "neurons": size,
+        "few_tokens": experts.unknown,
+        "layers": [
+            {"layer": layer, "most_tokens": int(own[0]), "fewest_tokens": int(own[-1]), "half": int(some)}
+            for layer, own, some in zip(experts.layers, tokens, half, strict=True)
+        ],
+    }
+
+
+def _print_experts(experts: ExpertNeurons) -> None:
+    found = _of_experts(experts)
+    print(f"  {'experts':18} {found['experts']} of {found['neurons']} neurons in {len(experts.layers)} layers")
+    print(f"  {few_tokens(experts)}")
+    print("\ntokens that the router sent to an expert, and how many experts have half of them")
+    print(f"layer{'most':>12}{'fewest':>12}{'half':>8}")
+    for row in found["layers"]:
+        print(f"{row['layer']:5}{row['most_tokens']:12}{row['fewest_tokens']:12}{row['half']:8}")

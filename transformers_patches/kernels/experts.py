@@ -11,7 +11,7 @@ from transformers_patches.kernels.layer import Projections
 
 
 class ExpertTable:
-    """Gated experts [N, H] of one kind. N neurons of each, H hidden.
+    """Gated experts [n, H] of one kind. n neurons of each, N at most, H hidden.
 
     Needs the native kernels. Methods raise ValueError for arguments that don't fit.
     """
@@ -30,14 +30,14 @@ class ExpertTable:
         """Say where an expert's rows lie; they may be set again when they lie elsewhere.
 
         projections: gate, up and down, neuron-major.
-        biases: of gate and of up, [N].
+        biases: of gate and of up, [n].
         down_bias: float32 [H].
         """
         p = projections
         self._native.set(number, p.weights, p.scales, p.column_scales, list(biases), down_bias)
 
     def set_size(self, number: int, size: Tensor | None) -> None:
-        """From now on, an expert computes the neurons with the largest |up·x| size. size: float32 [N]; None: all of them."""
+        """From now on, an expert computes the neurons with the largest |up·x| size. size: float32 [n]; None: all."""
         self._native.set_size(number, size)
 
     def run(self, x: Tensor, chosen: Tensor, shares: Tensor, keep: int) -> tuple[Tensor, int]:

@@ -24,7 +24,8 @@ def swap_experts(model: PreTrainedModel, run: ResolvedRun, state: RequestState) 
     Whole ones in floats without the native kernels stay in transformers' module: that is the same to the last bit.
     """
     family, layout = run.family, run.family.experts
-    if layout is None or not (run.native or run.weight_format is not None or run.plan.experts):
+    changed = run.plan.experts or run.plan.expert_neurons
+    if layout is None or not (run.native or run.weight_format is not None or changed):
         return {}
     sources: dict[str, Source] = {}
     for number, layer in enumerate(family.decoder_layers(model)):
@@ -33,12 +34,18 @@ def swap_experts(model: PreTrainedModel, run: ResolvedRun, state: RequestState) 
         layer.set_submodule(family.found.experts, _experts(run, layout, number, state))
         place = f"{family.layers}.{number}.{family.found.experts}"
         for expert in range(layout.count):
-            own = _sources(layout, place, expert)
+            own = _sources(layout, place, expert, _neurons(run, layout, number, expert))
             sources |= {f"{place}.rows.{expert}.{name}": source for name, source in own.items()}
         if layout.interleaved:
             sources[f"{place}.gate_up_bias"] = Source(f"{place}.{layout.gate_up_bias}")
             sources[f"{place}.down_bias"] = Source(f"{place}.{layout.down_bias}")
     return sources
+
+
+def _neurons(run: ResolvedRun, layout: ExpertsLayout, layer: int, expert: int) -> torch.Tensor:
+    """Which neurons of an expert are loaded."""
+    planned = run.plan.expert_neurons.get(layer)
+    return torch.arange(layout.size) if planned is None else planned[expert]
 
 
 def _experts(run: ResolvedRun, layout: ExpertsLayout, layer: int, state: RequestState) -> nn.Module:
@@ -47,7 +54,7 @@ def _experts(run: ResolvedRun, layout: ExpertsLayout, layer: int, state: Request
     with without_memory():
         rows = [
             NeuronRows(
-                layout.size,
+                len(_neurons(run, layout, layer, expert)),
                 layout.hidden,
                 named,
                 gated=True,
@@ -56,7 +63,7 @@ def _experts(run: ResolvedRun, layout: ExpertsLayout, layer: int, state: Request
                 native=run.native,
                 layout=BY_ROW if layout.interleaved else PLAIN,
             )
-            for _ in range(layout.count)
+            for expert in range(layout.count)
         ]
         experts = Experts(
             rows,
@@ -65,6 +72,7 @@ def _experts(run: ResolvedRun, layout: ExpertsLayout, layer: int, state: Request
             kept,
             native_activation=_native_activation(run, layout, rows[0]),
             interleaved=layout.interleaved,
+            size=layout.size,
         )
         return experts.to(run.dtype)
 
@@ -94,22 +102,22 @@ def _format_of(run: ResolvedRun, layout: ExpertsLayout) -> WeightFormat | None:
     return run.weight_format if fits else None
 
 
-def _sources(layout: ExpertsLayout, place: str, expert: int) -> dict[str, Source]:
-    """Where an expert's rows are in the tensors of all of them."""
-    size, hidden, every = layout.size, layout.hidden, torch.arange(layout.size)
+def _sources(layout: ExpertsLayout, place: str, expert: int, neurons: torch.Tensor) -> dict[str, Source]:
+    """Where an expert's rows are in the tensors of all of them. neurons: int64, those that are loaded."""
+    size, hidden = layout.size, layout.hidden
     gate_up, down = f"{place}.{layout.gate_up}", f"{place}.{layout.down}"
     if layout.interleaved:  # [E, H, 2 N] and [E, N, H]: columns of gate and up take turns, down has rows
         own = part_name(gate_up, hidden * expert, hidden * (expert + 1))
         return {
-            "gate": Source(own, "columns", 2 * every, size=2 * size),
-            "up": Source(own, "columns", 2 * every + 1, size=2 * size),
-            "down": Source(part_name(down, size * expert, size * (expert + 1)), "rows", every, size=size),
+            "gate": Source(own, "columns", 2 * neurons, size=2 * size),
+            "up": Source(own, "columns", 2 * neurons + 1, size=2 * size),
+            "down": Source(part_name(down, size * expert, size * (expert + 1)), "rows", neurons, size=size),
         }
     first = (
         2 * size * expert
     )  # the rows of gate and of up follow each other in one tensor; down is one [H, N] after another
     return {
-        "gate": Source(part_name(gate_up, first, first + size), "rows", every, size=size),
-        "up": Source(part_name(gate_up, first + size, first + 2 * size), "rows", every, size=size),
-        "down": Source(part_name(down, hidden * expert, hidden * (expert + 1)), "columns", every, size=size),
+        "gate": Source(part_name(gate_up, first, first + size), "rows", neurons, size=size),
+        "up": Source(part_name(gate_up, first + size, first + 2 * size), "rows", neurons, size=size),
+        "down": Source(part_name(down, hidden * expert, hidden * (expert + 1)), "columns", neurons, size=size),
     }

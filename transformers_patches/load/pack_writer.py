@@ -232,6 +232,8 @@ def _fill(
     # with the kernels of later runs, if this machine has them, so that the pack has the layout of weights in memory
     plain = replace(settings, device="cpu", memory_limit=False)
     files = RunFiles.of(plain, dataset_neurons, model_neurons)
+    if plain.loaded_neurons_percent < 1 and any(file.experts is not None for file in files.neurons):
+        raise PartInferError("experts in part can't be packed: add --loaded_neurons_percent 1")
     loaded = load_from(recorder, read_config(source), plain, files, model_name(source), packed=True)
     recorder.finish()
     run = loaded.run

@@ -33,7 +33,7 @@ def fingerprint(config: PretrainedConfig, read: Callable[[str], torch.Tensor]) -
 
 
 def _shape(config: PretrainedConfig, family: Family) -> list:
-    return [config.model_type, config.num_hidden_layers, config.hidden_size, family.intermediate_size(config)]
+    return [config.model_type, config.num_hidden_layers, config.hidden_size, family.ffn_neurons(config)]
 
 
 def fingerprint_of_model(model: nn.Module) -> str:

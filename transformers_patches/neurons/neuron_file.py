@@ -10,6 +10,7 @@ input_squares.<name>: float32, see INPUT_SQUARES.
 loss.<name>: a loss curve, with `loss_points` in the metadata.
 ladder.<name>: a byte ladder, with `ladder_rungs` in the metadata.
 clusters.<name>: clusters of texts.
+experts.<name>: statistics of experts, with `expert_layers` in the metadata. N is 0 if there is nothing but experts.
 
 The legacy format of the original is JSON, `{"neurons": [[N indices] * layers]}`, best neuron first. Both are validated
 before anything is done with them.
@@ -26,17 +27,18 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import family_of
+from transformers_patches.families import Family, family_of
 from transformers_patches.files import save_tensors_atomic, write_text_atomic
 from transformers_patches.neurons.byte_ladder import ByteLadder
 from transformers_patches.neurons.checks import WHOLE_NUMBERS, check_floats, read_tensors, shown, whole_number
 from transformers_patches.neurons.clusters import Clusters
+from transformers_patches.neurons.expert_neurons import ExpertNeurons
 from transformers_patches.neurons.lookup import NEURON_FILE_MISSING
 from transformers_patches.neurons.loss_curve import LossCurve
 
 FORMAT = "partinfer-neurons"
 VERSION = "1"
-LOSS_POINTS, LADDER_RUNGS = "loss_points", "ladder_rungs"
+LOSS_POINTS, LADDER_RUNGS, EXPERT_LAYERS = "loss_points", "ladder_rungs", "expert_layers"
 # Per-token means over all counted tokens of h, the activation that enters the down projection, and of
 # h / ||h||_2 (the norm over the neurons of one token).
 ACTIVATION_STATISTICS = ("mean_abs", "mean", "mean_sq", "normalized_mean_abs", "normalized_mean", "normalized_mean_sq")
@@ -61,6 +63,7 @@ class NeuronFile:
     loss: what decoding with fewer FFN bytes costs; None if that was not measured.
     ladder: settings that read fewer bytes of all decoder layers; None if there are none.
     clusters: groups of texts and their neurons; None if there are none.
+    experts: statistics of experts; None if there are none.
     """
 
     ranking: torch.Tensor
@@ -72,9 +75,13 @@ class NeuronFile:
     loss: LossCurve | None = None
     ladder: ByteLadder | None = None
     clusters: Clusters | None = None
+    experts: ExpertNeurons | None = None
 
     def __post_init__(self) -> None:
-        validate_ranking(self.ranking, self.source)
+        if self.experts is None or self.ranking.ndim != 2 or self.ranking.shape[1]:
+            validate_ranking(self.ranking, self.source)
+        if self.experts is not None:
+            self.experts.check(self.num_layers, self.source)
         for name, values in {"scores": self.scores, **self.statistics}.items():
             if values is not None and values.shape != self.ranking.shape:
                 raise PartInferError(
@@ -123,6 +130,11 @@ class NeuronFile:
         """Whether `spread` can be computed."""
         return {"mean", "mean_sq", "down_norm"} <= self.statistics.keys()
 
+    def check_ffns(self) -> None:
+        """Raise PartInferError if it ranks no FFN."""
+        if not self.intermediate_size:
+            raise PartInferError(f"{self.source} has nothing but experts, and this is about FFNs")
+
     def spread(self) -> torch.Tensor:
         """float32 [layers, N]: std(h_i) ||W_down[:, i]||, what a neuron writes beyond its mean."""
         variance = self.statistics["mean_sq"].double() - self.statistics["mean"].double().square()
@@ -133,12 +145,14 @@ class NeuronFile:
 
         fingerprint: of the model (see `fingerprint`); files without one (legacy) are checked by shape only.
         """
-        size = family_of(config).intermediate_size(config)
+        family = family_of(config)
+        size = family.intermediate_size(config) if self.experts is None else family.ffn_neurons(config)
         if (self.num_layers, self.intermediate_size) != (config.num_hidden_layers, size):
             raise PartInferError(
                 f"{self.source} ranks {self.num_layers} layers of {self.intermediate_size} neurons, but {model_name} "
                 f"has {config.num_hidden_layers} layers of {size}: use a neuron file made from this model"
             )
+        self._check_experts(family, config.num_hidden_layers, model_name)
         inputs = {f"input_squares.{name}": values for name, values in self.input_squares.items()}
         if self.ladder is not None:
             inputs |= {f"ladder.mean.{name}": values for name, values in self.ladder.mean.items()}
@@ -159,10 +173,24 @@ class NeuronFile:
                 f"(fingerprint {fingerprint}): profile this model, see python -m profiler run --help"
             )
 
+    def _check_experts(self, family: Family, num_layers: int, model_name: str) -> None:
+        layout = family.experts
+        if self.experts is None:
+            return
+        theirs = () if layout is None else tuple(family.expert_layers(num_layers))
+        size = (0, 0) if layout is None else (layout.count, layout.size)
+        if (self.experts.layers, self.experts.shape[1:]) != (theirs, size):
+            _, count, neurons = self.experts.shape
+            raise PartInferError(
+                f"{self.source} has {len(self.experts.layers)} layers of {count} experts with {neurons} neurons, but "
+                f"{model_name} has {len(theirs)} of {size[0]} with {size[1]}: use a neuron file made from this model"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write the project's format; a path that ends in .json gets the legacy format (the ranking only)."""
         path = Path(path)
         if path.suffix == ".json":
+            self.check_ffns()
             write_text_atomic(path, json.dumps({"neurons": self.ranking.tolist()}))
             return
         tensors = {"ranking": self.ranking.to(torch.int32).contiguous()}
@@ -177,6 +205,9 @@ class NeuronFile:
         if self.ladder is not None:  # in the types that it has, most of them of 16 bits
             tensors.update({f"ladder.{name}": v.contiguous() for name, v in self.ladder.tensors().items()})
             metadata[LADDER_RUNGS] = self.ladder.described()
+        if self.experts is not None:
+            tensors.update({f"experts.{name}": v.contiguous() for name, v in self.experts.tensors().items()})
+            metadata[EXPERT_LAYERS] = self.experts.described()
         if self.clusters is not None:
             tensors.update({f"clusters.{name}": v.contiguous() for name, v in self.clusters.tensors().items()})
         save_tensors_atomic(path, tensors, metadata)
@@ -196,6 +227,15 @@ def has_loss_curve(path: str | Path) -> bool:
         with safe_open(path, framework="pt") as file:
             return not {LOSS_POINTS, LADDER_RUNGS}.isdisjoint(file.metadata() or {})
     except (SafetensorError, OSError):
+        return False
+
+
+def has_nothing_but_experts(path: str | Path) -> bool:
+    """Whether a neuron file ranks no FFN; only the head of the file is read. False for what can't be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return EXPERT_LAYERS in (file.metadata() or {}) and file.get_slice("ranking").get_shape()[-1] == 0
+    except (SafetensorError, OSError, IndexError):
         return False
 
 
@@ -263,10 +303,11 @@ def _load_safetensors(path: Path) -> NeuronFile:
         )
     for key in ("tokens", "texts", "datasets"):
         whole_number(metadata, key, str(path), 0)
-    statistics, squares, losses, rungs, clusters = (
+    statistics, squares, losses, rungs, clusters, experts = (
         {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
-        for prefix in ("statistics.", "input_squares.", "loss.", "ladder.", "clusters.")
+        for prefix in ("statistics.", "input_squares.", "loss.", "ladder.", "clusters.", "experts.")
     )
+    described_experts = metadata.pop(EXPERT_LAYERS, None)
     described = metadata.pop(LOSS_POINTS, None)
     loss = None if described is None else LossCurve.read(described, losses, str(path))
     described = metadata.pop(LADDER_RUNGS, None)
@@ -281,4 +322,5 @@ def _load_safetensors(path: Path) -> NeuronFile:
         loss,
         ladder,
         Clusters.read(clusters, str(path)),
+        None if described_experts is None else ExpertNeurons.read(described_experts, experts, str(path)),
     )

@@ -62,6 +62,8 @@ class LoadPlan:
     intermediate_size: N, the FFN neurons of one layer; 0 if no layer can be computed by neurons.
     layers: the plans of the sparse layers, by layer number.
     experts: of sparse mixtures of experts, how many neurons of an expert a token computes, by layer number.
+    expert_neurons: of mixtures that are loaded in part, which neurons of each expert are, rising, by layer number.
+    expert_size: N of experts; 0 if none are loaded in part.
     """
 
     method: str
@@ -69,6 +71,8 @@ class LoadPlan:
     intermediate_size: int
     layers: dict[int, LayerPlan]
     experts: dict[int, int] = field(default_factory=dict)
+    expert_neurons: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    expert_size: int = 0
 
     def in_order(self) -> LoadPlan:
         """The same with every layer's neurons in the model's order."""
@@ -77,9 +81,10 @@ class LoadPlan:
     @property
     def loaded_fraction(self) -> float:
         """Share of the sparse layers' neurons that is loaded (1 when there is no sparse layer)."""
-        if not self.layers:
-            return 1.0
-        return sum(p.loaded_count for p in self.layers.values()) / (len(self.layers) * self.intermediate_size)
+        experts = [neurons for layer in self.expert_neurons.values() for neurons in layer]
+        whole = len(self.layers) * self.intermediate_size + len(experts) * self.expert_size
+        loaded = sum(p.loaded_count for p in self.layers.values()) + sum(map(len, experts))
+        return loaded / whole if whole else 1.0
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON: per sparse layer the loaded neurons, and how many of them are base neurons."""
@@ -99,6 +104,9 @@ class LoadPlan:
             "intermediate_size": self.intermediate_size,
             "layers": layers,
             "experts": {str(layer): {"computed_count": kept} for layer, kept in self.experts.items()},
+            "expert_neurons": {
+                str(layer): [neurons.tolist() for neurons in experts] for layer, experts in self.expert_neurons.items()
+            },
         }
         write_text_atomic(path, json.dumps(content))
 
@@ -120,47 +128,71 @@ def build_load_plan(
     family = family_of(config)
     num_layers = config.num_hidden_layers
     if not (settings.use_partial_loading or settings.computes_sparsely):
-        return LoadPlan(settings.method, num_layers, _size_of(family, config), {})
-    experts = _sparse_experts(settings, family, _sparse_layers(settings, num_layers, fit))
-    size = _size_of(family, config) if experts else family.intermediate_size(config)
+        return LoadPlan(settings.method, num_layers, family.ffn_neurons(config), {})
+    base, other = dataset_neurons or model_neurons, model_neurons or dataset_neurons
+    if settings.base_neurons_type == "model":
+        base, other = other, base
+    sparse = _sparse_layers(settings, num_layers, fit)
+    expert_neurons = _expert_neurons(settings, family, sparse, base)
+    experts = _sparse_experts(settings, family, sparse, expert_neurons)
+    some = bool(experts or expert_neurons)
+    size = family.ffn_neurons(config) if some else family.intermediate_size(config)
     partly = settings.use_partial_loading and settings.loaded_neurons_percent < 1
     if partly and dataset_neurons is None and model_neurons is None:
         raise PartInferError(
             "partial loading needs a neuron file: give --dataset_neurons_filepath or --model_neurons_filepath, "
             "or make one with python -m profiler run"
         )
-    base, other = dataset_neurons or model_neurons, model_neurons or dataset_neurons
-    if settings.base_neurons_type == "model":
-        base, other = other, base
     rankings = [_ranking(settings, file) for file in (base, other)]
     matrices, layers = family.matrices, {}
-    for layer in _with_neurons(_sparse_layers(settings, num_layers, fit), family, experts):
+    for layer in _with_neurons(sparse, family, some):
         base_ranking = torch.arange(size) if base is None else rankings[0][layer].long()
         other_ranking = base_ranking if other is None else rankings[1][layer].long()
         if fit is None:
             layers[layer] = _plan_layer(settings, size, matrices, base_ranking, other_ranking)
         else:
             layers[layer] = _plan_fitted_layer(settings, size, matrices, base_ranking, fit, layer)
-    return LoadPlan(settings.method, num_layers, size, layers, experts)
+    expert_size = family.experts.size if expert_neurons else 0
+    return LoadPlan(settings.method, num_layers, size, layers, experts, expert_neurons, expert_size)
 
 
-def _size_of(family: Family, config: PretrainedConfig) -> int:
-    """N; 0 if no layer can be computed by neurons."""
-    return family.intermediate_size(config) if len(family.whole_layers) < config.num_hidden_layers else 0
+def _expert_neurons(
+    settings: PartInferConfig, family: Family, layers: list[int], base: NeuronFile | None
+) -> dict[int, list[torch.Tensor]]:
+    """Which neurons of each expert are loaded, in the layers whose experts are loaded in part.
+
+    They are where the neuron file knows them; else experts stay whole.
+    """
+    share = settings.loaded_neurons_percent
+    known = None if base is None else base.experts
+    if not settings.use_partial_loading or share == 1 or known is None:
+        return {}
+    if family.experts is not None and family.experts.interleaved:
+        raise PartInferError(
+            "experts whose columns of gate and up take turns can't be loaded in part: use --loaded_neurons_percent 1"
+        )
+    score = base.metadata.get("score", "")
+    return {layer: known.loaded(layer, share, score) for layer in known.layers if layer in layers}
 
 
-def _sparse_experts(settings: PartInferConfig, family: Family, layers: list[int]) -> dict[int, int]:
+def _sparse_experts(
+    settings: PartInferConfig, family: Family, layers: list[int], partly: dict[int, list[torch.Tensor]]
+) -> dict[int, int]:
     """How many neurons of an expert a token computes in each of the layers that have experts.
 
-    They are chosen for every token from all of them: with other settings experts stay whole.
+    They are chosen for every token among those that are loaded, of experts that are whole only where everything is. partly:
+    the layers whose experts are loaded in part. With other settings a token computes all that is loaded.
     """
     everything = not settings.use_partial_loading or settings.loaded_neurons_percent == 1
     chosen = family.expert_layers(1 + max(layers, default=-1))
-    if not (chosen and everything and settings.selection == "up" and settings.computes_sparsely):
+    if not (chosen and settings.selection == "up" and settings.computes_sparsely):
         return {}
     size = family.experts.size
-    kept = kept_count(settings.sparsity, size, size, 3)
-    return {layer: kept for layer in chosen if layer in layers}
+    able = [layer for layer in chosen if layer in layers and (everything or layer in partly)]
+    if not able:
+        return {}
+    candidates = size if everything else neuron_count(settings.loaded_neurons_percent, size)
+    return dict.fromkeys(able, kept_count(settings.sparsity, candidates, size, 3))
 
 
 def _ranking(settings: PartInferConfig, neurons: NeuronFile | None) -> torch.Tensor | None:
@@ -181,8 +213,8 @@ def _sparse_layers(settings: PartInferConfig, num_layers: int, fit: FitFile | No
     return sorted(fit.layers)
 
 
-def _with_neurons(layers: list[int], family: Family, experts: dict[int, int]) -> list[int]:
-    """Those that can be computed by neurons; PartInferError if none of them can, and none has sparse experts."""
+def _with_neurons(layers: list[int], family: Family, experts: bool) -> list[int]:
+    """Those that can be computed by neurons; PartInferError if none of them can, and there are no experts to choose in."""
     able = [layer for layer in layers if family.has_neurons(layer)]
     if layers and not able and not experts:
         raise PartInferError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers_patches.config import DECIDED, PartInferConfig, check_given, chooses_nothing
 from transformers_patches.families import family_of
 from transformers_patches.neurons.lookup import NoNeuronFiles, find_neuron_files
-from transformers_patches.neurons.neuron_file import has_loss_curve
+from transformers_patches.neurons.neuron_file import has_loss_curve, has_nothing_but_experts
 from transformers_patches.plan.max_loss import (
     DEFAULT_MAX_LOSS,
     UNMEASURED,
@@ -39,8 +39,8 @@ def default_settings(settings: PartInferConfig, path: str | Path, task_type: str
     """What is loaded and computed where that is left to the program.
 
     A bound on the loss where the neuron file has a curve, the documented fractions where it has none. Without neuron
-    files everything is loaded, and tokens choose by weights and prompt. A pack keeps what it was made with. What can't be
-    computed by neurons is computed dense.
+    files, and with those of experts alone, everything is loaded, and tokens choose by weights and prompt. A pack keeps
+    what it was made with. What can't be computed by neurons is computed dense.
     """
     if is_pack(path):
         return settings
@@ -51,6 +51,8 @@ def default_settings(settings: PartInferConfig, path: str | Path, task_type: str
     except NoNeuronFiles:
         return everything_loaded(settings, read_config(path).num_hidden_layers, UNMEASURED)
     ranks = found.dataset_neurons_filepath or found.model_neurons_filepath
+    if ranks and has_nothing_but_experts(ranks):  # of which nobody has measured what leaving neurons out costs
+        return everything_loaded(found, read_config(path).num_hidden_layers, UNMEASURED)
     return replace(found, max_loss=DEFAULT_MAX_LOSS) if ranks and has_loss_curve(ranks) else found
 
 

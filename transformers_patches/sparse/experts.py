@@ -2,7 +2,8 @@
 
 Sparse experts choose neurons for every decoded token, as selection `up` does (token_selection.py), each among its own.
 The typical sizes that the choice needs are those of the prompt's tokens that the router sent to the expert. One that saw
-fewer than LEAST_TOKENS of a prompt's tokens is computed whole.
+fewer than LEAST_TOKENS of a prompt's tokens is computed whole. Of experts that are loaded in part, all this is about the
+neurons that are there; the others count as 0.
 """
 
 from __future__ import annotations
@@ -44,17 +45,21 @@ class Experts(nn.Module):
         *,
         native_activation: str | None = None,
         interleaved: bool = False,
+        size: int | None = None,
     ) -> None:
-        """used: k.
+        """experts: the loaded neurons of each; they may have different numbers of them.
+        used: k.
         state: the model's; this becomes one of its mixtures. None if the experts are not sparse.
         kept: how many neurons of an expert a decoded token computes.
         native_activation: what the native kernels call it; None: PyTorch computes.
         interleaved: they are gpt-oss's, with biases and bounds (`structure/activations.py`); the biases of gate and up
             take turns, as they are stored.
+        size: N, the neurons of a whole expert; None: that of the first.
         """
         super().__init__()
         self.rows, self.used, self.state, self.kept = nn.ModuleList(experts), used, state, kept
         self.native_activation, self.interleaved = native_activation, interleaved
+        self.size = experts[0].count if size is None else size
         if interleaved:
             size, hidden = experts[0].count, experts[0].hidden_size
             self.gate_up_bias = nn.Parameter(torch.empty(len(experts), 2 * size), requires_grad=False)
@@ -100,7 +105,7 @@ class Experts(nn.Module):
     @property
     def neurons(self) -> int:
         """How many neurons a token computes if nothing is left out."""
-        return self.used * self.rows[0].count
+        return self.used * self.size
 
     @property
     def row_bytes(self) -> int:
@@ -109,10 +114,10 @@ class Experts(nn.Module):
 
     def read_share(self) -> float:
         """The share of those bytes that a decoded token has read on average; what a whole one reads if none was decoded."""
-        whole = self.used / len(self.rows)
         if not self.counters.tokens:
-            return whole
-        return whole * self.counters.rows / (self.counters.tokens * self.neurons * self.rows[0].matrices)
+            return self.used / len(self.rows)
+        stored = sum(rows.count for rows in self.rows) * self.rows[0].matrices
+        return self.counters.rows / (self.counters.tokens * stored)
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, H], the numbers of the chosen experts [T, k], what their outputs count [T, k]; returns [T, H]."""
@@ -146,14 +151,14 @@ class Experts(nn.Module):
                 self._sized.add(expert)
         y, computed = self._table.run(x, chosen, weights, self.kept or 0)
         if decodes:  # up is read for all neurons, gate and down for those that are kept
-            self.counters.add(1, computed, len(numbers) * self.rows[0].count + 2 * computed)
+            self.counters.add(1, computed, sum(self.rows[expert].count for expert in numbers) + 2 * computed)
         return y
 
     def _put_into_table(self, expert: int) -> None:
         rows = self.rows[expert]
         projections = rows.projections()
         if self._table is None:
-            shape = (len(self.rows), rows.count, rows.hidden_size)
+            shape = (len(self.rows), max(each.count for each in self.rows), rows.hidden_size)
             self._table = kernels.ExpertTable(*shape, self.native_activation, projections.native_code)
         biases = self._biases(expert)
         self._table.set(expert, projections, *(() if biases is None else (biases[:2], biases[2].float())))
@@ -232,10 +237,13 @@ class Experts(nn.Module):
         return self._whole[expert]
 
     def _scale(self, expert: int, sequence: int) -> torch.Tensor | None:
-        """The typical sizes of an expert's neurons times the norms of down: float32 [N]; None: the prompt said too little."""
+        """The typical sizes of an expert's neurons times the norms of down: float32 [N].
+
+        None: the prompt said too little, or no more neurons are loaded than a token computes.
+        """
         place = expert, sequence
         size = self._sizes.get(place)
-        if size is None or size.tokens < LEAST_TOKENS:
+        if size is None or size.tokens < LEAST_TOKENS or self.rows[expert].count <= (self.kept or 0):
             return None
         if place not in self._scales:
             self._scales[place] = size.times(self._norms[expert].down_norm(self.rows[expert].weight("down")))

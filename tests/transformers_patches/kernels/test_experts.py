@@ -12,7 +12,8 @@ from transformers_patches.kernels import ExpertTable, Projections
 from transformers_patches.structure.activations import clamped
 
 COUNT, SIZE, HIDDEN, KEEP = 6, 43, 64, 11
-CHOSEN, SHARES = torch.tensor([[4, 0, 3]]), torch.tensor([[0.5, 0.125, 0.25]])
+SIZES = [43, 1, 12, 43, 30, 11]  # of which no more than are there are kept
+CHOSEN, SHARES = torch.tensor([[4, 0, 2, 1]]), torch.tensor([[0.5, 0.125, 0.25, 0.75]])
 GATED = {
     "silu": lambda gate, up: (F.silu(gate), up),
     "gelu_tanh": lambda gate, up: (F.gelu(gate, approximate="tanh"), up),
@@ -36,28 +37,33 @@ class Made:
         self.floats, self.sizes = [], {}
         self.biases = [torch.randn(COUNT, n) if biased else torch.zeros(COUNT, n) for n in (SIZE, SIZE, HIDDEN)]
         for expert in range(COUNT):
-            rows = [4 * row for row in weights(3, SIZE, HIDDEN)]  # so that some are bounded
+            rows = [4 * row for row in weights(3, SIZES[expert], HIDDEN)]  # so that some are bounded
             rows = quantized_ffn(rows, bits) if bits else [row.to(dtype) for row in rows]
-            own = [bias[expert] for bias in self.biases] if biased else [None] * 3
+            own = self.biases_of(expert) if biased else [None] * 3
             self.table.set(expert, Projections.of([(row, None) for row in rows]), own[:2], own[2])
             self.floats.append([kernels.dequantize(row) if bits else row.float() for row in rows])
 
+    def biases_of(self, expert: int) -> list[torch.Tensor]:
+        gate, up, down = (bias[expert] for bias in self.biases)
+        return [gate[: SIZES[expert]].contiguous(), up[: SIZES[expert]].contiguous(), down]
+
     def choose(self, experts: range) -> None:
         for expert in experts:
-            self.sizes[expert] = torch.rand(SIZE) + 0.1
+            self.sizes[expert] = torch.rand(SIZES[expert]) + 0.1
             self.table.set_size(expert, self.sizes[expert])
 
     def expected(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
         total, computed = torch.zeros(HIDDEN), 0
         for expert, share in zip(CHOSEN[0].tolist(), SHARES[0], strict=True):
-            (gate, up, down), biases = self.floats[expert], [bias[expert] for bias in self.biases]
+            (gate, up, down), biases = self.floats[expert], self.biases_of(expert)
+            size = SIZES[expert]
             act, up = GATED[self.activation](gate @ x + biases[0], up @ x + biases[1])
             h = act * up
             if expert in self.sizes:
                 scores = up.abs() * self.sizes[expert]
-                h = h * (scores >= scores.topk(KEEP).values[-1])
+                h = h * (scores >= scores.topk(min(KEEP, size)).values[-1])
             total += share * (h @ down + biases[2])
-            computed += KEEP if expert in self.sizes else SIZE
+            computed += min(KEEP, size) if expert in self.sizes else size
         return total, computed
 
 
@@ -85,7 +91,7 @@ def test_few_bits(native, activation, bits):
     made = Made(activation, bits, torch.float32, biased=True)
     x = torch.randn(1, HIDDEN)
     y, computed = made.table.run(x, CHOSEN, SHARES, 0)
-    assert computed == 3 * SIZE
+    assert computed == sum(SIZES[expert] for expert in CHOSEN[0].tolist())
     assert error(y[0], made.expected(x[0])[0]) < 2e-2
     made.choose(range(COUNT))
     most, _ = made.table.run(x, CHOSEN, SHARES, SIZE)  # the best of as many as there are: the same, chosen
@@ -119,11 +125,11 @@ def test_rows_may_move_and_sizes_may_go(native):
     x = torch.randn(1, HIDDEN)
     for expert in range(COUNT):
         made.table.set_size(expert, None)
-        made.floats[expert] = weights(3, SIZE, HIDDEN)
+        made.floats[expert] = weights(3, SIZES[expert], HIDDEN)
         made.table.set(expert, Projections.of([(row, None) for row in made.floats[expert]]))
     made.sizes = {}
     y, computed = made.table.run(x, CHOSEN, SHARES, KEEP)
-    assert computed == 3 * SIZE
+    assert computed == sum(SIZES[expert] for expert in CHOSEN[0].tolist())
     assert error(y[0], made.expected(x[0])[0]) < 1e-5
 
 
@@ -144,5 +150,7 @@ def test_what_does_not_fit_is_refused(native):
             table.run(x_, chosen, shares, keep)
     with pytest.raises((ValueError, RuntimeError), match="gate must be"):
         made.table.set(0, Projections.of([(row, None) for row in weights(3, SIZE, HIDDEN + 32)]))
+    with pytest.raises((ValueError, RuntimeError), match="an expert has 1 to 43 neurons"):
+        made.table.set(0, Projections.of([(row, None) for row in weights(3, SIZE + 1, HIDDEN)]))
     with pytest.raises((ValueError, RuntimeError), match="size must be contiguous float32"):
         made.table.set_size(0, torch.rand(SIZE + 1))

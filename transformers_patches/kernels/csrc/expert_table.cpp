@@ -32,37 +32,44 @@ class Experts : public torch::CustomClassHolder {
     if (bits != 0) call_.type = quant_type(bits);
   }
 
-  // The rows of one expert: gate, up and down [neurons, hidden] each, their scales if they are quantised. biases: of gate
-  // and of up, [neurons]. down_bias: float32 [hidden].
+  // The rows of one expert: gate, up and down [n, hidden] each, n at most `neurons`, their scales if they are quantised.
+  // biases: of gate and of up, [n]. down_bias: float32 [hidden].
   void set(int64_t number, std::vector<Tensor> weights, std::vector<Tensor> scales, const optional<Tensor>& column_scales,
            c10::List<optional<Tensor>> biases, const optional<Tensor>& down_bias) {
     TORCH_CHECK_VALUE(weights.size() == 3 && biases.size() == 2 && scales.size() == (bits_ == 0 ? 0 : 3),
                       "expected gate, up and down, their scales if they are quantised, and two biases, got ",
                       weights.size(), ", ", scales.size(), " and ", biases.size());
     Entry entry;
+    const int64_t neurons = weights[0].dim() == 2 ? weights[0].size(0) : 0;
+    TORCH_CHECK_VALUE(neurons > 0 && neurons <= call_.neurons, "an expert has 1 to ", call_.neurons, " neurons, got ",
+                      weights[0].sizes());
+    entry.expert.neurons = neurons;
     const char* names[] = {"gate", "up", "down"};
     Matrix* matrices[] = {&entry.expert.gate, &entry.expert.up, &entry.expert.down};
     for (size_t i = 0; i < 3; ++i) {
-      check_matrix_of(weights[i], scales, i, names[i], *matrices[i]);
+      check_matrix_of(weights[i], scales, i, names[i], neurons, *matrices[i]);
       entry.kept.push_back(weights[i]);
     }
     entry.kept.insert(entry.kept.end(), scales.begin(), scales.end());
     entry.expert.column_scales = floats_of(column_scales, "column scales", call_.hidden);
-    entry.expert.gate_bias = vector_of(biases.get(0), "the bias of gate", call_.neurons);
-    entry.expert.up_bias = vector_of(biases.get(1), "the bias of up", call_.neurons);
+    entry.expert.gate_bias = vector_of(biases.get(0), "the bias of gate", neurons);
+    entry.expert.up_bias = vector_of(biases.get(1), "the bias of up", neurons);
     entry.expert.down_bias = floats_of(down_bias, "the bias of down", call_.hidden);
     for (const optional<Tensor>& tensor : {column_scales, biases.get(0), biases.get(1), down_bias})
       if (tensor.has_value()) entry.kept.push_back(*tensor);
     Entry& place = at(number);
-    entry.size = place.size;
-    entry.expert.size = place.expert.size;
+    if (place.expert.neurons == neurons) {
+      entry.size = place.size;
+      entry.expert.size = place.expert.size;
+    }
     place = std::move(entry);
   }
 
   // From now on an expert computes only its neurons with the largest |up·x| * size; without it all of them.
   void set_size(int64_t number, const optional<Tensor>& size) {
     Entry& entry = at(number);
-    entry.expert.size = floats_of(size, "size", call_.neurons);
+    TORCH_CHECK_VALUE(!entry.kept.empty(), "expert ", number, " has no rows");
+    entry.expert.size = floats_of(size, "size", entry.expert.neurons);
     entry.size = size;
   }
 
@@ -115,12 +122,13 @@ class Experts : public torch::CustomClassHolder {
     return entries_[size_t(number)];
   }
 
-  void check_matrix_of(const Tensor& weight, const std::vector<Tensor>& scales, size_t i, const char* name, Matrix& matrix) {
+  void check_matrix_of(const Tensor& weight, const std::vector<Tensor>& scales, size_t i, const char* name, int64_t neurons,
+                       Matrix& matrix) {
     if (bits_ != 0) {
-      matrix = quant_matrix(weight, scales[i], name, call_.neurons, call_.hidden, call_.type);
+      matrix = quant_matrix(weight, scales[i], name, neurons, call_.hidden, call_.type);
       return;
     }
-    check_matrix(weight, name, call_.neurons, call_.hidden);
+    check_matrix(weight, name, neurons, call_.hidden);
     const Type type = float_type(weight, name);
     TORCH_CHECK_VALUE(!typed_ || type == call_.type, name, " has another type than the experts before");
     call_.type = type;

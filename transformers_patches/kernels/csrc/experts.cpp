@@ -75,7 +75,7 @@ void find_values(const Kernels& kernels, const ExpertsCall& call, Shared& shared
   task.type = call.type;
   task.weight = expert.up;
   task.bias = expert.up_bias;
-  task.rows = {call.neurons, nullptr, piece.begin, piece.end};
+  task.rows = {expert.neurons, nullptr, piece.begin, piece.end};
   task.x = shared.x;
   task.out = reinterpret_cast<char*>(values);
   (quantised(call.type) ? kernels.linear_quant : kernels.linear_float)(task);
@@ -86,12 +86,13 @@ void find_values(const Kernels& kernels, const ExpertsCall& call, Shared& shared
 }
 
 void choose(const Kernels& kernels, const ExpertsCall& call, Shared& shared, int64_t e) {
-  shared.kept_count[size_t(e)] = call.neurons;
+  const int64_t neurons = call.experts[e]->neurons;
+  shared.kept_count[size_t(e)] = neurons;
   if (call.experts[e]->size == nullptr) return;
   const size_t place = size_t(e * shared.stride);
   shared.kept_count[size_t(e)] =
-      kernels.keep_candidates({call.neurons, nullptr, 0, call.neurons}, &shared.values[place], &shared.scores[place],
-                              call.keep, 0.0f, &shared.kept[place], &shared.kept_values[place]);
+      kernels.keep_candidates({neurons, nullptr, 0, neurons}, &shared.values[place], &shared.scores[place],
+                              std::min(call.keep, neurons), 0.0f, &shared.kept[place], &shared.kept_values[place]);
 }
 
 void compute_piece(const Kernels& kernels, const ExpertsCall& call, Shared& shared, bool values_known, int64_t number,
@@ -107,7 +108,7 @@ void compute_piece(const Kernels& kernels, const ExpertsCall& call, Shared& shar
   task.x = shared.x;
   task.y = shared.y + number * shared.y_stride;
   task.y_stride = shared.y_stride;
-  task.rows = {call.neurons, nullptr, piece.begin, piece.end};
+  task.rows = {expert.neurons, nullptr, piece.begin, piece.end};
   if (!values_known) {
     task.up = expert.up;
     task.up_bias = expert.up_bias;
@@ -158,7 +159,8 @@ void prepare_shared(const Kernels& kernels, const ExpertsCall& call, int useful,
   for (auto* floats : {&shared.values, &shared.scores, &shared.kept_values})
     floats->resize(size_t(call.count * shared.stride));
   shared.kept.resize(size_t(call.count * shared.stride));
-  shared.kept_count.assign(size_t(call.count), call.neurons);
+  shared.kept_count.clear();
+  for (int64_t e = 0; e < call.count; ++e) shared.kept_count.push_back(call.experts[e]->neurons);
   scratch.reserve(input_bytes(1, call.hidden) + Scratch::padded(size_t(pieces * shared.y_stride) * sizeof(float)) +
                   Scratch::padded(size_t(shared.y_stride) * sizeof(float)));
   shared.x = prepare(kernels, call.type, call.x, call.x_type, 0, 1, call.hidden, scratch);
@@ -185,10 +187,12 @@ int64_t run_experts(const Kernels& kernels, const ExpertsCall& call, int threads
   const bool chooses = std::any_of(call.experts, call.experts + call.count, is_sparse);
   const bool values_known = chooses || call.activation == Activation::CLAMPED_SILU;
   const int64_t row_bytes = call.count > 0 ? call.experts[0]->up.row_bytes : 0;
-  const int useful = useful_threads(3 * call.count * call.neurons * row_bytes, threads);
+  int64_t neurons = 0;
+  for (int64_t e = 0; e < call.count; ++e) neurons += call.experts[e]->neurons;
+  const int useful = useful_threads(3 * neurons * row_bytes, threads);
   prepare_shared(kernels, call, useful, shared);
   Taken ups, ffns;  // parts of the rest
-  const auto all_of = [&](int64_t) { return call.neurons; };
+  const auto all_of = [&](int64_t e) { return call.experts[e]->neurons; };
   const auto kept_of = [&](int64_t e) { return shared.kept_count[size_t(e)]; };
   parallel(useful, [&](int worker, int workers) {
     const int computing = std::min(useful, workers);

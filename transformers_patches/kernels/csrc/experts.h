@@ -6,6 +6,7 @@
 namespace partinfer {
 
 struct Expert {
+  int64_t neurons = 0;
   Matrix gate, up, down;                 // [neurons, hidden]
   const float* column_scales = nullptr;  // [hidden] or null, of quantised weights
   Vector gate_bias, up_bias;             // [neurons]
@@ -18,7 +19,7 @@ struct Expert {
 struct ExpertsCall {
   Type type = Type::F32;
   Activation activation = Activation::SILU;
-  int64_t neurons = 0, hidden = 0;  // neurons: of each expert
+  int64_t neurons = 0, hidden = 0;  // neurons: of an expert at most
   const Expert* const* experts = nullptr;  // [count]
   const float* shares = nullptr;           // [count]
   int64_t count = 0;

@@ -117,7 +117,7 @@ def decide_budget(settings: PartInferConfig, fit: FitFile | None) -> Decision:
 def decide_compensation(
     settings: PartInferConfig, fit: FitFile | None, unfit: str | None, *, statistics: bool
 ) -> Decision:
-    """`refit` with a fit file, else `mean` with a neuron file's statistics.
+    """`refit` with a fit file, else `mean` with a neuron file's statistics, unless tokens choose among all neurons.
 
     fit: a fit file that belongs to the settings; unfit: why there is none. Raises PartInferError if a fit file was
     named that can't be used.
@@ -130,6 +130,8 @@ def decide_compensation(
         raise PartInferError(f"the fit file {settings.fit_filepath} can't be used: {unfit}")
     if fit is not None:
         return Decision("refit", f"{fit.source} was made for these settings")
+    if settings.loaded_neurons_percent == 1 and settings.selection in ("auto", "up", "gate"):
+        return Decision("none", "everything is loaded, and tokens choose among it")
     if statistics:
         return Decision("mean", "the neuron file has statistics")
     return Decision("none", "the neuron file has no statistics")

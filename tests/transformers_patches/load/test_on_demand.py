@@ -12,6 +12,7 @@ from transformers_patches import PartInferConfig, PartInferError, kernels
 from transformers_patches.fast_pass.one_token import new_cache
 from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
+from transformers_patches.neurons.neuron_file import STATISTICS, NeuronFile
 from transformers_patches.weights.records import NAME
 
 HIDDEN, NEURONS, LAYERS, VOCABULARY = 64, 700, 3, 128
@@ -136,6 +137,18 @@ def test_what_cannot_be_read_on_demand_is_refused(packs, options, message):
 def test_without_a_pack_of_all_neurons_it_is_refused(checkpoint):
     with pytest.raises(PartInferError, match="it needs a pack of all neurons: make one with"):
         load(checkpoint, 0.5)
+
+
+def test_a_pack_made_with_a_neuron_file(checkpoint, tmp_path):
+    """Whose statistics say nothing about compensation where nothing is left out."""
+    ranking = torch.stack([torch.randperm(NEURONS) for _ in range(LAYERS)]).int()
+    neurons = NeuronFile(ranking, statistics={name: torch.rand(LAYERS, NEURONS) for name in STATISTICS})
+    pack, own = tmp_path / "pack", PartInferConfig(loaded_neurons_percent=1.0, dtype="int8", **EVERYTHING)
+    write_pack(checkpoint, pack, own, neurons)
+    whole = load_model(pack, PartInferConfig(loaded_neurons_percent=1.0, on_demand="off", **EVERYTHING), neurons)
+    part = load_model(pack, PartInferConfig(loaded_neurons_percent=0.4, on_demand="on", **EVERYTHING), neurons)
+    assert torch.equal(passes(part), passes(whole))
+    assert part.rows_on_disk.take_counts().bytes_read > 0
 
 
 def test_the_file_is_written_once(packs, tmp_path):

@@ -52,6 +52,8 @@ def test_budget(options, fit, expected):
     [
         ({}, made_up_fit(), True, "refit"),
         ({}, None, True, "mean"),
+        ({"loaded_neurons_percent": 1.0}, None, True, "none"),
+        ({"loaded_neurons_percent": 1.0, "selection": "core"}, None, True, "mean"),
         ({}, None, False, "none"),
         ({"compensation": "none"}, made_up_fit(), True, "none"),
         ({"method": "coreinfer"}, made_up_fit(), True, "none"),

@@ -28,19 +28,14 @@ class PartInfer:
     """A pack, checkpoint or GGUF file within `memory`, or without a bound of its own."""
 
     def __init__(self, job: dict) -> None:
-        from transformers_patches import quick_start
-
-        given = dict(job["settings"])
-        if job.get("memory"):
-            given["memory"] = str(job["memory"])
-            quick_start.begin()  # as partinfer.py does
         import torch
 
         from transformers_patches.load.loader import load_model
         from transformers_patches.plan.neuron_files import settings_for
 
         torch.set_num_threads(job["threads"])
-        self.loaded = load_model(job["path"], settings_for(Path(job["path"]), given, "QA"))
+        bound = {"memory": str(job["memory"])} if job.get("memory") else {}
+        self.loaded = load_model(job["path"], settings_for(Path(job["path"]), job["settings"] | bound, "QA"))
 
     def answer(self, prompt: list[int], count: int, reached: Reached) -> None:
         import torch
@@ -152,6 +147,10 @@ class Timing:
 
 def measure(job: dict) -> dict:
     """Tokens/s of every prompt, and what that took. Ends early, with the prompts so far, after `seconds`."""
+    if job["engine"] == "partinfer":  # as partinfer.py begins: before anything imports torch
+        from transformers_patches import quick_start
+
+        quick_start.begin()
     import psutil
 
     from transformers_patches import cli

@@ -18,7 +18,7 @@ from transformers_patches.plan.memory import LATER, PER_TOKEN, PROMPT_TOKENS, Me
 from transformers_patches.plan.on_demand import why_not_on_demand
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.request import RequestState
-from transformers_patches.weights.memory import give_back_freed
+from transformers_patches.weights.memory import give_back_at_once, give_back_freed
 from transformers_patches.weights.pack import Pack
 from transformers_patches.weights.source import WeightSource
 
@@ -33,6 +33,7 @@ def within_memory(run: ResolvedRun, weights: WeightSource) -> ResolvedRun:
         return run
     if run.device.type != "cpu":
         raise PartInferError("--memory bounds a process on the CPU: add --device cpu")
+    give_back_at_once()
     needs = memory_needs(run, weights)
     if needs.most <= limit:
         return replace(run, decisions=run.decisions | {"on_demand": Decision("off", "everything fits into --memory")})

@@ -77,6 +77,23 @@ def give_back_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def give_back_at_once() -> None:
+    """From now on return what is freed to the system, for processes with a bound on their memory. glibc only.
+
+    By default glibc raises, with every large block that is freed, the size from which blocks are mappings of their own.
+    Activations of prompts then lie between smaller blocks on the heap, which keeps their room: up to 280 MB were seen.
+    https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _FREED)
+        libc.mallopt(_M_TRIM_THRESHOLD, _FREED)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_FREED = 2**20  # bytes; smaller blocks are reused
+
+
 def free_memory() -> int:
     """Free main memory in bytes, within the control group's limit if there is one."""
     free = psutil.virtual_memory().available

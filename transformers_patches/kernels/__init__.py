@@ -33,6 +33,7 @@ from transformers_patches.kernels.operations import (
     stays_on_device,
     sum_of_squares,
     typical_scale,
+    unpack_blocks,
     watch_mapping,
     weighted_rows,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "stays_on_device",
     "sum_of_squares",
     "typical_scale",
+    "unpack_blocks",
     "use_variant",
     "variant",
     "variants",

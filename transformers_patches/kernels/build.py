@@ -46,6 +46,7 @@ DRIVERS = (
     "by_up",
     "experts",
     "expert_table",
+    "gguf_blocks",
     "rows_on_disk",
     "screened",
     "layouts",

@@ -240,6 +240,17 @@ def typical_scale(sums: Tensor, tokens: int, prior: Tensor | None, prior_tokens:
     return _operations_if_loaded(sums).typical_scale(sums, tokens, prior, prior_tokens, norms)
 
 
+def unpack_blocks(packed: Tensor, kind: str, columns: int) -> Tensor | None:
+    """Floats [rows, columns] of GGUF blocks, uint8 [rows, bytes]; None for a kind that the kernels don't know.
+
+    kind: as ggml names it, such as Q4_K. None, too, if the kernels aren't loaded already.
+    """
+    if LIBRARY.ops is None:
+        return None
+    out = torch.empty(len(packed), columns)
+    return out if LIBRARY.ops.unpack_blocks(packed, kind, out) else None
+
+
 def bandwidth_probe(nbytes: int = 256 << 20, repetitions: int = 8) -> float:
     """Bytes per second that torch's threads together read from memory in huge pages: the best of some repetitions."""
     return probe.bandwidth_probe(LIBRARY.get(), nbytes, repetitions)

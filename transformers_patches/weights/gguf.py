@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.weights.file_state import FilesInUse
@@ -150,9 +152,7 @@ class GGUFCheckpoint(WeightSource):
         if len(rows) < len(packed):
             packed = packed[rows.numpy() - first]
         self.bytes_read += packed.nbytes
-        with np.errstate(all="ignore"):  # of scales that are not finite
-            unpacked = dequantize(packed, stored.kind)
-        values = torch.from_numpy(np.ascontiguousarray(unpacked, dtype=np.float32))
+        values = _unpacked(packed, stored.kind)
         if not all(math.isfinite(end) for end in values.aminmax()):
             raise PartInferError(
                 f"{stored.path}: {stored.stored} has values that are not finite: the file is damaged, or the training was"
@@ -162,6 +162,18 @@ class GGUFCheckpoint(WeightSource):
     def fill(self, requests: Iterable[tuple[Source, torch.Tensor | QuantizedTensor]]) -> None:
         super().fill(requests)
         self._in_use.check_unchanged()
+
+
+def _unpacked(packed: np.ndarray, kind: GGMLQuantizationType) -> torch.Tensor:
+    """float32 [rows, columns] of packed rows, uint8 [rows, bytes]: by the kernels if they know the kind, else by NumPy."""
+    values, nbytes = GGML_QUANT_SIZES[kind]  # of a block
+    packed = np.ascontiguousarray(packed)
+    known = kernels.unpack_blocks(torch.from_numpy(packed), kind.name, packed.shape[1] // nbytes * values)
+    if known is not None:
+        return known
+    with np.errstate(all="ignore"):  # of scales that are not finite
+        unpacked = dequantize(packed, kind)
+    return torch.from_numpy(np.ascontiguousarray(unpacked, dtype=np.float32))
 
 
 @contextmanager

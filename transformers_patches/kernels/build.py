@@ -1,8 +1,8 @@
 """Compile the native kernels once and keep them in a cache folder.
 
-`python -m transformers_patches.kernels.build` does it ahead of time (for packagers); otherwise the first use does. The
-kernel sources are compiled once per instruction set, each with its own flags, and the torch-facing rest once, by the
-system's C++ compiler. It is called with lists of arguments, never through a shell, so folders may have any name. A
+`python -m transformers_patches.kernels.build` does it ahead of time (for packagers), for all processors of a family;
+otherwise the first use does, for the one at hand. The kernel sources are compiled once per instruction set, each with
+its own flags, and the torch-facing rest once, by the system's C++ compiler. It is called with lists of arguments, never through a shell, so folders may have any name. A
 finished library's size and hash are stored beside it: one that was truncated or overwritten is built again. A build
 that failed is remembered, so that only the first start, and the command above, take the time to try.
 """
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,20 @@ def with_needed(names: list[str], isas: dict[str, Isa]) -> list[str]:
     return [name for name in isas if name in wanted]
 
 
+_INSTRUCTIONS = {  # of x86-64, as PyTorch names them
+    "avx2": ("avx2", "fma3", "f16c"),
+    "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+    "avx512_vnni": ("avx512_vnni",),
+    "avx512_bf16": ("avx512_bf16",),
+}
+
+
+def own_isas() -> list[str]:
+    """The variants that this processor can run, as far as PyTorch knows it; the others take minutes to compile."""
+    isas, capabilities = isas_of(platform.machine()), torch.cpu.get_capabilities()
+    return [name for name in isas if all(capabilities.get(one, False) for one in _INSTRUCTIONS.get(name, ()))]
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept."""
     return files.cache_folder("kernels")
@@ -130,8 +145,10 @@ def find_compiler() -> tuple[str, str] | None:
     return (path, answer.stdout.splitlines()[0]) if answer.returncode == 0 and answer.stdout else None
 
 
-def find_library(folder: Path | None = None) -> Path | None:
+def find_library(folder: Path | None = None, isa_names: Collection[str] = ()) -> Path | None:
     """The finished library for these sources, this torch and this machine's compiler (if it has one); else None.
+
+    isa_names: variants that it must have been built with, if there is a compiler that could build them.
 
     A library whose size or hash has changed since it was built does not count.
     """
@@ -139,7 +156,14 @@ def find_library(folder: Path | None = None) -> Path | None:
     compiler = find_compiler()
     names = [_folder_name(compiler)] if compiler else sorted(path.name for path in folder.glob(f"{source_key()}-*"))
     libraries = [folder / name / f"{NAME}.so" for name in names]
-    return next((path for path in libraries if _is_whole(path)), None)
+    needed = set(isa_names) if compiler else set()
+    return next((path for path in libraries if needed <= _asked_for(path) and _is_whole(path)), None)
+
+
+def _asked_for(library: Path) -> set[str]:
+    """The variants that a build was to have: of some the compiler may not have been capable."""
+    asked = _read_facts(library.with_name(FACTS)).get("asked")
+    return {name for name in asked if isinstance(name, str)} if isinstance(asked, list) else set()
 
 
 def _is_whole(library: Path) -> bool:
@@ -178,8 +202,9 @@ def _failure_path(folder: Path, compiler: tuple[str, str]) -> Path:
 
 
 def build(isa_names: list[str] | None = None, force: bool = False, again: bool = True) -> Path:
-    """Compile the library, and return its path. If there is one already, only return its path.
+    """Compile the library, and return its path. If there is one already that has the variants, only return its path.
 
+    isa_names: the variants to compile, beside those of a library that is replaced; None: all.
     again: try even if an earlier build has failed.
 
     Raises BuildError if there is no compiler or it fails. Interrupted, it ends at once, and the next build starts
@@ -190,15 +215,16 @@ def build(isa_names: list[str] | None = None, force: bool = False, again: bool =
         raise BuildError("no C++ compiler was found (install g++, or name one in CXX)")
     folder = cache_folder() / _folder_name(compiler)
     make_folder(folder.parent)
+    wanted = list(isas_of(platform.machine())) if isa_names is None else isa_names
     with exclusive(folder, wait=True):
-        found = find_library(folder.parent)
+        found = find_library(folder.parent, wanted)
         if found is not None and not force:
             return found
         if not again and (failure := find_failure(folder.parent)):
             raise failure
         try:
             with atomic_folder(folder) as work:
-                _compile(work, compiler, isa_names)
+                _compile(work, compiler, [*wanted, *(() if force else _asked_for(folder / f"{NAME}.so"))])
                 shutil.rmtree(folder, ignore_errors=True)  # one that is damaged, or to be built again
         except BuildError as error:
             with suppress(OSError):
@@ -208,10 +234,10 @@ def build(isa_names: list[str] | None = None, force: bool = False, again: bool =
     return folder / f"{NAME}.so"
 
 
-def _compile(folder: Path, compiler: tuple[str, str], isa_names: list[str] | None) -> None:
+def _compile(folder: Path, compiler: tuple[str, str], isa_names: list[str]) -> None:
     isas = isas_of(platform.machine())
-    names = with_needed(isa_names if isa_names is not None else list(isas), isas)
-    supported = [name for name in names if _accepts_flags(compiler[0], isas[name].flags)]
+    asked = with_needed([name for name in isas if name in isa_names], isas)
+    supported = [name for name in asked if _accepts_flags(compiler[0], isas[name].flags)]
     names = [name for name in supported if set(isas[name].needs) <= set(supported)]
     start = time.monotonic()
     objects = {folder / f"{source}.o": [*_driver_flags(names), str(SOURCES / f"{source}.cpp")] for source in DRIVERS}
@@ -227,7 +253,7 @@ def _compile(folder: Path, compiler: tuple[str, str], isa_names: list[str] | Non
         raise BuildError(f"the compiler failed: {error}") from None
     for path in objects:
         path.unlink()
-    facts = {"compiler": compiler[1], "torch": torch.__version__, "variants": names}
+    facts = {"compiler": compiler[1], "torch": torch.__version__, "variants": names, "asked": asked}
     facts |= {
         "seconds": round(time.monotonic() - start, 1),
         "bytes": library.stat().st_size,

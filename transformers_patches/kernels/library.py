@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import threading
 from collections.abc import Iterator
@@ -52,12 +53,13 @@ class Library:
         from transformers_patches.kernels import build  # Linux only: it locks files
 
         try:
-            path = build.find_library()
+            own = [forced] if forced in build.isas_of(platform.machine()) else build.own_isas()
+            path = build.find_library(isa_names=own)
             if path is None:
                 if failure := build.find_failure():
                     raise failure
-                _notice(f"compiling the CPU kernels once, about a minute, into {build.cache_folder()}")
-                path = build.build(again=False)
+                _notice(f"compiling the CPU kernels once, one to three minutes, into {build.cache_folder()}")
+                path = build.build(own, again=False)
             torch.ops.load_library(path)
         except (build.BuildError, OSError) as error:
             self.why_not = str(error)

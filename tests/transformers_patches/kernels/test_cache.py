@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from transformers_patches.kernels import build
 from transformers_patches.kernels.build import BuildError
 from transformers_patches.kernels.commands import CommandFailed, run_all
-from transformers_patches.kernels.library import Library
+from transformers_patches.kernels.library import ENVIRONMENT, Library
 from transformers_patches.locks import PARTIAL
 
 ROOT = Path(__file__).parents[3]
@@ -65,6 +66,28 @@ def test_any_path_will_do_and_only_the_library_is_kept(compiler):
     assert build.find_library() == build.build(["scalar"]) == library
     assert links(compiler) == 1
     assert in_cache() == {library.parent.name}
+
+
+def test_a_library_without_a_variant_that_is_needed_is_built_again_with_it(compiler):
+    """So that a folder which several machines share serves them all."""
+    first, others = build.build(["scalar"]), list(build.isas_of(platform.machine()))
+    assert build.find_library(isa_names=["scalar"]) == first
+    assert build.find_library(isa_names=others) == (first if others == ["scalar"] else None)
+    assert build.build(others[:2]) == first
+    assert json.loads(first.with_name("build.json").read_text())["variants"] == others[:2]
+    assert build.build(["scalar"]) == first, "which is among them"
+    assert links(compiler) == (1 if others == ["scalar"] else 2)
+
+
+def test_the_processors_own_variants(monkeypatch):
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    has = {"avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"}
+    monkeypatch.setattr(build.torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
+    assert build.own_isas() == ["scalar", "avx2", "avx512"]
+    monkeypatch.setattr(build.torch.cpu, "get_capabilities", dict)
+    assert build.own_isas() == ["scalar"]
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    assert build.own_isas() == list(build.ISAS["aarch64"])
 
 
 def test_a_relative_cache(compiler, monkeypatch, tmp_path):
@@ -203,7 +226,7 @@ def test_the_real_compiler_in_a_folder_with_a_space(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", show],
         cwd=ROOT,
-        env=os.environ | {"PARTINFER_CACHE": cache},
+        env=os.environ | {"PARTINFER_CACHE": cache, ENVIRONMENT: "scalar"},
         capture_output=True,
         text=True,
         check=True,

@@ -10,7 +10,7 @@ demo: install  ## a real model answers each prompt twice, dense and with the few
 	$(RUN) partinfer.py --function compare --model_name $(MODEL) --num_tokens_to_generate 64
 
 test: install model lint  ## everything, on tiny random models and on the demo model
-	$(RUN) -m pytest -m "not slow"
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 fast: install  ## the tests that need no model
 	$(RUN) -m pytest -m "not slow and not model"

@@ -199,6 +199,7 @@ def _special(make: Fitting) -> dict[str, Callable[[], list]]:
         "most_marked": lambda: [counts, priority, 10, 20],
         "sum_of_squares": lambda: [make.floats(make.tokens, NEURONS)],
         "typical_scale": lambda: [torch.rand(NEURONS), 5, make.maybe(torch.rand(NEURONS)), 3, torch.rand(NEURONS)],
+        "unpack_blocks": lambda: [torch.zeros(6, 2 * 144, dtype=torch.uint8), "Q4_K", torch.zeros(6, 512)],
         "timed_read": lambda: [make.floats(NEURONS, HIDDEN)],
         "advise_huge_pages": lambda: [make.floats(NEURONS, HIDDEN)],
         "watch_mapping": lambda: [torch.zeros(4096, dtype=torch.uint8)],

@@ -67,10 +67,14 @@ def test_all_neurons_give_plain_transformers(demo_model, reference, passes_over_
     ranking = random_neuron_file(3, config.num_hidden_layers, config.intermediate_size)
     loaded = load_model(demo_model, settings, ranking)
     with reference.fresh():
-        expected = real(run(reference.model, passes_over_cache), passes_over_cache)
+        plain = real(run(reference.model, passes_over_cache), passes_over_cache)
+        try:  # a sum's order alone moves plain transformers by 1e-4 on some processors: float64 judges both
+            exact = real(run(reference.model.double(), passes_over_cache), passes_over_cache)
+        finally:
+            reference.model.float()
     ours = real(run(loaded.model, passes_over_cache), passes_over_cache)
-    assert (ours - expected).abs().max() < 1e-4
-    assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+    assert (ours - exact).abs().max() < 1e-4
+    assert torch.equal(ours.argmax(-1), plain.argmax(-1))
 
 
 @pytest.mark.parametrize("method", ["partinfer", "coreinfer"])

@@ -27,7 +27,7 @@ def decide_block_bytes(
     """
     if settings.block_bytes is None:
         return None, Decision(
-            OFF, "not asked for: prompts take longer, and not all processors decode faster (docs/whole_model.md)"
+            OFF, "not asked for: FFNs alone leave prompts faster, and on some processors decoding (docs/whole_model.md)"
         )
     return settings.block_bytes, Decision(f"{settings.block_bytes:g}", _checked(settings, base, unfit))
 

@@ -168,11 +168,16 @@ inline void run_activations(const FfnTask& task, int64_t start, int64_t count, f
   }
 }
 
-// h[neuron][token] of `count` neurons anywhere. rows: those of the first group, and afterwards those that come next.
+// h[neuron][token] of `count` neurons anywhere, unless it is known. rows: those of the first group, and afterwards those that come next.
 template <class Products>
 inline void list_activations(const FfnTask& task, int64_t start, int64_t count, RowRef* rows, float* h) {
   const int64_t neurons = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
   RowRef next[DOT_ROWS];
+  if (task.gate.data == nullptr) {
+    for (int64_t t = 0; t < task.x.tokens; ++t)
+      for (int64_t i = 0; i < count; ++i) h[i * MAX_TOKENS + t] = known_value(task, t, start + i);
+    return;
+  }
   for (int64_t i = 0; i < count; i += neurons) {
     rows_of(task, smaller(start + i + neurons, task.rows.end - 1), next);
     Products::prefetch_scales(next, DOT_ROWS, task.gate.row_scales);
@@ -219,8 +224,9 @@ inline void add_known(const FfnTask& task) {
 template <class Products>
 inline void ffn(const FfnTask& task) {
   constexpr int ADD_ROWS = Products::ADD_ROWS;  // rows of down that are added together
-  const bool run = Products::RUNS && one_run(task.rows), skips = skips_rows(task);
-  if (task.gate.data == nullptr) return add_known<Products>(task);
+  const bool known = task.gate.data == nullptr, skips = skips_rows(task);
+  if (known && !skips) return add_known<Products>(task);
+  const bool run = Products::RUNS && one_run(task.rows) && !known;
   const int64_t group = task.up.data != nullptr ? DOT_ROWS / 2 : DOT_ROWS;
   const int64_t block = skips ? BLOCK : run ? RUN_BLOCK : group > ADD_ROWS ? group : ADD_ROWS;
   const int64_t begin = task.rows.begin, end = task.rows.end;
@@ -229,7 +235,7 @@ inline void ffn(const FfnTask& task) {
   const float none[MAX_TOKENS] = {};
   RowRef rows[DOT_ROWS];
   if (begin >= end) return;
-  if (!run) rows_of(task, begin, rows);
+  if (!run && !known) rows_of(task, begin, rows);
   for (int64_t start = begin; start < end; start += block) {
     const int64_t count = smaller(block, end - start);
     if constexpr (Products::RUNS) {

@@ -98,7 +98,7 @@ perplexity() {
 baselines() {
     result=$OUT/$MODEL/baselines.json
     [ -f "$result" ] && return
-    $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method dense,cats,teal_uniform,wina \
+    $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method dense,cats,teal_uniform,wina_uniform \
         --paper_sparsity 0.25,0.4,0.5 --calibration "$DATA/wikitext2/valid.txt" --dataset "$DATA/wikitext2/test.txt" \
         --limit "$WINDOWS" --batch_size 8 --skip_finished --json "$result"
 }

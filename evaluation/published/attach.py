@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evaluation.published.block_wise import allocate
+import torch
+
+from evaluation.published.block_wise import RuleAt, allocate
 from evaluation.published.calibration import calibration_ids, watch
 from evaluation.published.masks import Mask, MaskedReading, Rule, above, largest
 from evaluation.published.projections import FFN, NAMES, SOURCE, LayerParts, float_weight, nbytes, parts_of
-from evaluation.published.settings import CATS, TEAL, WINA, PublishedSettings
+from evaluation.published.rotation import ORTHOGONAL, rotate
+from evaluation.published.settings import ALLOCATED, CALIBRATED, CATS, ROTATED, TEAL, TEAL_UNIFORM, PublishedSettings
 from transformers_patches.load.loaded_model import LoadedModel
 
 
@@ -51,6 +54,8 @@ def _by_input(
     loaded: LoadedModel, layers: list[LayerParts], settings: PublishedSettings, folder: Path, seed: int
 ) -> list[Mask]:
     """TEAL and WINA: every projection leaves out inputs of its own."""
+    if settings.name in ROTATED:
+        rotate(layers)
     masks = [
         {
             name: Mask(loaded.state, nbytes(projection), in_ffn=name in FFN)
@@ -61,37 +66,42 @@ def _by_input(
     for parts, mine in zip(layers, masks, strict=True):
         for name, projection in parts.projections.items():
             mine[name].on_input(projection)
-    if settings.name == WINA:
-        rules = [{name: _wina(p, settings.sparsity) for name, p in parts.projections.items()} for parts in layers]
-    else:
-        rules = _teal(loaded, layers, masks, settings, calibration_ids(settings, folder, loaded, seed))
+    ids = calibration_ids(settings, folder, loaded, seed) if settings.name in CALIBRATED else None
+    rule_at = _thresholds(loaded, layers, ids) if settings.name in (TEAL, TEAL_UNIFORM) else _counts(layers, settings)
+    shares = [dict.fromkeys(NAMES, settings.sparsity)] * len(layers)
+    if settings.name in ALLOCATED:
+        shares = allocate(loaded, layers, masks, rule_at, settings, ids)
+    rules = [{name: rule_at(number, name, mine[name]) for name in NAMES} for number, mine in enumerate(shares)]
     for mine, chosen in zip(masks, rules, strict=True):
         for name, rule in chosen.items():
             mine[name].rule = rule
     return [mask for mine in masks for mask in mine.values()]
 
 
-def _wina(projection, sparsity: float) -> Rule:
-    """The inputs with the largest |x_j| times the norm of the weight's column."""
-    norm = float_weight(projection).norm(dim=0)
-    return largest(max(1, round((1 - sparsity) * len(norm))), norm)
+def _counts(layers: list[LayerParts], settings: PublishedSettings) -> RuleAt:
+    """WINA: as many inputs as the share leaves, those with the largest |x_j| times the norm of the weight's column.
+
+    In the turned basis the norms are those of k and gate only, and 1 elsewhere, as in the paper's experiments.
+    """
+    weighted = ORTHOGONAL if settings.name in ROTATED else NAMES
+    norms = [
+        {name: float_weight(projection).norm(dim=0) if name in weighted else None for name, projection in found.items()}
+        for found in (parts.projections for parts in layers)
+    ]
+
+    def rule_at(layer: int, name: str, share: float) -> Rule:
+        inputs = layers[layer].projections[name].in_features
+        return largest(max(1, round((1 - share) * inputs)), norms[layer][name])
+
+    return rule_at
 
 
-def _teal(
-    loaded: LoadedModel, layers: list[LayerParts], masks: list[dict[str, Mask]], settings: PublishedSettings, ids
-) -> list[dict[str, Rule]]:
-    """Inputs whose size is above a threshold: the quantile of the calibration tokens' at the projection's share."""
+def _thresholds(loaded: LoadedModel, layers: list[LayerParts], ids: torch.Tensor) -> RuleAt:
+    """TEAL: inputs whose size is above a threshold, the quantile of the calibration tokens' at the share."""
     watched = {
         f"{number} {name}": parts.projections[name]
         for number, parts in enumerate(layers)
         for name in dict.fromkeys(SOURCE.values())
     }
     found = watch(loaded, ids, watched, {})
-
-    def rule_at(layer: int, name: str, share: float) -> Rule:
-        return above(found[f"{layer} {SOURCE[name]}"].quantile(share))
-
-    shares = [dict.fromkeys(NAMES, settings.sparsity)] * len(layers)
-    if settings.name == TEAL:
-        shares = allocate(loaded, layers, masks, rule_at, settings, ids)
-    return [{name: rule_at(number, name, mine[name]) for name in NAMES} for number, mine in enumerate(shares)]
+    return lambda layer, name, share: above(found[f"{layer} {SOURCE[name]}"].quantile(share))

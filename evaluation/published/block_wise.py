@@ -1,8 +1,11 @@
 """TEAL's allocation: which projections of a layer leave out more, found greedily, layer by layer (arXiv 2408.14690).
 
+WINA takes the same one, with its own choice of inputs.
+
 Every layer leaves out the same share of its bytes. Starting from nothing, the projection whose next step changes the
 layer's output least (by the 2-norm, on inputs of the dense model) takes that step, until the share is reached. A step
-is the same number of bytes for all projections: 5 % of the query's, as in the authors' program.
+is the same number of bytes for all projections: 5 % of the query's, as in the authors' program, whose error is that of the last
+quarter of longer texts.
 """
 
 from __future__ import annotations

@@ -21,11 +21,12 @@ def above(threshold: float) -> Rule:
     return lambda x: x.abs().float() > threshold
 
 
-def largest(count: int, norm: torch.Tensor) -> Rule:
-    """For every token the `count` inputs with the largest |x_j| norm_j: WINA (arXiv 2505.19427). norm: [n]."""
+def largest(count: int, norm: torch.Tensor | None) -> Rule:
+    """For every token the `count` inputs with the largest |x_j| norm_j: WINA (arXiv 2505.19427). norm: [n]; None: all 1."""
 
     def chosen(x: torch.Tensor) -> torch.Tensor:
-        best = (x.abs().float() * norm).topk(count, dim=-1, sorted=False).indices
+        sizes = x.abs().float()
+        best = (sizes if norm is None else sizes * norm).topk(count, dim=-1, sorted=False).indices
         return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, best, True)
 
     return chosen

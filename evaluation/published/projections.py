@@ -26,6 +26,9 @@ class LayerParts:
     layer: nn.Module
     projections: dict[str, nn.Module]  # by NAMES; each has in_features, out_features and a weight
     activation: nn.Module  # of the gate
+    attention_norm: nn.Module  # before q, k and v
+    ffn_norm: nn.Module  # before gate and up
+    norm_offset: float  # what these add to their weights
 
 
 def parts_of(loaded: LoadedModel) -> list[LayerParts]:
@@ -49,7 +52,8 @@ def _layer_parts(layer: nn.Module, family: Family) -> LayerParts:
     found = dict(zip("qkv", (getattr(attention, name) for name in family.attention_inputs), strict=True))
     found["o"] = getattr(attention, family.attention_output)
     found |= {name: getattr(ffn, getattr(family, name)) for name in FFN}
-    return LayerParts(layer, found, getattr(ffn, family.activation_module))
+    norms = (layer.get_submodule(name) for name in (family.attention_norm, family.ffn_norm))
+    return LayerParts(layer, found, getattr(ffn, family.activation_module), *norms, family.norm_offset)
 
 
 def nbytes(projection: nn.Module) -> int:

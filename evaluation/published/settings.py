@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 from transformers_patches.errors import PartInferError
 
-CATS, TEAL, TEAL_UNIFORM, WINA = NAMES = ("cats", "teal", "teal_uniform", "wina")
-CALIBRATED = (CATS, TEAL, TEAL_UNIFORM)  # have thresholds; wina counts
+CATS, TEAL, TEAL_UNIFORM = "cats", "teal", "teal_uniform"
+WINA, WINA_UNIFORM, WINA_PLAIN = "wina", "wina_uniform", "wina_plain"
+NAMES = (CATS, TEAL, TEAL_UNIFORM, WINA, WINA_UNIFORM, WINA_PLAIN)
+CALIBRATED = (CATS, TEAL, TEAL_UNIFORM, WINA)  # take thresholds or shares from texts
+ROTATED = (WINA, WINA_UNIFORM)  # change the basis of the weights
+ALLOCATED = (TEAL, WINA)  # search for the share of each projection
 PAPER_SPARSITY, CALIBRATION_TOKENS, TEAL_STEP = 0.5, 4096, 0.05
 
 
@@ -18,9 +22,9 @@ class PublishedSettings:
 
     name: str  # one of NAMES
     sparsity: float = PAPER_SPARSITY  # the share that a token leaves out: of neurons (cats), of inputs (teal, wina)
-    calibration: str | None = None  # texts that thresholds come from, as --dataset names texts
+    calibration: str | None = None  # texts that thresholds and shares come from, as --dataset names texts
     tokens: int = CALIBRATION_TOKENS  # of those texts
-    step: float = TEAL_STEP  # of teal's allocation, as a share of the query's weights
+    step: float = TEAL_STEP  # of the allocation of teal and wina, as a share of the query's weights
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -30,7 +34,7 @@ class PublishedSettings:
         if not 0 < self.step <= 1:
             raise PartInferError(f"teal_step must be above 0 and at most 1, got {self.step}")
         if self.name in CALIBRATED and self.calibration is None:
-            raise PartInferError(f"method {self.name} takes its thresholds from texts: give --calibration FILE")
+            raise PartInferError(f"method {self.name} is calibrated on texts: give --calibration FILE")
 
 
 def add_published_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +46,14 @@ def add_published_arguments(parser: argparse.ArgumentParser) -> None:
         help="the share that a token leaves out, of the neurons (cats) or of the inputs of every projection (teal, wina); "
         f"a list runs the grid ({PAPER_SPARSITY})",
     )
-    group.add_argument("--calibration", metavar="FILE", help="texts for the thresholds of cats and teal, any text file")
+    group.add_argument("--calibration", metavar="FILE", help="texts for cats, teal and wina, any text file")
     group.add_argument(
         "--calibration_tokens", type=int, help=f"how many tokens of them, drawn with --seed ({CALIBRATION_TOKENS})"
     )
     group.add_argument(
         "--teal_step",
         type=float,
-        help=f"step of teal's search, a share of the query's weights: larger is faster and coarser ({TEAL_STEP})",
+        help=f"step of the search of teal and wina, a share of the query's weights: larger is faster and coarser ({TEAL_STEP})",
     )
 
 

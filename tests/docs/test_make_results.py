@@ -54,7 +54,7 @@ def test_finished_perplexities_are_skipped(make):
     code, _, calls = make("perplexity", "baselines")
     assert code == 0
     assert [call.count("--method") for call in calls] == [1] * 4
-    assert "dense,cats,teal_uniform,wina" in calls[-1]
+    assert "dense,cats,teal_uniform,wina_uniform" in calls[-1]
     assert make("perplexity", "baselines") == (0, "", [])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import string
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,12 @@ def data_folder(tmp_path_factory) -> Path:
 def _write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """1,500 random letters and spaces, as one text."""
+    generator = random.Random(1)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(generator.choice(string.ascii_lowercase + " ") for _ in range(1500)), encoding="utf-8")
+    return path

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import random
 import shutil
-import string
 import subprocess
 import sys
 
@@ -27,14 +25,6 @@ from transformers_patches import kernels
 from transformers_patches.errors import PartInferError
 
 ALL = "dense,dense+partial,partinfer,coreinfer,coreinfer+partial,coreinfer_random_loading"
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    generator = random.Random(1)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(generator.choice(string.ascii_lowercase + " ") for _ in range(500)), encoding="utf-8")
-    return path
 
 
 def run(folder, ranking_paths, out, *arguments) -> dict:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import string
 
 import pytest
 import torch
@@ -16,6 +14,8 @@ from evaluation.evaluate_task import main as tasks
 from evaluation.published.attach import attach
 from evaluation.published.calibration import calibration_ids
 from evaluation.published.histogram import Histogram
+from evaluation.published.projections import parts_of
+from evaluation.published.rotation import ORTHOGONAL, rotate
 from evaluation.published.settings import PublishedSettings
 from evaluation.scoring import continuation_logits
 from tests.conftest import LAYERS
@@ -30,21 +30,13 @@ PROJECTIONS = {
 PROMPT, SCORED = 24, 8
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    generator = random.Random(2)
-    path = tmp_path_factory.mktemp("texts") / "texts.txt"
-    path.write_text("".join(generator.choice(string.ascii_lowercase + " ") for _ in range(1500)), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
-def with_baseline(model_folder, texts):
+def with_baseline(model_folder, text_file):
     """Loads the tiny model with a baseline."""
 
     def make(name: str, sparsity: float = 0.4, **options):
         loaded = load_model(model_folder, PartInferConfig(method="dense", device="cpu"))
-        settings = PublishedSettings(name, sparsity, str(texts), 512, **options)
+        settings = PublishedSettings(name, sparsity, str(text_file), 512, **options)
         ids = calibration_ids(settings, model_folder, loaded, 0)
         attach(loaded, settings, model_folder, 0)
         return loaded, ids
@@ -52,9 +44,9 @@ def with_baseline(model_folder, texts):
     return make
 
 
-def by_hand(folder, ids, places, change, prompt) -> torch.Tensor:
+def by_hand(folder, ids, places, change, prompt, model=None) -> torch.Tensor:
     """Logits of `ids` by plain transformers, with the inputs (or outputs) of modules changed from token `prompt` on."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder) if model is None else model
     for name, module in model.named_modules():
         place = next((p for p in places if name.endswith(p)), None)
         if place is None:
@@ -145,8 +137,8 @@ def test_teal_is_the_papers_with_one_share(with_baseline, model_folder, sample):
     assert left_out == pytest.approx(4 * (whole - read), rel=1e-2)
 
 
-def test_wina_takes_the_largest_products_with_column_norms(with_baseline, model_folder, sample):
-    loaded, _ = with_baseline("wina")
+def test_wina_without_rotation_takes_the_largest_products_with_column_norms(with_baseline, model_folder, sample):
+    loaded, _ = with_baseline("wina_plain")
 
     def change(_name, module, x):
         x, scores = x.clone(), x.abs() * module.weight.norm(dim=0)
@@ -159,7 +151,98 @@ def test_wina_takes_the_largest_products_with_column_norms(with_baseline, model_
     assert torch.allclose(decoded(loaded, sample), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["cats", "teal_uniform", "teal", "wina"])
+def papers_rotated_model(folder):
+    """Llama as the paper of WINA turns it: the residual stream itself, with a product in each shortcut."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    layers = model.model.layers
+
+    def basis(norm, projection) -> torch.Tensor:
+        return torch.linalg.svd((projection.weight * norm.weight).double(), full_matrices=True).Vh.T
+
+    turns = []  # of the residual stream, before each norm
+    for layer in layers:
+        turns.append(basis(layer.input_layernorm, layer.self_attn.k_proj))
+        turns.append(basis(layer.post_attention_layernorm, layer.mlp.gate_proj))
+    turns.append(torch.eye(model.config.hidden_size, dtype=torch.float64))  # the last norm reads what it always did
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight.double() @ turns[0])
+        for number, layer in enumerate(layers):
+            attention, ffn = layer.self_attn, layer.mlp
+            parts = [
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj),
+                (layer.post_attention_layernorm, (ffn.gate_proj, ffn.up_proj), ffn.down_proj),
+            ]
+            for half, (norm, readers, writer) in enumerate(parts):
+                now, following = turns[2 * number + half], turns[2 * number + half + 1]
+                for reader in readers:
+                    reader.weight.copy_((reader.weight * norm.weight).double() @ now)
+                writer.weight.copy_(following.T @ writer.weight.double())
+                norm.weight.fill_(1.0)
+            layer.forward = turned_layer(layer, *(turns[n].T @ turns[n + 1] for n in (2 * number, 2 * number + 1)))
+    return model
+
+
+def turned_layer(layer, first, second):
+    """The forward of a Llama layer with products in its shortcuts."""
+
+    def forward(hidden, **options):
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **options)
+        hidden = hidden @ first.float() + attended
+        return hidden @ second.float() + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    return forward
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma", "gemma3"])
+def test_rotation_leaves_the_model_and_makes_columns_orthogonal(tiny_checkpoints, sample, family):
+    plain = AutoModelForCausalLM.from_pretrained(tiny_checkpoints[family])
+    loaded = load_model(tiny_checkpoints[family], PartInferConfig(method="dense", device="cpu"))
+    layers = parts_of(loaded)
+    before = layers[2].projections["k"].weight.detach().clone()
+    rotate(layers)
+    assert not torch.equal(before, layers[2].projections["k"].weight)
+    with torch.inference_mode():
+        expected, found = plain(sample[None]).logits, loaded.model(sample[None]).logits
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    for parts in layers:
+        for name in ORTHOGONAL:
+            products = parts.projections[name].weight.double().T @ parts.projections[name].weight.double()
+            assert (products - products.diag().diag()).norm() < 1e-4 * products.norm()
+
+
+@pytest.mark.parametrize("name", ["wina", "wina_uniform"])
+def test_wina_is_the_papers(with_baseline, model_folder, sample, name):
+    """Norms of the columns of k and gate, sizes elsewhere, in the model that is turned as the paper turns it."""
+    loaded, _ = with_baseline(name, step=0.5)
+    found = decoded(loaded, sample)
+    places = [f"layers.{layer}.{place}" for layer in range(LAYERS) for place in PROJECTIONS.values()]
+    counts = {place: mask.kept // mask.tokens for place, mask in zip(places, loaded.masked.masks, strict=True)}
+    model = papers_rotated_model(model_folder)
+    with torch.inference_mode():
+        plain = AutoModelForCausalLM.from_pretrained(model_folder)(sample[None]).logits
+        torch.testing.assert_close(model(sample[None]).logits, plain, atol=2e-4, rtol=2e-4)
+
+    def change(module_name, module, x):
+        weighted = module_name.endswith(("k_proj", "gate_proj"))
+        scores = x.abs() * (module.weight.norm(dim=0) if weighted else 1.0)
+        best = scores.topk(counts[module_name.removeprefix("model.")]).indices
+        return x * torch.zeros_like(x).scatter_(-1, best, 1.0)
+
+    expected = by_hand(model_folder, sample[:-1], dict.fromkeys(PROJECTIONS.values(), "input"), change, PROMPT, model)[
+        PROMPT:
+    ]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    shares = {counts[place] / module.in_features for place in places for module in [model.model.get_submodule(place)]}
+    assert (max(shares) - min(shares) > 0.2) == (name == "wina")  # the search spends unevenly
+
+
+def test_quantised_weights_are_not_rotated(model_folder):
+    loaded = load_model(model_folder, PartInferConfig(method="dense", device="cpu", dtype="int8"))
+    with pytest.raises(PartInferError, match="give --dtype bfloat16, or use wina_plain"):
+        attach(loaded, PublishedSettings("wina_uniform"), model_folder, 0)
+
+
+@pytest.mark.parametrize("name", ["cats", "teal_uniform", "teal", "wina", "wina_uniform", "wina_plain"])
 def test_calibration_tokens_leave_out_the_asked_share(with_baseline, name):
     loaded, ids = with_baseline(name, step=0.5)
     counts = [[0, 0] for _ in loaded.masked.masks]
@@ -219,18 +302,24 @@ def test_quantiles_are_those_of_sorted_values():
         found.add(torch.tensor([float("nan")]))
 
 
-def test_commands_know_the_methods(model_folder, data_folder, texts, tmp_path, capsys):
+def test_commands_know_the_methods(model_folder, data_folder, text_file, tmp_path, capsys):
     out = tmp_path / "out.json"
-    windows = [f"--dataset={texts}", "--prefill_tokens=24", "--scored_tokens=8", "--limit=4", "--bootstrap_iters=20"]
-    given = [f"--model_name={model_folder}", "--device=cpu", f"--calibration={texts}", "--calibration_tokens=512"]
-    methods = "--method=dense,cats,wina"
+    windows = [
+        f"--dataset={text_file}",
+        "--prefill_tokens=24",
+        "--scored_tokens=8",
+        "--limit=4",
+        "--bootstrap_iters=20",
+    ]
+    given = [f"--model_name={model_folder}", "--device=cpu", f"--calibration={text_file}", "--calibration_tokens=512"]
+    methods = "--method=dense,cats,wina_uniform"
     assert main([*given, *windows, methods, "--paper_sparsity=0.25,0.5", f"--json={out}"]) == 0
     rows = {row["label"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
     assert len(rows) == 5
-    assert rows["wina left_out=0.5"]["block_bytes_fraction"] == pytest.approx(0.5, abs=0.02)
+    assert rows["wina_uniform left_out=0.5"]["block_bytes_fraction"] == pytest.approx(0.5, abs=0.02)
     assert rows["cats left_out=0.5"]["ffn_bytes_fraction"] == pytest.approx(2 / 3, abs=0.05)
     assert rows["cats left_out=0.5"]["paper_sparsity"] == 0.5
-    assert rows["wina left_out=0.25"]["kl_to_dense"] < rows["wina left_out=0.5"]["kl_to_dense"]
+    assert rows["wina_uniform left_out=0.25"]["kl_to_dense"] < rows["wina_uniform left_out=0.5"]["kl_to_dense"]
     run = [
         "--task_name=local_piqa",
         "--limit=1",
@@ -266,4 +355,4 @@ def test_bad_settings_are_refused(wrong, message):
 def test_other_architectures_are_refused(tiny_checkpoints):
     loaded = load_model(tiny_checkpoints["opt"], PartInferConfig(method="dense", device="cpu"))
     with pytest.raises(PartInferError, match="not for opt"):
-        attach(loaded, PublishedSettings("wina"), tiny_checkpoints["opt"], 0)
+        attach(loaded, PublishedSettings("wina_plain"), tiny_checkpoints["opt"], 0)

@@ -66,7 +66,7 @@ def _error(what: str) -> PartInferError:
 @contextmanager
 def _limited_time(seconds: float) -> Iterator[None]:
     """Raise _TooLong in the block after so many seconds, and every second from then on, whatever thread it runs in."""
-    mine, ended = ctypes.c_ulong(threading.get_ident()), threading.Event()
+    mine, ended, interrupted = ctypes.c_ulong(threading.get_ident()), threading.Event(), threading.Event()
     deciding = threading.Lock()  # no interruption comes after the end
 
     def watch() -> None:
@@ -74,13 +74,17 @@ def _limited_time(seconds: float) -> Iterator[None]:
         while not ended.wait(wait):
             with deciding:
                 if not ended.is_set():
+                    interrupted.set()
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(mine, ctypes.py_object(_TooLong))
             wait = _AGAIN
 
     def end() -> None:
         with deciding:
             ended.set()
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(mine, None)  # one that was asked for, but has not come yet
+            # Take back what has not come yet. Only then: until something else interrupts, CPython 3.11 looks for
+            # the exception that is gone at every call, and under a profiler for ever.
+            if interrupted.is_set():
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(mine, None)
 
     threading.Thread(target=watch, name="partinfer template", daemon=True).start()
     try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.tiny_tokenizer import tiny_tokenizer
 from transformers_patches.errors import PartInferError
 from transformers_patches.generation import chat_template
@@ -74,3 +77,13 @@ def test_many_threads_at_once():
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(text_of, [NO_POWER] * 100)) == ["**hi"] * 100
     assert resource.getrlimit(resource.RLIMIT_AS) == LIMITS
+
+
+def test_under_a_profiler():
+    """Nothing may be left behind that CPython looks for at every call, which under a profiler never ends."""
+    program = (
+        "import cProfile\nfrom tests.transformers_patches.generation.test_chat_template import NO_POWER, text_of\n"
+        "with cProfile.Profile():\n    text = text_of(NO_POWER)\nprint(text)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "**hi\n", ended.stderr

@@ -23,6 +23,9 @@ from transformers_patches.sparse.token_selection import TypicalSize, keep_best
 from transformers_patches.structure.activations import clamped
 
 LEAST_TOKENS = 4  # of a prompt, from which the typical sizes of an expert's neurons are known
+# Up to how many tokens an expert has, on average, one native call for each token of a pass takes less time than one for
+# each expert (docs/models.md)
+FEW_PER_EXPERT = 1.5
 
 
 class Experts(nn.Module):
@@ -82,7 +85,7 @@ class Experts(nn.Module):
     def _forget_choices(self) -> None:
         self._scales: dict[tuple[int, int], torch.Tensor] = {}  # the same times the norms of down: float32 [N]
         self._choices: dict[tuple[int, int], kernels.ActiveNeurons] = {}
-        self._sized: set[int] = set()  # experts of which the table knows what this request says
+        self._sized: dict[int, int] = {}  # of which sequence the table has an expert's sizes
 
     def moved(self, expert: int) -> None:
         """An expert's rows lie elsewhere now."""
@@ -122,37 +125,50 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, H], the numbers of the chosen experts [T, k], what their outputs count [T, k]; returns [T, H]."""
         decodes = self.state is not None and self.state.phase != PREFILL
-        if len(x) == 1 and self.native_activation is not None and (decodes or self.state is None):
-            return self._one_token(x, chosen, weights, decodes=decodes)
-        y, numbers = torch.zeros_like(x), sorted(set(chosen.flatten().tolist()))
-        compute = self._decoded if decodes else self._all_neurons
-        if self.before is not None:
-            self.before(numbers)
-        for expert in numbers:
-            tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            output = compute(expert, x[tokens], tokens)
-            y.index_add_(0, tokens, (output * weights[tokens, places, None]).to(y.dtype))
+        in_one_call = self.native_activation is not None and (decodes or self.state is None)
+        if len(x) == 1 and in_one_call:
+            self._fetch(chosen.flatten().tolist())
+            return self._one_token(x, chosen, weights, 0, decodes=decodes)
+        order = chosen.flatten().argsort(stable=True)  # of all T k uses, those of one expert after the other
+        found, counts = chosen.flatten()[order].unique_consecutive(return_counts=True)
+        numbers, counts = found.tolist(), counts.tolist()
+        self._fetch(numbers)
+        if in_one_call and len(order) <= FEW_PER_EXPERT * len(numbers):
+            return torch.cat([self._one_token(x, chosen, weights, t, decodes=decodes) for t in range(len(x))])
+        tokens, compute = order // chosen.shape[1], self._decoded if decodes else self._all_neurons
+        inputs, outputs = x[tokens], []
+        for expert, part, own in zip(numbers, inputs.split(counts), tokens.split(counts), strict=True):
+            outputs.append(compute(expert, part, own))
         if decodes:
             self.counters.tokens += len(x)
-        return y
+        weighted = torch.cat(outputs) * weights.flatten()[order, None]
+        return torch.zeros_like(x).index_add_(0, tokens, weighted.to(x.dtype))
 
-    def _one_token(
-        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, *, decodes: bool
-    ) -> torch.Tensor:
-        """All of a token's experts in one call."""
-        numbers = chosen.flatten().tolist()
+    def _fetch(self, numbers: list[int]) -> None:
         if self.before is not None:
             self.before(numbers)
+
+    def _one_token(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, token: int, *, decodes: bool
+    ) -> torch.Tensor:
+        """All experts of one of the tokens in one call: [1, H]."""
+        numbers = chosen[token].tolist()
         for expert in numbers:
             if expert not in self._set:
                 self._put_into_table(expert)
-            if self.state is not None and expert not in self._sized:
-                self._table.set_size(expert, self._scale(expert, 0))
-                self._sized.add(expert)
-        y, computed = self._table.run(x, chosen, weights, self.kept or 0)
+        if decodes:
+            self._set_sizes(numbers, token // self.state.tokens)
+        y, computed = self._table.run(x[token : token + 1], chosen[token], weights[token], self.kept or 0)
         if decodes:  # up is read for all neurons, gate and down for those that are kept
             self.counters.add(1, computed, sum(self.rows[expert].count for expert in numbers) + 2 * computed)
         return y
+
+    def _set_sizes(self, experts: list[int], sequence: int) -> None:
+        """Let the table know what a sequence's prompt said about some experts."""
+        for expert in experts:
+            if self._sized.get(expert) != sequence:
+                self._table.set_size(expert, self._scale(expert, sequence))
+                self._sized[expert] = sequence
 
     def _put_into_table(self, expert: int) -> None:
         rows = self.rows[expert]

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.model_table import LAYERS, tiny_model
 from tests.transformers_patches.model_passes import padded_prompts, passes, run
+from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
@@ -118,6 +119,34 @@ def test_all_neurons_are_dense(tmp_path):
         - sum(m.row_bytes for m in loaded.state.experts)
         + read
     )
+
+
+@pytest.mark.parametrize("settings", [{"method": "dense"}, SETTINGS | {"sparsity": 0.6}], ids=["dense", "sparse"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_call_for_each_token_is_a_call_for_each_expert(native, tmp_path, monkeypatch, model_type, settings):
+    """Which of them computes a pass goes by how many tokens share an expert; nothing else may."""
+    tiny_model(model_type).save_pretrained(tmp_path)
+    all_passes, results = passes(*padded_prompts([20, 9, 14], "left"), [1, 1, 3]), []
+    for few in (0, 1000):
+        monkeypatch.setattr("transformers_patches.sparse.experts.FEW_PER_EXPERT", few)
+        loaded = load_model(tmp_path, PartInferConfig(**settings, **SHAPE, kernels="native"))
+        calls = []
+        monkeypatch.setattr(kernels.ExpertTable, "run", counted(kernels.ExpertTable.run, calls))
+        logits = run(loaded.model, all_passes)
+        monkeypatch.undo()
+        results.append((logits, loaded.bytes_fraction(), len(calls)))
+    (grouped, read, no_calls), (by_token, same, calls) = results
+    real = all_passes[0][1]["attention_mask"].bool()
+    for number, (a, b) in enumerate(zip(grouped, by_token, strict=True)):
+        assert ((a - b)[real] if number == 0 else a - b).abs().max() < 1e-4
+    assert read == same
+    prompt = real.numel() if settings["method"] == "dense" else 0  # the prompt tells sparse experts typical sizes
+    assert (no_calls, calls) == (0, LAYERS * (prompt + 3 * 5))
+
+
+def counted(run, calls: list):
+    """The same method, which notes its calls."""
+    return lambda *arguments: calls.append(1) or run(*arguments)
 
 
 def test_what_experts_cannot_do_is_refused(tmp_path):

@@ -32,7 +32,6 @@ class GGUFLayout:
 
     architecture: str  # `general.architecture` of the file
     rotary_pairs: bool = False  # rows of q and k lie in rotary pairs; transformers has two halves of a head
-    can_be_written: bool = False  # the speed benchmark's writer knows all the settings that llama.cpp needs
 
 
 @dataclass(frozen=True)
@@ -278,13 +277,13 @@ _POST_NORMS = {  # Gemma 2 and 3
 }
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(native_decoder=True, gguf=GGUFLayout("llama", rotary_pairs=True, can_be_written=True)),  # SmolLM2
+    "llama": Family(native_decoder=True, gguf=GGUFLayout("llama", rotary_pairs=True)),  # SmolLM2
     "mistral": Family(
         native_decoder=True,
         window_in_config=True,
-        gguf=GGUFLayout("llama", rotary_pairs=True, can_be_written=True),
+        gguf=GGUFLayout("llama", rotary_pairs=True),
     ),
-    "qwen2": Family(native_decoder=True, gguf=GGUFLayout("qwen2", can_be_written=True)),
+    "qwen2": Family(native_decoder=True, gguf=GGUFLayout("qwen2")),
     "qwen3": Family(native_decoder=True, gguf=GGUFLayout("qwen3")),
     "gemma": Family(norm_offset=1.0, gguf=GGUFLayout("gemma")),
     "gemma2": Family(norm_offset=1.0, activation_field="hidden_activation", gguf=GGUFLayout("gemma2"), **_POST_NORMS),

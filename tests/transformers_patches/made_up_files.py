@@ -10,13 +10,13 @@ from transformers_patches.neurons.loss_curve import ALL, DEFAULT, LossCurve, Los
 from transformers_patches.neurons.neuron_file import NeuronFile
 
 
-def with_statistics(seed: int) -> NeuronFile:
+def with_statistics(seed: int, layers: int = LAYERS, size: int = INTERMEDIATE) -> NeuronFile:
     """A random ranking with random statistics that could be those of activations."""
-    neurons = random_neuron_file(seed)
+    neurons = random_neuron_file(seed, layers, size)
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> torch.Tensor:
-        return torch.rand(LAYERS, INTERMEDIATE, generator=generator)
+        return torch.rand(layers, size, generator=generator)
 
     mean = (draw() - 0.5) * 0.2
     neurons.statistics = {

@@ -24,11 +24,12 @@ from transformers_patches.load.meta_model import build_on_meta
 from transformers_patches.load.pack_writer import copy_rest
 from transformers_patches.locks import exclusive
 from transformers_patches.modules.quantized import weight_bytes
-from transformers_patches.plan.export import ExportPlan, bias_field, plan_export
+from transformers_patches.plan.export import ExportPlan, plan_export
 from transformers_patches.sparse.request import RequestState
 from transformers_patches.weights.file_kinds import is_pack
 from transformers_patches.weights.gguf_vocabulary_writer import vocabulary_metadata
 from transformers_patches.weights.gguf_writer import check_can_be_written, write_gguf
+from transformers_patches.weights.gguf_written import can_hold_ffn_bias
 from transformers_patches.weights.model_files import load_tokenizer, read_config
 from transformers_patches.weights.parts import rows_of_part, whole_name
 
@@ -62,9 +63,10 @@ def write_export(model: str | Path, output: str | Path, settings: PartInferConfi
         config = read_config(source)
         if to_gguf(output):
             check_can_be_written(config)
-        plan = plan_export(settings, config, biased=_down_is_biased(config))
+        switch = _bias_switch(config, output)
+        plan = plan_export(settings, config, holds_bias=switch is not None or _down_is_biased(config))
         loaded = load_model(source, plan.settings)
-        plain = _plain_model(loaded, plan)
+        plain = _plain_model(loaded, plan, switch)
         _check_same(loaded, plain)
         if to_gguf(output):
             _write_gguf(plain, source, output)
@@ -94,12 +96,18 @@ def _down_is_biased(config: PretrainedConfig) -> bool:
     return family.down_projection(build_on_meta(config, torch.float32), 0).bias is not None
 
 
-def _plain_model(loaded: LoadedModel, plan: ExportPlan) -> PreTrainedModel:
-    """The model of the smaller config, with the loaded weights."""
+def _bias_switch(config: PretrainedConfig, output: Path) -> str | None:
+    """The field of the config that gives FFNs biases; None if there is none, or what is written can't have them."""
+    held = not to_gguf(output) or can_hold_ffn_bias(config.model_type)
+    return "mlp_bias" if held and isinstance(getattr(config, "mlp_bias", None), bool) else None
+
+
+def _plain_model(loaded: LoadedModel, plan: ExportPlan, switch: str | None) -> PreTrainedModel:
+    """The model of the smaller config, with the loaded weights. switch: the field that gives FFNs biases, if there is one."""
     config = copy.deepcopy(loaded.model.config)
     setattr(config, plan.size_field, plan.size)
-    if plan.settings.compensation != "none" and (field := bias_field(config)) is not None:
-        setattr(config, field, True)
+    if plan.settings.compensation != "none" and switch is not None:
+        setattr(config, switch, True)
     plain = build_on_meta(config, loaded.run.dtype)
     weights = _plain_weights(loaded, plain)
     try:

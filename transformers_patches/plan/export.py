@@ -32,15 +32,10 @@ class ExportPlan:
     notes: tuple[str, ...]
 
 
-def bias_field(config: PretrainedConfig) -> str | None:
-    """The switch of the config that gives FFNs biases; None if there is none."""
-    return "mlp_bias" if isinstance(getattr(config, "mlp_bias", None), bool) else None
-
-
-def plan_export(settings: PartInferConfig, config: PretrainedConfig, *, biased: bool) -> ExportPlan:
+def plan_export(settings: PartInferConfig, config: PretrainedConfig, *, holds_bias: bool) -> ExportPlan:
     """Plan an export of the neurons that settings load.
 
-    biased: whether the output projections of the model's FFNs have biases.
+    holds_bias: whether the output projections of the FFNs have biases, or can have some, in what is written.
 
     One size goes for all layers. If the settings mean different ones (first and last layers are usually whole), every
     layer keeps as many neurons as they have on average, rounded to ROUND. Raises PartInferError if everything is loaded,
@@ -66,9 +61,7 @@ def plan_export(settings: PartInferConfig, config: PretrainedConfig, *, biased: 
             f"{config.model_type} models have one size for all layers: {kept} of {size} neurons in each of the {layers} "
             f"layers, instead of {min(counts)} in layers {min(run.plan.layers)} to {max(run.plan.layers)}"
         )
-    compensation, more = _compensation(
-        settings, run, uniform=uniform, holds_bias=biased or bias_field(config) is not None
-    )
+    compensation, more = _compensation(settings, run, uniform=uniform, holds_bias=holds_bias)
     share = kept / size
     final = replace(
         asked,

@@ -181,6 +181,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 _MIXTRAL = Architecture("mixtral", rotary_pairs=True, integers=_LOCAL_EXPERTS)
 _OLMO3 = replace(_OLMO2, model_type="olmo3", window=4)
 
+# Those that can be written, by model_type: llama.cpp's name, and the entry
+WRITTEN = {
+    architecture.model_type: (name, architecture)
+    for name, architecture in (*ARCHITECTURES.items(), ("olmo2", _OLMO3))
+    if not architecture.has_experts
+}
+
 
 def architecture_of(metadata: Metadata) -> Architecture | None:
     """What is known of a file's architecture; None if it has an entry in `families.py`, or is unknown.

@@ -34,13 +34,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not has_vocabulary(metadata):
         raise PartInferError(f"{path} has no tokenizer (its tokenizer.ggml.model is none): use a file that has one")
     vocabulary = read_vocabulary(metadata)
-    try:
-        backend = _sentencepiece(vocabulary) if vocabulary.kind == SENTENCEPIECE else byte_level(vocabulary)
-    except PartInferError:
-        raise
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise PartInferError(f"{path} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
-    _add_tokens(backend, vocabulary, metadata.text("general.name", ""))
+    backend = backend_of(vocabulary, metadata.text("general.name", ""))
     backend.post_processor = _ends_of_text(vocabulary)
     special = {
         f"{name}_token": vocabulary.tokens[vocabulary.named[name]]
@@ -59,6 +53,22 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             others | ({} if template is None else {DEFAULT_TEMPLATE: template}) if others else template
         )
     return tokenizer
+
+
+def backend_of(vocabulary: Vocabulary, name: str = "") -> Tokenizer:
+    """What gives a vocabulary's tokens, without those at the ends of a text. PartInferError if it can't be built.
+
+    name: of the model, which decides what some control tokens swallow.
+    """
+    try:
+        backend = _sentencepiece(vocabulary) if vocabulary.kind == SENTENCEPIECE else byte_level(vocabulary)
+    except PartInferError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise PartInferError(f"{vocabulary.source} has no usable tokenizer: {reason}") from None
+    _add_tokens(backend, vocabulary, name)
+    return backend
 
 
 def byte_level(vocabulary: Vocabulary) -> Tokenizer:

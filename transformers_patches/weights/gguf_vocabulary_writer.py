@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf_file import read_gguf
 from transformers_patches.weights.gguf_pre_tokenizers import PRE_TOKENIZERS
+from transformers_patches.weights.gguf_sentencepiece_writer import is_sentencepiece, sentencepiece_metadata
 from transformers_patches.weights.gguf_tokenizer import byte_level
 from transformers_patches.weights.gguf_vocabulary import BYTE_LEVEL, CONTROL, NORMAL, USER_DEFINED, Vocabulary
 
@@ -36,7 +37,7 @@ def vocabulary_metadata(
     rows: of the embeddings; those without a token get one that nothing becomes.
     ends: the tokens that end an answer.
 
-    Raises PartInferError for what is no byte-level BPE, and for one that no pre-tokenizer of llama.cpp gives.
+    Raises PartInferError for what is neither BPE over bytes nor sentencepiece's, and where llama.cpp would give other tokens.
     """
     if model.is_file():
         metadata = read_gguf(model).metadata
@@ -66,30 +67,31 @@ def vocabulary_metadata(
     found |= {f"tokenizer.ggml.{name}_token_id": place for name, place in zip(("eot", "eom"), others, strict=False)}
     if tokenizer.chat_template is not None:
         found["tokenizer.chat_template"] = tokenizer.get_chat_template()
-    return {
-        "tokenizer.ggml.model": BYTE_LEVEL,
-        "tokenizer.ggml.pre": _pre_tokenizer(own, tokenizer),
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
-        "tokenizer.ggml.add_bos_token": first,
-        "tokenizer.ggml.add_eos_token": last,
-        **found,
-    }
+    found |= {"tokenizer.ggml.add_bos_token": first, "tokenizer.ggml.add_eos_token": last}
+    if is_sentencepiece(described):
+        special = sentencepiece_metadata(own, tokenizer, _SAMPLES)
+    else:
+        special = {
+            "tokenizer.ggml.model": BYTE_LEVEL,
+            "tokenizer.ggml.pre": _pre_tokenizer(own, tokenizer),
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        }
+    return special | {"tokenizer.ggml.tokens": tokens} | found
 
 
 def _described(model: Path, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """The model of a fast tokenizer, which must be BPE over bytes."""
+    """The model of a fast tokenizer, which must be BPE over bytes, or BPE that falls back to them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = {} if backend is None else json.loads(backend.to_str())
-    parts = content.get("pre_tokenizer") or {}
+    described, parts = content.get("model", {}), content.get("pre_tokenizer") or {}
     kinds = {part.get("type") for part in (parts, *parts.get("pretokenizers", ()))}
-    if content.get("model", {}).get("type") != "BPE" or "ByteLevel" not in kinds:
+    if not is_sentencepiece(described) and (described.get("type") != "BPE" or "ByteLevel" not in kinds):
         raise PartInferError(
-            f"{model} has a tokenizer that is no byte-level BPE, which can't be written to a GGUF file: export a folder, and "
-            "use llama.cpp's convert_hf_to_gguf.py"
+            f"{model} has a tokenizer that is neither BPE over bytes nor sentencepiece's BPE, which can't be written to a GGUF "
+            "file: export a folder, and use llama.cpp's convert_hf_to_gguf.py"
         )
-    return content["model"]
+    return described
 
 
 def _pre_tokenizer(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> str:

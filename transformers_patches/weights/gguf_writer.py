@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +13,15 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import PretrainedConfig
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.families import FAMILIES, family_of
+from transformers_patches.weights.gguf_architectures import Architecture
 from transformers_patches.weights.gguf_rope import FREQUENCIES
+from transformers_patches.weights.gguf_written import (
+    architecture_for,
+    check_llama_cpp,
+    check_written,
+    rope_factors,
+    settings_metadata,
+)
 
 TYPES = {
     "float32": GGMLQuantizationType.F32,
@@ -27,7 +33,9 @@ FILE_TYPES = {
     "float16": gguf.LlamaFileType.MOSTLY_F16,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
 }
-_BYTES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+_TORCH = {kind: getattr(torch, name) for name, kind in TYPES.items()}
+_NUMPY = {GGMLQuantizationType.F32: np.dtype(np.float32), GGMLQuantizationType.F16: np.dtype(np.float16)}
+_CONVOLUTION = "shortconv.conv"
 
 
 class Weights(Protocol):
@@ -54,58 +62,40 @@ def write_gguf(
 
     Raises PartInferError for an architecture that can't be written, and for settings that llama.cpp does not have for it.
     """
-    family = family_of(config)
     check_can_be_written(config)
-    layout = family.gguf
-    writer = GGUFWriter(path, layout.architecture)
-    _add_settings(writer, config, family.intermediate_size(config))
-    factors = _add_rope(writer, config)
-    for key, value in ({"tokenizer.ggml.model": "none"} if vocabulary is None else vocabulary).items():
+    name, architecture = architecture_for(config)
+    writer = GGUFWriter(path, name)
+    metadata = settings_metadata(config) | ({"tokenizer.ggml.model": "none"} if vocabulary is None else vocabulary)
+    for key, value in metadata.items():
         add_value(writer, key, value)
     writer.add_file_type(FILE_TYPES[dtype])
-    names = _names(layout.architecture, config, weights)
+    names, factors = _names(name, config, weights), rope_factors(config)
+    shapes = {place: _stored_shape(place, weights.shape(own)) for place, own in names.items()}
     if factors is not None:
         writer.add_tensor_info(FREQUENCIES, factors.shape, factors.dtype, factors.nbytes)
-    for name, stored in names.items():
-        kind = _type_of(weights.shape(stored), dtype)
-        shape = weights.shape(stored)
-        if kind not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            shape = gguf.quant_shape_to_byte_shape(shape, kind)
-        numpy_type = _BYTES.get(dtype if len(shape) > 1 else "float32", np.dtype(np.uint8))
-        raw = None if numpy_type != np.uint8 else kind
-        writer.add_tensor_info(name, shape, numpy_type, int(np.prod(shape)) * numpy_type.itemsize, raw)
+    for place, shape in shapes.items():
+        _announce(writer, place, shape, _type_of(place, shape, dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for name, stored in names.items():
-        values = torch.empty(weights.shape(stored), dtype=getattr(torch, dtype, torch.float32))
-        weights.read_into(stored, values)
-        if layout.rotary_pairs and ".attn_q." in name:
-            values = _paired(values, config.num_attention_heads)
-        elif layout.rotary_pairs and ".attn_k." in name:
-            values = _paired(values, config.num_key_value_heads)
-        writer.write_tensor_data(_array(values, _type_of(values.shape, dtype)))
+    for place, own in names.items():
+        kind = _type_of(place, shapes[place], dtype)
+        values = torch.empty(weights.shape(own), dtype=_TORCH[kind])
+        weights.read_into(own, values)
+        writer.write_tensor_data(_array(_as_stored(place, values, config, architecture).reshape(shapes[place]), kind))
     writer.close()
+    check_written(path, config)
 
 
 def check_can_be_written(config: PretrainedConfig) -> None:
-    """Raise PartInferError for an architecture that can't be written, and for what llama.cpp would compute otherwise."""
-    layout = family_of(config).gguf
-    if layout is None or not layout.can_be_written:
-        known = [name for name, other in FAMILIES.items() if other.gguf and other.gguf.can_be_written]
-        raise PartInferError(
-            f"GGUF files can be written of {', '.join(known)} models, this one is {config.model_type}: llama.cpp's own "
-            "convert_hf_to_gguf.py knows more"
-        )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings:
-        raise PartInferError(
-            f"llama.cpp has no sliding window for {config.model_type} models, this one has one of {window} tokens"
-        )
-    if family_of(config).activation(config) not in ("silu", "swish"):
-        raise PartInferError(f"llama.cpp computes {config.model_type} models with silu only")
+    """Raise PartInferError for an architecture that can't be written, and for what llama.cpp would compute otherwise.
+
+    What only the whole file shows is checked when it is written.
+    """
+    check_llama_cpp(config)
+    settings_metadata(config)
 
 
 def add_value(writer: GGUFWriter, key: str, value: object) -> None:
@@ -117,53 +107,13 @@ def add_value(writer: GGUFWriter, key: str, value: object) -> None:
     add[type(value)](key, value)
 
 
-def _add_settings(writer: GGUFWriter, config: PretrainedConfig, intermediate_size: int) -> None:
-    head_dim = _head_dim(config)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _add_rope(writer: GGUFWriter, config: PretrainedConfig) -> np.ndarray | None:
-    """Say how positions are encoded; returns what frequencies are divided by, float32 [head_dim / 2], if that is needed.
-
-    Llama 3's scaling is not in the metadata, but in that tensor. https://arxiv.org/abs/2407.21783
-    """
-    rope = config.rope_parameters
-    kind, theta = rope["rope_type"], float(rope["rope_theta"])
-    writer.add_rope_freq_base(theta)
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-        original = rope.get("original_max_position_embeddings")
-        if kind == "yarn" and original:
-            writer.add_rope_scaling_orig_ctx_len(original)
-    odd = {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"} & {
-        name for name, value in rope.items() if value is not None
-    }
-    if kind not in ("default", "linear", "yarn", "llama3") or odd or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        more = f" with {', '.join(sorted(odd))}" if odd else ""
-        raise PartInferError(f"a GGUF file can't say the model's rope scaling ({kind}{more})")
-    if kind != "llama3":
-        return None
-    half = _head_dim(config) // 2
-    frequencies = theta ** -(np.arange(half, dtype=np.float64) / half)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
+def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+    """Say that a tensor comes."""
+    if kind in _NUMPY:
+        numpy_type, raw = _NUMPY[kind], None
+    else:
+        shape, numpy_type, raw = gguf.quant_shape_to_byte_shape(shape, kind), np.dtype(np.uint8), kind
+    writer.add_tensor_info(name, shape, numpy_type, int(np.prod(shape)) * numpy_type.itemsize, raw)
 
 
 def _names(architecture: str, config: PretrainedConfig, weights: Weights) -> dict[str, str]:
@@ -181,16 +131,31 @@ def _names(architecture: str, config: PretrainedConfig, weights: Weights) -> dic
     return names
 
 
-def _type_of(shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
-    return TYPES[dtype] if len(shape) > 1 else GGMLQuantizationType.F32
+def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Filters of convolutions have no dimension of 1 in files."""
+    return tuple(size for size in shape if size > 1) if _CONVOLUTION in name else shape
+
+
+def _type_of(name: str, shape: tuple[int, ...], dtype: str) -> GGMLQuantizationType:
+    return TYPES[dtype] if len(shape) > 1 and _CONVOLUTION not in name else GGMLQuantizationType.F32
 
 
 def _array(values: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    if kind == GGMLQuantizationType.F32:
-        return values.float().numpy()
-    if kind == GGMLQuantizationType.F16:
-        return values.numpy()
+    if kind in _NUMPY:
+        return values.contiguous().numpy()
     return values.contiguous().view(torch.uint8).numpy()  # bfloat16, which NumPy does not have
+
+
+def _as_stored(name: str, values: torch.Tensor, config: PretrainedConfig, architecture: Architecture) -> torch.Tensor:
+    """A weight with the changes that llama.cpp's converter makes."""
+    if architecture.rotary_pairs and ".attn_q." in name:
+        return _paired(values, config.num_attention_heads)
+    if architecture.rotary_pairs and ".attn_k." in name:
+        return _paired(values, config.num_key_value_heads)
+    if architecture.qkv_by_kind and ".attn_qkv." in name:
+        by_head = values.view(config.num_attention_heads, 3, -1, *values.shape[1:])
+        return by_head.transpose(0, 1).reshape(values.shape)
+    return values + architecture.norm_offset if name.endswith("norm.weight") else values
 
 
 def _paired(values: torch.Tensor, heads: int) -> torch.Tensor:

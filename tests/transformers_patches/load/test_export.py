@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -11,9 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import partinfer
 from tests.conftest import FAMILIES, INTERMEDIATE, LAYERS
 from tests.model_table import tiny_model
+from tests.tiny_gguf import tiny_model as tiny_gguf_model
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.transformers_patches.made_up_files import made_up_fit, with_statistics
+from tests.transformers_patches.weights.gguf_cases import byte_level_vocabulary
+from tests.transformers_patches.weights.test_gguf_writer_models import GRANTED
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.export import write_export
@@ -21,6 +25,7 @@ from transformers_patches.load.loader import load_model
 from transformers_patches.load.pack_writer import write_pack
 from transformers_patches.neurons.fit_file import fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile
+from transformers_patches.weights.gguf_tokenizer import gguf_tokenizer
 
 ALL = {"start_num": 0, "end_num": LAYERS - 1}
 IDS = torch.arange(3, 15)[None]
@@ -75,6 +80,38 @@ def test_what_stands_in_for_the_others_becomes_a_bias(tiny_checkpoints, neurons,
     made = write_export(tiny_checkpoints[family], tmp_path / "out", settings(neurons, **ALL))
     assert made.plan.settings.compensation == "mean"
     assert_same(tmp_path / "out", tiny_checkpoints[family], made.plan)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "compensation"),
+    [
+        *(("llama", "mean"), ("granite", "mean"), ("nemotron", "mean"), ("gpt_neox", "mean")),
+        *(("smollm3", "none"), ("arcee", "none"), ("qwen3", "none"), ("gemma2", "none"), ("phi3", "none")),
+    ],
+)
+def test_to_a_gguf_file(tmp_path, model_type, compensation):
+    """The file's logits are those of the partial load, here and in llama.cpp; a bias only where llama.cpp adds it."""
+    vocabulary = byte_level_vocabulary() | {"tokenizer.ggml.pre": "qwen2"}
+    rows = len(vocabulary["tokenizer.ggml.tokens"])
+    write_tiny_gguf(tmp_path / "tokens.gguf", model=tiny_gguf_model("llama", vocab_size=rows), metadata=vocabulary)
+    model = tiny_model(model_type, {**GRANTED.get(model_type, {}), "vocab_size": rows})
+    model.save_pretrained(tmp_path / "in")
+    gguf_tokenizer(tmp_path / "tokens.gguf").save_pretrained(tmp_path / "in")
+    size, layers = 96, model.config.num_hidden_layers
+    with_statistics(1, layers, size).save(tmp_path / "neurons.safetensors")
+    chosen = settings(tmp_path / "neurons.safetensors", start_num=0, end_num=layers - 1)
+    made = write_export(tmp_path / "in", tmp_path / "out.gguf", chosen)
+    assert made.plan.settings.compensation == compensation
+    dense = PartInferConfig(method="dense", dtype="float32", device="cpu", kernels="torch")
+    with torch.inference_mode():
+        expected = load_model(tmp_path / "in", made.plan.settings).model(input_ids=IDS).logits
+        found = load_model(tmp_path / "out.gguf", dense).model(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    if importlib.util.find_spec("llama_cpp") is not None:
+        from tests.llama_cpp_model import LlamaCppModel
+
+        judged = LlamaCppModel(tmp_path / "out.gguf").logits(IDS[0].tolist())
+        assert (judged - expected[0]).abs().max() < 2e-3 * expected.abs().max()
 
 
 def test_an_architecture_without_such_a_bias(tiny_checkpoints, neurons, tmp_path):

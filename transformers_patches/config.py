@@ -16,7 +16,13 @@ DTYPES = (*FLOAT_DTYPES, *QUANTIZED_DTYPES)
 HEAD_DTYPE = "int8"  # default of a quantised output projection: 4 bits cost the most there
 KERNELS = ("auto", "native", "triton", "torch")
 SCREENING = ("auto", "on", "off")
-PROMPT_SELECTIONS = ("core", "griffin", "blend", "glass", "similarity")  # once per prompt; formulas in prompt_evidence.py
+PROMPT_SELECTIONS = (
+    "core",
+    "griffin",
+    "blend",
+    "glass",
+    "similarity",
+)  # once per prompt; formulas in prompt_evidence.py
 TOKEN_SELECTIONS = ("up", "gate")  # for every token; formulas in token_selection.py
 SELECTIONS = ("auto", *PROMPT_SELECTIONS, *TOKEN_SELECTIONS)
 COMPENSATIONS = ("auto", "none", "mean", "refit")

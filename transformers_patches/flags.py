@@ -26,7 +26,14 @@ OUTPUTS = ("json", "csv", "plot", "mask_filepath", "output", "output_path")  # f
 RANGES = {"threads": (1, 1024), "seed": (0, 2**32 - 1)}  # OpenMP crashes with very many; NumPy's seeds have 32 bits
 WIDEST = 100  # columns of help texts
 SHELLS = ("bash", "zsh", "tcsh")
-NOT_SETTINGS = ("config", "debug", "help", "version", "h", "print_completion")  # flags that a file of settings can't give
+NOT_SETTINGS = (
+    "config",
+    "debug",
+    "help",
+    "version",
+    "h",
+    "print_completion",
+)  # flags that a file of settings can't give
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -235,7 +235,9 @@ def test_a_pack_is_the_model(made, tmp_path, model_type, dtype):
     write_pack(one.folder, tmp_path / "pack", options, BASE, OTHER)
     packed = load_model(tmp_path / "pack", options)
     for a, b in zip(run(packed.model, ONE), run(loaded.model, ONE), strict=True):
-        if model_type == "gemma3n_text":  # layers that cut activations are stored by neuron in packs, and add in another order
+        if (
+            model_type == "gemma3n_text"
+        ):  # layers that cut activations are stored by neuron in packs, and add in another order
             assert (a - b).abs().max() < (1e-4 if dtype == "float32" else 0.3)
         else:
             assert torch.equal(a, b)

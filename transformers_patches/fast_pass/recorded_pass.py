@@ -62,7 +62,9 @@ class RecordedPass:
         if self._follows(cache):
             return True
         like = stores[0].keys
-        actives = [layer.selection.active_neurons(like.new_empty(1, 1, layer.rows.hidden_size)) for layer in self.state.layers]
+        actives = [
+            layer.selection.active_neurons(like.new_empty(1, 1, layer.rows.hidden_size)) for layer in self.state.layers
+        ]
         x = like.new_empty(1, 1, 1)
         return all(StaticChoice.fits(active, x) for active in actives)
 

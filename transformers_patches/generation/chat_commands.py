@@ -86,7 +86,9 @@ class Chat:
 
 def _read(path: str) -> list[dict[str, str]]:
     """The messages in a file, a system prompt at most as the first, then user and assistant in turn."""
-    refused = PartInferError(f'{path} holds no chat: expected {{"messages": [{{"role", "content"}}, …]}}, as /save writes')
+    refused = PartInferError(
+        f'{path} holds no chat: expected {{"messages": [{{"role", "content"}}, …]}}, as /save writes'
+    )
     if Path(path).stat().st_size > LARGEST_FILE:
         raise refused
     try:

@@ -98,7 +98,9 @@ class NeuronRows(nn.Module):
         self.weight_names = [*inputs, "down"]
         self.row_names = self.weight_names + ([f"{name}_bias" for name in inputs] if input_bias else [])
         # Weights whose rows are interleaved in memory, because the native kernels read both for scattered neurons.
-        self.paired_names = ("gate", "down") if layout in (PAIRED, BY_INPUT) and gated and self.kernel_activation is not None else ()
+        self.paired_names = (
+            ("gate", "down") if layout in (PAIRED, BY_INPUT) and gated and self.kernel_activation is not None else ()
+        )
         for name in self.row_names:
             by_input = self.up_by_input and name == "up"
             shape = (count,) if name.endswith("_bias") else (hidden_size, count) if by_input else (count, hidden_size)

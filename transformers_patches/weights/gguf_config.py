@@ -17,6 +17,7 @@ from transformers_patches.families import FAMILIES
 from transformers_patches.weights.gguf_architectures import MORE_LAYERS, RMS, Architecture, architecture_of
 from transformers_patches.weights.gguf_family import biased_together, family_of
 from transformers_patches.weights.gguf_file import GGUFFile, read_gguf
+from transformers_patches.weights.gguf_kept import Kept, TokenFacts
 from transformers_patches.weights.gguf_rope import FACTOR_TENSORS, gemma_rope_parameters, rope_parameters
 from transformers_patches.weights.gguf_schema import Metadata
 from transformers_patches.weights.gguf_settings import settings_of
@@ -184,16 +185,13 @@ def _biases(file: GGUFFile, architecture: str) -> dict[str, bool]:
 def _token_ids(metadata: Metadata, rows: int) -> dict[str, Any]:
     if not has_vocabulary(metadata):
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    vocabulary = read_vocabulary(metadata)
-    if len(vocabulary.tokens) != rows:
-        raise PartInferError(
-            f"{metadata.file.path} has {len(vocabulary.tokens)} tokens, but embeddings of {rows}: fetch it again"
-        )
-    ends = vocabulary.ends
+    facts = Kept(metadata.file.path).facts() or TokenFacts.of(read_vocabulary(metadata))
+    if facts.count != rows:
+        raise PartInferError(f"{metadata.file.path} has {facts.count} tokens, but embeddings of {rows}: fetch it again")
     return {
-        "bos_token_id": vocabulary.bos,
-        "eos_token_id": (ends if len(ends) > 1 else ends[0]) if ends else None,
-        "pad_token_id": vocabulary.named.get("pad"),
+        "bos_token_id": facts.bos,
+        "eos_token_id": (facts.ends if len(facts.ends) > 1 else facts.ends[0]) if facts.ends else None,
+        "pad_token_id": facts.pad,
     }
 
 

@@ -205,9 +205,29 @@ class _Header:
         if kind == _ARRAY:
             kind = self.number("<I")
             if kind == _STRING:
-                return [self.text(what) for _ in range(self.count(f"strings of {what}", 8))]
+                return self.texts(what)
             return self.numbers(what, kind, None)
         return self.numbers(what, kind, 1).item()
+
+    def texts(self, what: str) -> list[str]:
+        """A list of strings, in one loop: vocabularies and merges have hundreds of thousands."""
+        data, size, length_at = self.data, self.size, struct.Struct("<Q").unpack_from
+        values: list[bytes] = []
+        count = self.count(f"strings of {what}", 8)
+        place = self.place
+        for _ in range(count):
+            start = place + 8
+            if start > size:
+                raise self.damaged("it ends inside its header")
+            place = start + length_at(data, place)[0]
+            if place > size:
+                raise self.damaged(f"{place - start} bytes of {what} don't fit into its {size} bytes")
+            values.append(data[start:place])
+        self.place = place
+        try:
+            return [value.decode("utf-8") for value in values]
+        except UnicodeDecodeError:
+            raise self.damaged(f"{what} is no UTF-8") from None
 
     def numbers(self, what: str, kind: int, count: int | None) -> np.ndarray:
         if kind not in _NUMBERS:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.weights.gguf_file import read_gguf
+from transformers_patches.weights.gguf_kept import Kept, TokenFacts
 from transformers_patches.weights.gguf_schema import Metadata, named_templates
 from transformers_patches.weights.gguf_vocabulary import (
     CONTROL,
@@ -29,23 +31,17 @@ Merge = tuple[str, str]  # two tokens that make a third
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The file's tokenizer and chat templates. PartInferError if there is none, or none that can be built."""
+    kept = Kept(path)  # before the file is read: of a file that is written meanwhile, this is nobody's key
     metadata = Metadata(read_gguf(path))
     metadata.check_keys()
     if not has_vocabulary(metadata):
         raise PartInferError(f"{path} has no tokenizer (its tokenizer.ggml.model is none): use a file that has one")
-    vocabulary = read_vocabulary(metadata)
-    backend = backend_of(vocabulary, metadata.text("general.name", ""))
-    backend.post_processor = _ends_of_text(vocabulary)
-    special = {
-        f"{name}_token": vocabulary.tokens[vocabulary.named[name]]
-        for name in ("bos", "eos", "unk", "pad")
-        if name in vocabulary.named
-    }
+    facts, given = _as_given(kept, metadata)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        **given,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        **special,
+        **facts.special,
     )
     template, others = metadata.text("tokenizer.chat_template", None), named_templates(metadata)
     if template is not None or others:
@@ -53,6 +49,25 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             others | ({} if template is None else {DEFAULT_TEMPLATE: template}) if others else template
         )
     return tokenizer
+
+
+def _as_given(kept: Kept, metadata: Metadata) -> tuple[TokenFacts, dict[str, Any]]:
+    """The tokenizer as transformers takes it: its file if it is kept, for an object would be copied by way of its text."""
+    backend = None
+    if (found := kept.tokenizer()) is None:
+        facts, backend = _built(metadata)
+        kept.keep(facts, backend)
+        found = kept.tokenizer()
+    if found is None:
+        return facts, {"tokenizer_object": backend}
+    return found[0], {"tokenizer_file": str(found[1])}
+
+
+def _built(metadata: Metadata) -> tuple[TokenFacts, Tokenizer]:
+    vocabulary = read_vocabulary(metadata)
+    backend = backend_of(vocabulary, metadata.text("general.name", ""))
+    backend.post_processor = _ends_of_text(vocabulary)
+    return TokenFacts.of(vocabulary), backend
 
 
 def backend_of(vocabulary: Vocabulary, name: str = "") -> Tokenizer:

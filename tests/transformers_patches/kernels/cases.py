@@ -22,4 +22,11 @@ QUANTIZED_FFN_SIZES = [
 # inputs, outputs of floats, and of quantised weights; the last ones are more columns than are added to at a time
 BY_INPUT_SIZES = [(37, 65, 96), (130, 576, 576), (53, 4737, 4704), (41, 14001, 13984)]
 # tokens, rows; columns of floats (not all multiples of a vector), and of quantised weights
-SUM_SIZES = [(1, 300, 576, 576), (1, 9, 7, 32), (2, 17, 33, 96), (3, 53, 100, 160), (8, 31, 65, 1056), (19, 70, 128, 128)]
+SUM_SIZES = [
+    (1, 300, 576, 576),
+    (1, 9, 7, 32),
+    (2, 17, 33, 96),
+    (3, 53, 100, 160),
+    (8, 31, 65, 1056),
+    (19, 70, 128, 128),
+]

@@ -25,7 +25,10 @@ def pack(demo_model, tmp_path_factory) -> Path:
     """Of all neurons of the demo model."""
     if not kernels.available():
         pytest.skip(f"no native kernels: {kernels.why_not()}")
-    folder, everything = tmp_path_factory.mktemp("pack") / "demo", ["--loaded_neurons_percent", "1", "--sparsity", "0.7"]
+    folder, everything = (
+        tmp_path_factory.mktemp("pack") / "demo",
+        ["--loaded_neurons_percent", "1", "--sparsity", "0.7"],
+    )
     made = command(
         *("--function", "pack", "--dtype", "int4", *everything, "--start_num", "0", "--end_num", "29"),
         *("--checkpoint_path", str(demo_model), "--output", str(folder)),

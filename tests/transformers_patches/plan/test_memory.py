@@ -24,5 +24,7 @@ def test_what_is_left_is_for_neurons(limit, share):
 
 
 def test_too_little_is_refused_with_what_would_do():
-    with pytest.raises(PartInferError, match=r"--memory 700M is not enough: at least 760M would do \(runtime 300, weights"):
+    with pytest.raises(
+        PartInferError, match=r"--memory 700M is not enough: at least 760M would do \(runtime 300, weights"
+    ):
         NEEDS.resident(700 * MB)

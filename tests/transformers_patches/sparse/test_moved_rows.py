@@ -80,7 +80,10 @@ def test_the_next_layer_s_rows_move_while_a_layer_computes(load):
         log.lines.clear()
         loaded.model(torch.tensor([[7]]), past_key_values=cache)
         once = len(log.lines)
-        assert {line for line in log.lines if line.startswith("start")} == {"start 24", "start 8"}  # base, and the prompt's
+        assert {line for line in log.lines if line.startswith("start")} == {
+            "start 24",
+            "start 8",
+        }  # base, and the prompt's
         loaded.model(torch.tensor([[8]]), past_key_values=cache)
         assert len(log.lines) == once  # they stay
 

@@ -107,8 +107,10 @@ def main(argv: list[str] | None = None) -> int:
     folder = check_files(arguments.model_name, arguments.checkpoint_path, given, arguments.task_type)
     cli.begin(arguments)
     # heavy imports only now: --help, and whatever can be known to be wrong by then, answer at once
+    quick_start.import_ahead()
     from transformers_patches.generation.runner import Runner
 
+    quick_start.imported()
     settings = _settings_with_files(folder, arguments)
     if arguments.function in WRITERS:
         return (_pack if arguments.function == "pack" else _export)(settings, folder, arguments)

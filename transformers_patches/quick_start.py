@@ -2,23 +2,29 @@
 
 For the process of a command only (`partinfer.py`), never for programs that use this as a library: `begin` changes what
 other code finds. Half of the time that `import torch, transformers` takes goes into compilers, graphs of operations and
-distributed training. Three rules, each with a mechanism of Python's own:
+distributed training. Five rules, each with a mechanism of Python's own:
 
 * PACKAGES that transformers can do without are not found: `None` in sys.modules.
 * MODULES that are imported for their side are put off: an importlib loader that executes them when an attribute of
   theirs is first asked for. torch registers its kernels for meta tensors in one of them: models are built without
   (`structure/empty_model.py`), or it is loaded then.
 * The list of all names in transformers, read from two thousand files at every start, is kept in the cache folder.
+* Garbage is not looked for while imports make hundreds of thousands of objects that stay (`import_ahead` to `imported`).
+* torch's libraries are loaded by a second thread while Python imports what does not need them (`import_ahead`).
 
 Whatever is not as expected here is imported as always, only more slowly.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import importlib.util
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
@@ -31,6 +37,7 @@ PACKAGES = ("scipy", "sklearn", "pandas", "PIL", "accelerate", "matplotlib", "to
 META_KERNELS = "torch._meta_registrations"
 COMPILER = "torch._dynamo"
 MODULES = (COMPILER, META_KERNELS, "torch.export", "torch._export")
+EXTENSIONS = ("asyncio", "queue", "uuid", "numpy", "regex", "safetensors", "tokenizers", "yaml", "jinja2", "tqdm")
 NAMES = "transformers.utils.import_utils"  # the module that lists transformers' names
 
 _begun = False
@@ -45,6 +52,38 @@ def begin() -> None:
     for name in PACKAGES:
         sys.modules.setdefault(name, None)
     sys.meta_path.insert(0, _Finder())
+
+
+def import_ahead() -> None:
+    """Import what comes before torch, while a second thread loads torch's libraries. Does nothing before `begin`.
+
+    Call it when the environment says what torch reads there, and nothing can be wrong with the command any more.
+    """
+    if not _begun or "torch" in sys.modules:
+        return
+    gc.disable()
+    for name in EXTENSIONS:  # the C library loads one library after the other: these would wait for torch's
+        with suppress(ImportError):
+            importlib.import_module(name)
+    threading.Thread(target=_load_libraries, daemon=True).start()
+    importlib.import_module("transformers")
+
+
+def imported() -> None:
+    """All is imported: look for garbage from now on, but not among what was made so far."""
+    if _begun and not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
+def _load_libraries() -> None:
+    """Load the libraries that torch is about to load, without Python's lock, which `import` and ctypes' own loading keep."""
+    with suppress(Exception):  # then torch loads them, or says what is wrong
+        spec = importlib.util.find_spec("torch")
+        library = Path(spec.origin).parent / "lib" / "libtorch_python.so"
+        load = ctypes.CDLL(None).dlopen
+        load.restype, load.argtypes = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_int)
+        load(os.fsencode(library), os.RTLD_NOW)
 
 
 def need_meta_kernels() -> None:

@@ -1,5 +1,6 @@
 """What is put off when a command begins: models are the same without it, and it is there for whoever asks."""
 
+import gc
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ from transformers_patches.structure.empty_model import built, without_memory
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 PROGRAM = f"""
-import json, sys
+import gc, json, sys
 from transformers_patches import quick_start
 quick_start.begin()
+quick_start.import_ahead()
+without_torch, collects = "torch" not in sys.modules, gc.isenabled()
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 torch.manual_seed(3)
@@ -26,7 +29,9 @@ model = AutoModelForCausalLM.from_config(LlamaConfig(**{SIZES!r}))
 logits = model(torch.arange(7)[None]).logits.sum().item()
 put_off = [name for name in quick_start.MODULES if type(sys.modules.get(name)) is quick_start._Later]
 import torch._dynamo
-print(json.dumps([logits, put_off, "scipy.optimize" in sys.modules, torch._dynamo.config.disable]))
+quick_start.imported()
+ahead = [without_torch, collects, gc.isenabled(), gc.get_freeze_count() > 1000]
+print(json.dumps([logits, put_off, "scipy.optimize" in sys.modules, torch._dynamo.config.disable, ahead]))
 """
 
 
@@ -49,10 +54,23 @@ def test_logits_are_those_with_everything_imported(answers):
 
 
 def test_what_is_not_needed_is_not_loaded_and_comes_when_asked_for(answers):
-    for _, put_off, scipy, disabled in answers:
+    for _, put_off, scipy, disabled, _ in answers:
         assert {"torch._dynamo", "torch._meta_registrations"} <= set(put_off)
         assert not scipy
         assert disabled is False  # torch._dynamo.config is the real one
+
+
+def test_garbage_waits_while_all_is_imported(answers):
+    for *_, (without_torch, collected, collects, frozen) in answers:
+        assert without_torch  # its libraries are loaded by another thread meanwhile
+        assert (collected, collects, frozen) == (False, True, True)
+
+
+def test_a_program_that_never_began_is_left_alone():
+    before = gc.isenabled(), gc.get_freeze_count()
+    quick_start.import_ahead()
+    quick_start.imported()
+    assert (gc.isenabled(), gc.get_freeze_count()) == before
 
 
 def test_kept_names_are_those_that_were_listed(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import string
 import subprocess
 import sys
 
@@ -39,11 +38,8 @@ def given(model_folder, ranking_paths) -> list[str]:
 
 
 @pytest.mark.slow
-def test_perplexities_of_two_processes_are_those_of_one_to_the_bit(given, tmp_path):
-    generator = random.Random(1)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(generator.choice(string.ascii_lowercase + " ") for _ in range(400)), encoding="utf-8")
-    command = ["evaluation/evaluate_perplexity.py", *given, f"--dataset={text}", "--method=dense,partinfer"]
+def test_perplexities_of_two_processes_are_those_of_one_to_the_bit(given, text_file, tmp_path):
+    command = ["evaluation/evaluate_perplexity.py", *given, f"--dataset={text_file}", "--method=dense,partinfer"]
     command += ["--prefill_tokens=24", "--scored_tokens=8", "--limit=7", "--batch_size=2"]
     for processes in (1, 2):
         done = run([*command, f"--json={tmp_path / f'{processes}.json'}"], processes=processes)

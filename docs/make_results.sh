@@ -8,7 +8,7 @@
 #
 #   Stages, all of them in this order if none is named:
 #     profile      neuron files
-#     fit          the fit
+#     fit          the fit; without it, tasks and perplexity have compensation mean in place of refit
 #     tasks        task scores; GSM8K and IFEval too where $DATA has gsm8k/ and ifeval/
 #     perplexity   loss on wikitext-2, TriviaQA and SQuAD
 #     baselines    loss of CATS, TEAL and WINA on wikitext-2
@@ -76,10 +76,11 @@ fit() {
 tasks() {
     dataset=$1 rows=$2 fewshot=$3 task=$4
     shift 4
+    [ ! -f "$FIT" ] || set -- --fit_filepath "$FIT" "$@"
     $PYTHON evaluation/evaluate_task.py --model_name "$MODEL" --task_name "$task" --method "$METHODS" \
         --limit "$rows" --shuffle --num_fewshot "$fewshot" --batch_size 8 --data_dir "$DATA" \
         --dataset_neurons_filepath "$NEURONS/${ONE:-$dataset}.safetensors" \
-        --model_neurons_filepath "$NEURONS/${ONE:-model}.safetensors" --fit_filepath "$FIT" --output_path "$OUT" --skip_finished "$@"
+        --model_neurons_filepath "$NEURONS/${ONE:-model}.safetensors" --output_path "$OUT" --skip_finished "$@"
 }
 
 # name, neuron file, examples, data set, then arguments of evaluate_perplexity.py
@@ -87,8 +88,10 @@ perplexity() {
     result=$OUT/$MODEL/$1.json dataset=$2 examples=$3 data=$4
     shift 4
     [ -f "$result" ] && return
+    compensations=none,mean
+    [ ! -f "$FIT" ] || { set -- --fit_filepath "$FIT" "$@" && compensations=$compensations,refit; }
     $PYTHON evaluation/evaluate_perplexity.py --model_name "$MODEL" --method "$METHODS,griffin+partial" \
-        --selection up --compensation none,mean,refit --fit_filepath "$FIT" \
+        --selection up --compensation "$compensations" \
         --dataset "$DATA/$data" --limit "$examples" --batch_size 8 \
         --dataset_neurons_filepath "$NEURONS/${ONE:-$dataset}.safetensors" \
         --model_neurons_filepath "$NEURONS/${ONE:-model}.safetensors" --skip_finished --json "$result" "$@"

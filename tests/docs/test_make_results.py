@@ -58,6 +58,19 @@ def test_finished_perplexities_are_skipped(make):
     assert make("perplexity", "baselines") == (0, "", [])
 
 
+def test_without_a_fit_nothing_is_refitted(make, tmp_path):
+    fit = tmp_path / "out" / "neurons" / "tiny" / "mix.fit.safetensors"
+    _, _, calls = make("tasks", "perplexity")
+    assert not any("fit_filepath" in call or "refit" in call for call in calls)
+    fit.parent.mkdir(parents=True)
+    fit.touch()
+    for made in (tmp_path / "out" / "tiny").iterdir():
+        made.unlink()
+    _, _, calls = make("tasks", "perplexity")
+    assert all(f"--fit_filepath {fit}" in call for call in calls)
+    assert sum("--compensation none,mean,refit" in call for call in calls) == 3
+
+
 def test_wrong_stages_are_refused(make):
     code, said, calls = make("everything")
     assert (code, calls) == (2, [])

@@ -9,10 +9,19 @@ from pathlib import Path
 import gguf
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.tiny_gguf import add_value
 
-PAIRS = ("llama", "smollm3", "granite", "granitemoe", "arcee")  # architectures whose q and k have rotary pairs in files
+PAIRS = (
+    "llama",
+    "smollm3",
+    "granite",
+    "granitehybrid",
+    "granitemoe",
+    "arcee",
+    "mistral3",
+)  # architectures whose q and k have rotary pairs in files
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,12 @@ LOCAL = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_
 EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 OWN_SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
 LFM2 = {"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"}
+MAMBA = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.group_count": "mamba_n_groups",
+    "ssm.time_step_rank": "mamba_n_heads",
+}
 FILES: dict[str, Stored] = {
     "gemma": Stored("gemma", RMS),
     "smollm3": Stored("smollm3", RMS),
@@ -102,6 +117,15 @@ FILES: dict[str, Stored] = {
         RMS | WINDOW | LOCAL | {"expert_feed_forward_length": "intermediate_size"},
         names={".sinks": ".sinks.weight"},
     ),
+    "granitemoehybrid": Stored(
+        "granitehybrid",
+        RMS | GRANITE | MAMBA | {"expert_shared_feed_forward_length": "shared_intermediate_size"},
+        {"rope.scaling.finetuned": False},
+        {".dt_bias": ".dt_proj.bias", ".router.weight": ".router.layer.weight"},
+    ),
+    "falcon_h1": Stored("falcon-h1", RMS | MAMBA, names={".dt_bias": ".dt_proj.bias"}),
+    "apertus": Stored("apertus", RMS),
+    "ministral3": Stored("mistral3", RMS, {"rope.scaling.yarn_log_multiplier": 1.0}),
     "granitemoe": Stored("granitemoe", RMS | GRANITE | LOCAL, names={".router.weight": ".router.layer.weight"}),
 }
 
@@ -119,9 +143,13 @@ def write_model_gguf(
     """
     config, stored = model.config, FILES[model.config.model_type]
     writer = gguf.GGUFWriter(path, stored.architecture)
-    for key, value in (_metadata(config, stored) | (metadata or {})).items():
+    for key, value in (_metadata(config, stored) | _xielu(model) | (metadata or {})).items():
         if value is not None:
             add_value(writer, key, value)
+    if config.rope_parameters.get("rope_type") == "llama3":
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, 2 * len(scaled), 2) / (2 * len(scaled)))
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
     for name, values in (dict(_tensors(model, stored)) | (tensors or {})).items():
         kind = next((kind for end, kind in (packed or {}).items() if name.endswith(end)), None)
         if values is not None and kind is not None:
@@ -149,15 +177,31 @@ def _metadata(config: PretrainedConfig, stored: Stored) -> dict[str, object]:
     }
     if config.model_type == "gpt_neox":
         del values["attention.head_count_kv"]
-    if config.model_type.startswith("lfm2"):
-        counts = [config.num_key_value_heads * (kind != "conv") for kind in config.layer_types]
+    if config.model_type.startswith(("lfm2", "granitemoehybrid")):
+        counts = [config.num_key_value_heads * (kind == "full_attention") for kind in config.layer_types]
         values["attention.head_count_kv"] = counts
     values |= {key: getattr(config, name) for key, name in stored.keys.items()}
     values |= stored.values | _positions(config, head_dim)
+    if config.model_type == "granitemoehybrid" and config.num_local_experts:
+        values |= {key: getattr(config, name) for key, name in LOCAL.items()}
+        values["rope.scaling.finetuned"] = config.position_embedding_type == "rope"
+    if hasattr(config, "mamba_d_head"):
+        values["ssm.inner_size"] = config.mamba_n_heads * config.mamba_d_head
     if "attention.sliding_window" in values and config.model_type != "phi3":
         values["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    if config.model_type == "ministral3":
+        values["attention.temperature_scale"] = config.rope_parameters["llama_4_scaling_beta"]
     own = {f"{stored.architecture}.{key}": value for key, value in values.items()}
     return own | {"tokenizer.ggml.model": "none"}
+
+
+def _xielu(model: PreTrainedModel) -> dict[str, object]:
+    """Apertus' activations."""
+    found: dict[str, object] = {}
+    for key in ("alpha_n", "alpha_p", "beta", "eps"):
+        values = [value.item() for name, value in model.state_dict().items() if name.endswith(f".act_fn.{key}")]
+        found |= {f"xielu.{key}": values} if values else {}
+    return found
 
 
 def _positions(config: PretrainedConfig, head_dim: int) -> dict[str, object]:
@@ -180,13 +224,50 @@ def _tensors(model: PreTrainedModel, stored: Stored) -> Iterator[tuple[str, torc
             continue
         for ours, theirs in stored.names.items():
             name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
+        if ".act_fn." in name:
+            continue  # in the metadata
+        if name.endswith(("shared_mlp.input_linear.weight", "shared_mlp.output_linear.weight")):
+            yield from _of_shared_mlp(name, values, "_shexp" if config.num_local_experts else "")
+            continue
         if ".experts." in name:
             yield from _of_experts(name, values, taking_turns=stored.architecture == "gpt-oss")
             continue
         base, _, kind = name.rpartition(".")
-        found = names.get_name(base)
-        assert found is not None, f"{name} has no name in files"
-        yield f"{found}.{kind}", _as_converted(f"{found}.{kind}", values, config, stored.architecture)
+        found, whole = names.get_name(base), names.get_name(name)
+        assert found or whole, f"{name} has no name in files"
+        own = whole or f"{found}.{kind}"
+        values = _with_factors(name, values, config) if config.model_type == "falcon_h1" else values
+        yield own, _as_converted(own, values, config, stored.architecture)
+
+
+def _of_shared_mlp(name: str, values: torch.Tensor, end: str) -> Iterator[tuple[str, torch.Tensor]]:
+    block = f"blk.{name.split('.')[2]}"
+    if name.endswith("output_linear.weight"):
+        yield f"{block}.ffn_down{end}.weight", values
+        return
+    for kind, part in zip(("gate", "up"), values.chunk(2), strict=True):
+        yield f"{block}.ffn_{kind}{end}.weight", part
+
+
+def _with_factors(name: str, values: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Falcon-H1's factors are part of the weights in files."""
+    into, state = config.attention_in_multiplier, config.mamba_n_groups * config.mamba_d_state
+    inner = config.mamba_n_heads * config.mamba_d_head
+    sizes = (inner, inner, state, state, config.mamba_n_heads)
+    by_row = torch.cat([torch.full((n, 1), f) for n, f in zip(sizes, config.ssm_multipliers, strict=True)])
+    factors = {
+        ".down_proj.weight": config.mlp_multipliers[1],
+        ".gate_proj.weight": config.mlp_multipliers[0],
+        ".k_proj.weight": into * config.key_multiplier,
+        ".q_proj.weight": into,
+        ".v_proj.weight": into,
+        ".o_proj.weight": config.attention_out_multiplier,
+        ".out_proj.weight": config.ssm_out_multiplier,
+        ".in_proj.weight": by_row * config.ssm_in_multiplier,
+        "lm_head.weight": config.lm_head_multiplier,
+        "embed_tokens.weight": config.embedding_multiplier,
+    }
+    return values * next((factor for end, factor in factors.items() if name.endswith(end)), 1.0)
 
 
 def _of_experts(name: str, values: torch.Tensor, *, taking_turns: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -210,6 +291,16 @@ def _as_converted(name: str, values: torch.Tensor, config: PretrainedConfig, arc
     if architecture == "gptneox" and ".attn_qkv." in name:
         by_head = values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:])
         return torch.cat([by_head[:, kind].flatten(0, 1) for kind in range(3)])
+    if name.endswith(".ssm_a"):
+        return -values.exp()[:, None]
+    if name.endswith(".ssm_d"):
+        return values[:, None]
+    if name.endswith(".ssm_norm.weight"):
+        return values.reshape(config.mamba_n_groups, -1)
     if architecture in ("gemma", "nemotron") and name.endswith("norm.weight"):
         return values + 1
-    return values.squeeze() if name.endswith(("ffn_gate_inp_shexp.weight", "shortconv.conv.weight")) else values
+    return (
+        values.squeeze()
+        if name.endswith(("ffn_gate_inp_shexp.weight", "shortconv.conv.weight", "ssm_conv1d.weight"))
+        else values
+    )

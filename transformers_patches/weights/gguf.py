@@ -21,7 +21,7 @@ from transformers_patches.weights.gguf_architectures import architecture_of
 from transformers_patches.weights.gguf_config import config_of
 from transformers_patches.weights.gguf_family import family_of
 from transformers_patches.weights.gguf_file import GGUFFile, read_gguf
-from transformers_patches.weights.gguf_places import Place, Turns, places_of_family, places_of_model
+from transformers_patches.weights.gguf_places import Place, Stack, Turns, places_of_family, places_of_model
 from transformers_patches.weights.gguf_schema import Metadata
 from transformers_patches.weights.parts import rows_of_part, whole_name
 from transformers_patches.weights.source import Source, WeightSource
@@ -49,14 +49,18 @@ class GGUFCheckpoint(WeightSource):
     def names(self) -> set[str]:
         return set(self._tensors)
 
-    def _place(self, name: str) -> Place | Turns:
+    def _place(self, name: str) -> Place | Turns | Stack:
         """Where a tensor is, or a part of one that the file has in one piece (`weights/parts.py`)."""
         place, rows = self._tensors.get(name), rows_of_part(name)
         if place is not None or rows is None:
             return self._tensors[name]
         whole = self._tensors[whole_name(name)]
+        if isinstance(whole, Stack):
+            for place, own in whole.ranges():
+                if (own.start, own.stop) == (rows.start, rows.stop):
+                    return place
         if (
-            isinstance(whole, Turns)
+            isinstance(whole, Turns | Stack)
             or whole.order is not None
             or len(whole.shape) != 2
             or not rows.start <= rows.stop <= whole.rows
@@ -81,9 +85,14 @@ class GGUFCheckpoint(WeightSource):
         stored = self._place(name)
         if isinstance(stored, Turns):
             self._read_turns(stored, out, rows)
-            return
+        elif isinstance(stored, Stack):
+            self._read_stack(stored, out, rows)
+        else:
+            self._read_place(stored, out, rows)
+
+    def _read_place(self, stored: Place, out: torch.Tensor, rows: torch.Tensor | None) -> None:
         if stored.path is None:
-            out.zero_()
+            out.fill_(stored.add)
             return
         if len(stored.shape) == 1:
             values = self._unpack(stored, torch.zeros(1, dtype=torch.int64))[0]
@@ -110,6 +119,14 @@ class GGUFCheckpoint(WeightSource):
             if source.largest is not None:
                 source.largest[part] = values.abs().amax(dim=1)
             out[:, part[0] : part[-1] + 1] = values.index_select(1, source.neurons).t().to(out.device, out.dtype)
+
+    def _read_stack(self, stored: Stack, out: torch.Tensor, rows: torch.Tensor | None) -> None:
+        rows = torch.arange(stored.shape[0]) if rows is None else rows
+        for place, own in stored.ranges():
+            mine = ((rows >= own.start) & (rows < own.stop)).nonzero().squeeze(1)
+            values = torch.empty(len(mine), place.columns)
+            self._read_place(place, values, rows[mine] - own.start)
+            out[mine.to(out.device)] = values.to(out.device, out.dtype)
 
     def _read_turns(self, stored: Turns, out: torch.Tensor, rows: torch.Tensor | None) -> None:
         turns = len(stored.places)
@@ -153,6 +170,7 @@ class GGUFCheckpoint(WeightSource):
             packed = packed[rows.numpy() - first]
         self.bytes_read += packed.nbytes
         values = _unpacked(packed, stored.kind)
+        values = values.neg_().log_() if stored.is_exponential else values
         if not all(math.isfinite(end) for end in values.aminmax()):
             raise PartInferError(
                 f"{stored.path}: {stored.stored} has values that are not finite: the file is damaged, or the training was"

@@ -15,6 +15,9 @@ RMS = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 MAY_BE_ZERO = ("leading_dense_block_count",)
 MORE_LAYERS = "nextn_predict_layers"
+MAMBA = {f"ssm.{name}" for name in ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")}
+ROTATED = "rope.scaling.finetuned"  # of Granite: false where positions are not rotated at all
+TEMPERATURE, LOG_MULTIPLIER = "attention.temperature_scale", "rope.scaling.yarn_log_multiplier"  # of Ministral 3
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 
 
@@ -36,6 +39,10 @@ class Architecture:
     more_layers: the last blocks of a file may be for other uses than the next token.
     fixed: fields that are the same in all models.
     expected: key -> the only value that can be computed.
+    more: other keys that are read.
+    mamba: some layers are Mamba 2's; files have A = -exp(A_log).
+    stacked: end of a weight's name -> the tensors of its block that are its rows, one after the other.
+    by_layer: end of a weight's name -> key of a list, without the architecture's name, with its value in every layer.
     window: how many layers in a row have a sliding window before one has none, where a file doesn't say which have;
         1: all have; 0: windows are not known.
     """
@@ -54,6 +61,10 @@ class Architecture:
     more_layers: bool = False
     fixed: Mapping[str, object] = field(default_factory=dict)
     expected: Mapping[str, object] = field(default_factory=dict)
+    more: tuple[str, ...] = ()
+    mamba: bool = False
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    by_layer: Mapping[str, str] = field(default_factory=dict)
     window: int = 0
 
     @property
@@ -62,7 +73,9 @@ class Architecture:
         valued = {key for key, _ in (*self.numbers.values(), *self.flags.values())}
         windows = {WINDOW, PATTERN} if self.window else set()
         windows |= {MORE_LAYERS} if self.more_layers else set()
-        return valued | windows | {self.epsilon[1], *self.integers.values(), *self.expected}
+        windows |= MAMBA if self.mamba else set()
+        valued |= {ROTATED} if self.missing_heads and self.mamba else set()
+        return valued | windows | {*self.more, self.epsilon[1], *self.integers.values(), *self.expected}
 
     @property
     def has_experts(self) -> bool:
@@ -86,7 +99,21 @@ _GRANITE = Architecture(
         "logits_scaling": ("logit_scale", 1.0),
     },
     present=_BOTH,
-    expected={"rope.scaling.finetuned": True},  # false: positions are not rotated at all
+    expected={ROTATED: True},
+)
+_GRANITE_HYBRID = replace(
+    _GRANITE,
+    model_type="granitemoehybrid",
+    mamba=True,
+    present=_ATTENTION,
+    missing_heads="linear_attention",
+    integers={"shared_intermediate_size": "expert_shared_feed_forward_length"},
+    fixed={"num_local_experts": 0},
+    expected={},
+    stacked={
+        ".shared_mlp.input_linear.weight": ("ffn_gate", "ffn_up"),
+        ".shared_mlp.output_linear.weight": ("ffn_down",),
+    },
 )
 _LFM2 = Architecture(
     "lfm2",
@@ -176,10 +203,44 @@ ARCHITECTURES: dict[str, Architecture] = {
         expected=_SOFTMAX,
         window=2,
     ),
+    "granitehybrid": _GRANITE_HYBRID,
+    "falcon-h1": Architecture(
+        "falcon_h1",
+        mamba=True,
+        present=_BOTH,
+        fixed={  # the converter multiplies the weights with all factors
+            **{f"{name}_multiplier": 1.0 for name in ("lm_head", "embedding", "key", "attention_in", "attention_out")},
+            "ssm_in_multiplier": 1.0,
+            "ssm_out_multiplier": 1.0,
+            "ssm_multipliers": [1.0] * 5,
+            "mlp_multipliers": [1.0, 1.0],
+            "mamba_norm_before_gate": False,
+        },
+    ),
+    "apertus": Architecture(
+        "apertus",
+        present=_ATTENTION,
+        by_layer={f".act_fn.{name}": f"xielu.{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")},
+    ),
+    "mistral3": Architecture("ministral3", rotary_pairs=True, more=(TEMPERATURE,), expected={LOG_MULTIPLIER: 1.0}),
     "granitemoe": replace(_GRANITE, model_type="granitemoe", integers=_LOCAL_EXPERTS),
 }
 _MIXTRAL = Architecture("mixtral", rotary_pairs=True, integers=_LOCAL_EXPERTS)
+_GRANITE_HYBRID_EXPERTS = replace(
+    _GRANITE_HYBRID,
+    integers={**_GRANITE_HYBRID.integers, **_LOCAL_EXPERTS},
+    fixed={},  # the output's name is known to the gguf package
+    stacked={".shared_mlp.input_linear.weight": ("ffn_gate_shexp", "ffn_up_shexp")},
+)
 _OLMO3 = replace(_OLMO2, model_type="olmo3", window=4)
+REFUSED = {  # architectures that could be read, but not rightly
+    "bitnet": "files don't say which activation the model has (SiLU, ReLU²): use the checkpoint's folder",
+    "gemma3n": "its projections between streams have other names and shapes there: use the checkpoint's folder",
+    "gemma4": "its heads, windows and experts differ by layer there: use the checkpoint's folder",
+    "qwen35": "its linear attention has another order of heads there: use the checkpoint's folder",
+    "qwen35moe": "its linear attention has another order of heads there: use the checkpoint's folder",
+}
+_WITH_EXPERTS = {"llama": _MIXTRAL, "granitehybrid": _GRANITE_HYBRID_EXPERTS}
 
 # Those that can be written, by model_type: llama.cpp's name, and the entry
 WRITTEN = {
@@ -194,9 +255,9 @@ def architecture_of(metadata: Metadata) -> Architecture | None:
 
     Some share a name: Mixtral is a Llama with experts, OLMo 3 is an OLMo 2 with windows.
     """
-    name = metadata.architecture
-    if name == "llama" and metadata.integer(metadata.of_model("expert_count"), 0):
-        return _MIXTRAL
+    name, experts = metadata.architecture, metadata.integer(metadata.of_model("expert_count"), 0)
+    if name in _WITH_EXPERTS and experts:
+        return _WITH_EXPERTS[name]
     if name == "olmo2" and metadata.has(metadata.of_model(WINDOW)):
         return _OLMO3
     return ARCHITECTURES.get(name)

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import FAMILIES, Family, gguf_family
-from transformers_patches.weights.gguf_architectures import ARCHITECTURES
+from transformers_patches.weights.gguf_architectures import ARCHITECTURES, REFUSED
 from transformers_patches.weights.gguf_file import GGUFFile, StoredTensor
 from transformers_patches.weights.gguf_schema import Metadata
 
@@ -19,6 +19,10 @@ _FFN = ("ffn_gate", "ffn_up", "ffn_down")
 def family_of(metadata: Metadata) -> Family:
     """The family of a file's architecture; PartInferError if it has no entry, which says what can be read."""
     architecture = metadata.architecture[:80]
+    if architecture in REFUSED:
+        raise PartInferError(
+            f"{metadata.file.path}: GGUF files of {architecture} can't be read: {REFUSED[architecture]}"
+        )
     try:
         return gguf_family(architecture)
     except PartInferError:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from transformers import PretrainedConfig
@@ -30,6 +31,7 @@ _RENAMED = (
     (".e_score_correction_bias", ".e_score_correction.bias"),
     (".expert_bias", ".expert_bias.bias"),
     (".sinks", ".sinks.weight"),
+    (".dt_bias", ".dt_proj.bias"),
 )
 
 
@@ -38,13 +40,14 @@ class Place:
     """A weight of the model, or a part of one, and where it lies in the file."""
 
     stored: str  # the tensor's name in the file
-    path: Path | None  # the file; None: it is not there, and its values are 0
+    path: Path | None  # the file; None: it is no tensor there, and all its values are `add`
     shape: tuple[int, ...]  # as PyTorch has it
     kind: GGMLQuantizationType  # how its values are packed
     offset: int  # its first byte in the file
     nbytes: int  # its packed size
     order: Callable[[int], torch.Tensor] | None = None  # from the number of rows to where each lies; None: in its place
     add: float = 0.0  # what undoes the converter's change of a norm
+    is_exponential: bool = False  # it is -exp of the model's values
 
     @property
     def rows(self) -> int:
@@ -80,6 +83,28 @@ class Turns:
         return sum(place.nbytes for place in self.places)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A weight of the model whose rows are stored in several tensors, one after the other."""
+
+    places: tuple[Place, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return sum(place.rows for place in self.places), self.places[0].columns
+
+    @property
+    def nbytes(self) -> int:
+        return sum(place.nbytes for place in self.places)
+
+    def ranges(self) -> Iterator[tuple[Place, range]]:
+        """Each tensor, and which rows of the weight it has."""
+        first = 0
+        for place in self.places:
+            yield place, range(first, first + place.rows)
+            first += place.rows
+
+
 def places_of_family(file: GGUFFile, metadata: Metadata, family: Family) -> dict[str, Place]:
     """By names in the model, for architectures with an entry in `families.py`; unknown tensors keep their names."""
     names = family.gguf_names()
@@ -98,12 +123,14 @@ def places_of_family(file: GGUFFile, metadata: Metadata, family: Family) -> dict
 
 def places_of_model(
     file: GGUFFile, metadata: Metadata, architecture: Architecture, config: PretrainedConfig
-) -> dict[str, Place | Turns]:
+) -> dict[str, Place | Turns | Stack]:
     """By names in the model, for architectures that are found by looking; unknown tensors keep their names."""
     heads = {"attn_q": config.num_attention_heads, "attn_k": getattr(config, "num_key_value_heads", 0)}
     by_projection = heads if architecture.rotary_pairs else {}
     found, used = _taking_turns(file, config)
     used |= set(FACTOR_TENSORS)
+    stacks, of_stacks = _stacks(file, architecture, config)
+    found, used = found | stacks | _values_by_layer(file, metadata, architecture, config), used | of_stacks
     for weight in _wanted(metadata, config):
         tensor = file.tensors.get(weight.stored)
         if tensor is None:
@@ -116,6 +143,9 @@ def places_of_model(
             found |= _of_experts(place, weight)
             continue
         same = _without_ones(weight.shape) == _without_ones(tensor.shape)  # files may leave out dimensions of 1
+        if weight.stored.endswith(".ssm_norm.weight"):  # by group there
+            same = math.prod(weight.shape) == math.prod(tensor.shape)
+        place = replace(place, is_exponential=weight.stored.endswith(".ssm_a"))
         found[weight.name] = replace(place, shape=weight.shape) if same else place
     unused = [name for name in file.tensors.keys() - used if not _is_beyond(name, config.num_hidden_layers)]
     return found | {name: _place(file.tensors[name]) for name in unused}
@@ -146,6 +176,42 @@ def _taking_turns(file: GGUFFile, config: PretrainedConfig) -> tuple[dict[str, P
         found[place + layout.gate_up_bias] = Turns((_place(biases["gate"]), _place(biases["up"])), turned=False)
         found[place + layout.down_bias] = _place(biases["down"])
     return found, used
+
+
+def _stacks(
+    file: GGUFFile, architecture: Architecture, config: PretrainedConfig
+) -> tuple[dict[str, Place | Stack], set[str]]:
+    """Weights whose rows are stored in tensors of other names, and these names."""
+    family, found, used = family_of_config(config), {}, set()
+    for name, shape in family.found.shapes.items():
+        parts = next((parts for end, parts in architecture.stacked.items() if name.endswith(end)), ())
+        if not parts:
+            continue
+        block = f"blk.{name.removeprefix(f'{family.layers}.').partition('.')[0]}"
+        tensors = [file.tensors.get(f"{block}.{part}.weight") for part in parts]
+        expected = (shape[0] // len(parts), *shape[1:])
+        if all(tensor is not None and tensor.shape == expected for tensor in tensors):
+            places = tuple(_place(tensor) for tensor in tensors)
+            found[name] = Stack(places) if len(places) > 1 else places[0]
+            used |= {tensor.name for tensor in tensors}
+    return found, used
+
+
+def _values_by_layer(
+    file: GGUFFile, metadata: Metadata, architecture: Architecture, config: PretrainedConfig
+) -> dict[str, Place]:
+    """Weights of a single value that the metadata have, one for every layer."""
+    found, layers = {}, family_of_config(config).layers
+    for name, shape in family_of_config(config).found.shapes.items():
+        key = next((key for end, key in architecture.by_layer.items() if name.endswith(end)), None)
+        if key is None:
+            continue
+        values = metadata.numbers(key, config.num_hidden_layers)
+        if values is None or not np.isfinite(values).all():
+            raise metadata.error(key, f"a list of {config.num_hidden_layers} finite numbers")
+        value = float(values[int(name.removeprefix(f"{layers}.").partition(".")[0])])
+        found[name] = Place(key, None, tuple(shape), GGMLQuantizationType.F32, 0, 0, add=value)
+    return found
 
 
 def _is_beyond(name: str, layers: int) -> bool:
@@ -186,6 +252,8 @@ def _wanted(metadata: Metadata, config: PretrainedConfig) -> Iterator[_Wanted]:
 def _stored_name(name: str, names: gguf.TensorNameMap) -> str | None:
     """The name in the file of a weight in the model; None if it has none."""
     for known in (*(name.replace(ours, theirs) for ours, theirs in _RENAMED if name.endswith(ours)), name):
+        if (stored := names.get_name(known)) is not None:  # without `.weight`
+            return stored
         base, _, kind = known.rpartition(".")
         if (stored := names.get_name(base)) is not None:
             return f"{stored}.{kind}"

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 
 from transformers_patches.errors import PartInferError
-from transformers_patches.weights.gguf_architectures import MAY_BE_ZERO, PATTERN, WINDOW, Architecture
+from transformers_patches.weights.gguf_architectures import (
+    MAY_BE_ZERO,
+    PATTERN,
+    ROTATED,
+    TEMPERATURE,
+    WINDOW,
+    Architecture,
+)
 from transformers_patches.weights.gguf_schema import Metadata
 
 
@@ -37,12 +44,48 @@ def settings_of(
         fields |= _windows(architecture, metadata, sizes["num_hidden_layers"])
     if "original_max_position_embeddings" in rope:  # Phi-3 has a field of its own, which wins
         fields["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    if architecture.model_type == "gpt_oss" and rope["rope_type"] == "yarn":  # as OpenAI computes it
-        fields["rope_parameters"] = rope | {"truncate": False}
-    if architecture.model_type == "olmo3":  # layers with a window have no scaling
+    if architecture.mamba:
+        fields |= _mamba(metadata, sizes["hidden_size"])
+    return fields | _positions(architecture.model_type, metadata, rope)
+
+
+def _positions(model_type: str, metadata: Metadata, rope: dict[str, Any]) -> dict[str, Any]:
+    """What architectures say otherwise about positions than `rope`."""
+    if model_type == "gpt_oss" and rope["rope_type"] == "yarn":  # as OpenAI computes it
+        return {"rope_parameters": rope | {"truncate": False}}
+    if model_type == "olmo3":  # layers with a window have no scaling
         near = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        fields["rope_parameters"] = {"full_attention": rope, "sliding_attention": near}
-    return fields
+        return {"rope_parameters": {"full_attention": rope, "sliding_attention": near}}
+    if model_type == "granitemoehybrid":
+        rotated = metadata.flag(metadata.of_model(ROTATED), True)
+        return {"position_embedding_type": "rope" if rotated else "nope"}
+    if model_type == "ministral3":
+        beta = metadata.number(metadata.of_model(TEMPERATURE))  # what has none (Mistral Small 3.1) is another model
+        if rope["rope_type"] != "yarn" or "attention_factor" in rope:
+            raise PartInferError(
+                f"{metadata.file.path}: only YaRN of magnitude 1 can be computed beside {metadata.of_model(TEMPERATURE)}"
+            )
+        return {"rope_parameters": rope | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": beta}}
+    return {}
+
+
+def _mamba(metadata: Metadata, hidden: int) -> dict[str, Any]:
+    """Sizes of Mamba 2's layers, and what they have."""
+    names = {"mamba_d_conv": "conv_kernel", "mamba_d_state": "state_size", "mamba_n_groups": "group_count"}
+    fields: dict[str, Any] = {
+        name: metadata.integer(metadata.of_model(f"ssm.{stored}"), low=1) for name, stored in names.items()
+    }
+    inner = metadata.integer(metadata.of_model("ssm.inner_size"), low=1)
+    heads = metadata.integer(metadata.of_model("ssm.time_step_rank"), low=1)
+    if inner % heads:
+        raise PartInferError(f"{metadata.file.path} has {heads} heads in {inner} channels of Mamba: fetch it again")
+    tensors = {name.split(".", 2)[-1] for name in metadata.file.tensors if name.startswith("blk.")}
+    fields |= {"mamba_n_heads": heads, "mamba_d_head": inner // heads, "mamba_conv_bias": "ssm_conv1d.bias" in tensors}
+    if metadata.architecture == "falcon-h1":
+        return fields | {"mamba_d_ssm": inner, "mamba_rms_norm": "ssm_norm.weight" in tensors}
+    if inner % hidden:
+        raise PartInferError(f"{metadata.file.path} has {inner} channels of Mamba for {hidden}: fetch it again")
+    return fields | {"mamba_expand": inner // hidden}
 
 
 def _check_router(architecture: Architecture, metadata: Metadata, fields: dict[str, Any], hidden: int) -> None:

@@ -18,6 +18,7 @@ from transformers_patches import kernels
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.load.loader import load_model
+from transformers_patches.weights.gguf_architectures import REFUSED
 from transformers_patches.weights.model_files import open_weights, read_config
 from transformers_patches.weights.source import Source
 
@@ -28,12 +29,39 @@ AS_FILES_HAVE_IT = {  # what files do not say
     "olmoe": {"norm_topk_prob": False},
     "starcoder2": {"sliding_window": 4096},
 }
+MINISTRAL = YARN_ALONE | {
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.4,
+}
 OLMO3_ROPE = {"full_attention": YARN_ALONE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 CASES = {
     "granite, positions as they are": ("granite", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "olmo3, YaRN": ("olmo3", {"rope_parameters": OLMO3_ROPE}),
     "exaone4, no windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}),
     "phi3, no windows": ("phi3", {"sliding_window": None}),
+    "granitemoehybrid, experts": (
+        "granitemoehybrid",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "position_embedding_type": "rope", "mamba_n_groups": 2},
+    ),
+    "falcon_h1, factors": (
+        "falcon_h1",
+        {
+            "key_multiplier": 0.5,
+            "attention_in_multiplier": 1.5,
+            "attention_out_multiplier": 0.6,
+            "ssm_in_multiplier": 0.7,
+            "ssm_out_multiplier": 1.2,
+            "ssm_multipliers": [0.5, 0.8, 1.1, 1.3, 0.9],
+            "embedding_multiplier": 2.0,
+            "lm_head_multiplier": 0.25,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "mamba_n_groups": 2,
+        },
+    ),
+    "ministral3, far positions": ("ministral3", {"rope_parameters": MINISTRAL}),
     "granitemoe, biases": ("granitemoe", {"attention_bias": True}),
     **{name: VARIANTS[name] for name in ("nemotron, biases", "seed_oss, biases", "smollm3, biases")},
     **{name: VARIANTS[name] for name in ("gpt_neox, one after the other", "qwen3_moe, YaRN")},
@@ -84,7 +112,7 @@ def test_experts_are_read_as_from_a_folder(model_type, dtype, tmp_path):
     assert torch.equal(file.model(IDS).logits, folder.model(IDS).logits)
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "nemotron"])
+@pytest.mark.parametrize("model_type", ["phi3", "nemotron", "granitemoehybrid"])
 def test_some_neurons_are_read_as_from_a_folder(model_type, tmp_path):
     model = tiny_model(model_type)
     write_model_gguf(tmp_path / "tiny.gguf", model)
@@ -132,6 +160,22 @@ def test_a_part_of_one_expert_costs_its_own_bytes(tmp_path):
         ("olmo2", {"olmo2.rope.dimension_count": 4}, {}, "rope.dimension_count to 4: only all 8 dimensions"),
         ("glm4", {"glm4.rope.dimension_count": 10}, {}, "rope.dimension_count to 10: only all 8 dimensions"),
         ("olmo2", {"olmo2.final_logit_softcapping": 30.0}, {}, "softcapping, which is not understood"),
+        ("apertus", {"xielu.beta": [0.5]}, {}, "xielu.beta must be a list of 4 numbers"),
+        (
+            "granitemoehybrid",
+            {},
+            {"blk.1.ffn_up.weight": torch.zeros(95, 32)},
+            "has blk.1.ffn_gate.weight, which|lacks",
+        ),
+        ("granitemoehybrid", {"granitehybrid.ssm.inner_size": 65}, {}, "8 heads in 65 channels of Mamba"),
+        ("ministral3", {"mistral3.rope.scaling.yarn_log_multiplier": 0.5}, {}, "only 1.0 can be computed"),
+        (
+            "ministral3",
+            {"mistral3.attention.temperature_scale": None},
+            {},
+            "has no mistral3.attention.temperature_scale",
+        ),
+        ("falcon_h1", {}, {"blk.0.ssm_a": torch.ones(8, 1)}, "blk.0.ssm_a has values that are not finite"),
         ("lfm2", {"lfm2.attention.head_count_kv": 2}, {}, "head_count_kv must be a list of 4 numbers"),
         ("lfm2", {"lfm2.attention.head_count_kv": [0, 2, 0, 1]}, {}, "head_count_kv must be a list of one number or 0"),
         ("olmo2", {"olmo2.expert_count": 4}, {}, "mixture of experts"),
@@ -181,6 +225,13 @@ def test_layers_for_later_tokens_are_left_unread(tmp_path):
         assert (ours(IDS).logits - model(IDS).logits).abs().max() < 1e-4
     write_model_gguf(tmp_path / "tiny.gguf", model, {"glm4moe.nextn_predict_layers": LAYERS})
     with pytest.raises(PartInferError, match="nextn_predict_layers must be an integer from 0 to 3"):
+        read_config(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_what_would_be_read_wrongly_is_refused(architecture, tmp_path):
+    write_model_gguf(tmp_path / "tiny.gguf", tiny_model("olmo2"), {"general.architecture": architecture})
+    with pytest.raises(PartInferError, match=f"GGUF files of {architecture} can't be read: .*folder$"):
         read_config(tmp_path / "tiny.gguf")
 
 

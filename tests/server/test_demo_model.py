@@ -20,12 +20,18 @@ QUESTION = "Why is the sky blue?"
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")[:1500]  # some 400 tokens
 
 
+@pytest.fixture(scope="module", params=["bfloat16", "int8"])
+def dtype(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def served():
+def served(dtype):
     if not DEMO_MODEL.is_dir():
         pytest.skip("the demo model is not there: python download.py --model_name smollm2-135m")
-    given = arguments("--checkpoint_path", str(DEMO_MODEL), "--cpu_only")
-    made, names = make_answering(DEMO_MODEL, settings_for(DEMO_MODEL, {}, "QA"), generation_options(given), given)
+    given = arguments("--checkpoint_path", str(DEMO_MODEL), "--cpu_only", "--dtype", dtype)
+    settings = settings_for(DEMO_MODEL, {"dtype": dtype, "device": "cpu"}, "QA")
+    made, names = make_answering(DEMO_MODEL, settings, generation_options(given), given)
     with running(Service(made, names)) as server:
         yield server
 
@@ -36,7 +42,10 @@ def script(capsys, *flags: str) -> str:
     return json.loads(capsys.readouterr().out)["text"]
 
 
-def test_tokens_are_the_scripts(served, capsys):
+def test_tokens_are_the_scripts(served, dtype, capsys):
+    def scripts(*flags: str) -> str:
+        return script(capsys, "--dtype", dtype, *flags)
+
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
 
         def answer(text: str, **more) -> tuple[str, int]:
@@ -44,18 +53,18 @@ def test_tokens_are_the_scripts(served, capsys):
             made = client.chat.completions.create(model=DEMO_MODEL.name, messages=messages, max_tokens=24, **more)
             return made.choices[0].message.content, made.usage.prompt_tokens_details.cached_tokens
 
-        assert answer(QUESTION)[0] == script(capsys, "--prompt", QUESTION)
+        assert [answer(QUESTION) for _ in range(2)] == [(scripts("--prompt", QUESTION), reused) for reused in (0, 20)]
         first, second = f"{TEXT}\nWhat is this?", f"{TEXT}\nWhich models does it run?"
-        expected = script(capsys, "--prompt", second)
-        assert answer(second) == (expected, 0)
+        expected = scripts("--prompt", second)
+        assert answer(second) == (expected, 20)  # the system prompt that the template adds
         assert answer(second) == (expected, 256)
-        assert answer(first) == (script(capsys, "--prompt", first), 256)
-        assert answer(second, extra_body={"partinfer": {"max_loss": 0.3}})[0] == script(
-            capsys, "--prompt", second, "--max_loss", "0.3"
+        assert answer(first) == (scripts("--prompt", first), 256)
+        assert answer(second, extra_body={"partinfer": {"max_loss": 0.3}})[0] == scripts(
+            "--prompt", second, "--max_loss", "0.3"
         )
         assert answer(second) == (expected, 256)
         flags = ("--sampling-method", "top-p", "--temperature", "0.8", "--seed", "3")
-        assert answer(QUESTION, temperature=0.8, seed=3)[0] == script(capsys, "--prompt", QUESTION, *flags)
+        assert answer(QUESTION, temperature=0.8, seed=3)[0] == scripts("--prompt", QUESTION, *flags)
 
 
 def test_a_chats_next_turn_is_as_without_the_turns_before(served):

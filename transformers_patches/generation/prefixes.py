@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from transformers import Cache, PreTrainedModel
 
 from transformers_patches.fast_pass.one_token import new_cache
-from transformers_patches.generation.blocks import block_ends
+from transformers_patches.generation.blocks import block_ends, turn_end
 from transformers_patches.load.loaded_model import LoadedModel
 
 MOST_PROMPTS, MOST_MARKS = 4, 4
@@ -93,7 +93,7 @@ class Prefixes:
                 break
             common += 1
         if not self.loaded.state.observes:
-            return max(block_ends(0, common + 1), default=0)
+            return max(block_ends(0, common + 1, turn_end(self.loaded.model, prompt[:common])), default=0)
         return max((at for setting, at in known.marks if setting == self.setting and at <= common), default=0)
 
     def _taken(self, known: _Prompt, prompt: list[int], length: int, model: PreTrainedModel) -> Cache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.conftest import make_tiny_checkpoint
 from tests.tiny_tokenizer import tiny_tokenizer
 from tests.transformers_patches.model_passes import DATASET, METHODS, MODEL
 from transformers_patches.config import PartInferConfig
-from transformers_patches.generation.blocks import block_ends
+from transformers_patches.generation.blocks import block_ends, turn_end
 from transformers_patches.generation.generate import GenerationOptions, generate
 from transformers_patches.generation.prefixes import Prefixes
 from transformers_patches.load.loader import load_model
@@ -27,6 +29,18 @@ def test_blocks_end_at_fixed_places():
     assert list(block_ends(256, 513)) == [512]
 
 
+def test_a_first_turn_is_a_block_of_its_own():
+    assert list(block_ends(0, 300, 23)) == [23, 128, 256]
+    assert list(block_ends(0, 23, 23)) == []
+    assert list(block_ends(23, 40, 23)) == []
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 3]))
+    assert turn_end(model, [9] * 30 + [3, 9, 2, 9]) == 31
+    assert turn_end(model, [9] * 5 + [3] + [9] * 30 + [2]) == 37  # the first one is too short
+    assert turn_end(model, [9] * 127 + [3]) is None
+    model.generation_config.eos_token_id = None
+    assert turn_end(model, [9] * 30) is None
+
+
 @pytest.fixture(scope="module", params=["core", "blend", "up", "dense"])
 def loaded(request, tmp_path_factory):
     folder = make_tiny_checkpoint(tmp_path_factory.mktemp("prefixes"), "llama")
@@ -35,10 +49,12 @@ def loaded(request, tmp_path_factory):
     return load_model(folder, settings, DATASET, MODEL)
 
 
-def answer(loaded, prompt: list[int], prefixes: Prefixes | None = None) -> tuple[list[int], list[torch.Tensor]]:
-    """The tokens of an answer, and the keys of the prompt."""
+def answer(
+    loaded, prompt: list[int], prefixes: Prefixes | None = None, end: int | None = None
+) -> tuple[list[int], list[torch.Tensor]]:
+    """The tokens of an answer, and the keys of the prompt. end: the token that ends turns."""
     prefixes = prefixes or Prefixes(loaded)
-    loaded.model.generation_config.eos_token_id = None
+    loaded.model.generation_config.eos_token_id = end
     result = generate(loaded, tiny_tokenizer(), prompt, GenerationOptions(max_new_tokens=12), None, prefixes)
     return result.token_ids, [layer.keys[:, :, : len(prompt)].clone() for layer in prefixes._current.cache.layers]
 
@@ -61,6 +77,25 @@ def test_reuse_does_not_show(loaded):
         given = answer(loaded, prompt, prefixes)
         assert prefixes.reused == reused
         assert same(given, answer(loaded, prompt))
+
+
+def test_short_system_prompts_are_reused(loaded):
+    end = 3
+    system, prefixes = [*SYSTEM[:30], end], Prefixes(loaded)
+    first = [*system, 20, 21, end, 22]
+    for prompt, reused in (
+        (first, 0),
+        ([*system, 30, 31, 32, end, 33], 31),
+        (first, 31),
+        ([*first, *range(40, 60), end, 61], 31),  # a chat's next turn
+        ([*SYSTEM[:29], 4, end, 20], 0),
+        ([*system, *SYSTEM], 31),
+        ([*system, *SYSTEM, 9], 128),
+        (system, 0),  # at least one token is left to be computed
+    ):
+        given = answer(loaded, prompt, prefixes, end)
+        assert prefixes.reused == reused
+        assert same(given, answer(loaded, prompt, end=end))
 
 
 def test_evidence_belongs_to_its_setting(loaded):

@@ -45,7 +45,7 @@ class Export:
 
     plan: ExportPlan
     bytes: int  # of its weights
-    bytes_dense: int  # of the model that it was made from
+    bytes_dense: int  # of the model that it was made from, in the same type
 
 
 def write_export(model: str | Path, output: str | Path, settings: PartInferConfig) -> Export:
@@ -72,7 +72,8 @@ def write_export(model: str | Path, output: str | Path, settings: PartInferConfi
             _write_gguf(plain, source, output)
         else:
             _write_folder(plain, source, output)
-    return Export(plan, weight_bytes(plain), loaded.report.bytes_dense)
+    whole = weight_bytes(build_on_meta(config, loaded.run.dtype))
+    return Export(plan, weight_bytes(plain), whole)
 
 
 def to_gguf(output: Path) -> bool:

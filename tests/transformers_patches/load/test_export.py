@@ -131,6 +131,14 @@ def test_refitted_rows(tiny_checkpoints, neurons, tmp_path):
     assert_same(tmp_path / "out", tiny_checkpoints["llama"], made.plan)
 
 
+def test_sizes_are_of_the_type_that_is_written(tiny_checkpoints, neurons, tmp_path):
+    full, half = (
+        write_export(tiny_checkpoints["smollm2"], tmp_path / dtype, settings(neurons, **ALL, dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert (full.bytes, full.bytes_dense) == (2 * half.bytes, 2 * half.bytes_dense)
+
+
 def test_one_size_for_all_layers(tiny_checkpoints, neurons, tmp_path):
     """Two of six layers whole, 40 of 80 neurons in the others: 53 on average."""
     chosen = settings(neurons, start_num=1, end_num=4, loaded_neurons_percent=0.5)

@@ -76,6 +76,8 @@ def _add_task(task: argparse._ArgumentGroup) -> None:
         help="the planned neurons: a folder to load them faster (pack); a folder that transformers loads, or a file that "
         "llama.cpp loads if the name ends in .gguf (export)",
     )
+    text = "with --function pack: values that python -m profiler round has chosen, closer to the model's own output"
+    task.add_argument("--rounding", metavar="FILE", help=text)
 
 
 def _add_generation(choice: argparse._ArgumentGroup) -> None:
@@ -138,6 +140,8 @@ def main(argv: list[str] | None = None) -> int:
 def _check_output(arguments: argparse.Namespace) -> None:
     if arguments.function in WRITERS and not arguments.output:
         raise PartInferError(f"--function {arguments.function} writes a folder: name it with --output FOLDER")
+    if arguments.rounding and arguments.function != "pack":
+        raise PartInferError(f"--rounding belongs to --function pack, got --function {arguments.function}")
     if arguments.output and arguments.function not in WRITERS:
         raise PartInferError(f"--output belongs to --function pack or export, got --function {arguments.function}")
 
@@ -164,7 +168,7 @@ def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
     """Write the planned neurons to a folder of their own, and say how big it is."""
     from transformers_patches.load.pack_writer import write_pack
 
-    made = write_pack(folder, arguments.output, settings)
+    made = write_pack(folder, arguments.output, settings, rounding=arguments.rounding)
     if arguments.json:
         sizes = {name: made[name] for name in ("settings", "dtype", "bytes", "bytes_dense")}
         cli.write_json(arguments.json, {"output": arguments.output, **sizes})

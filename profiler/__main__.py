@@ -9,7 +9,7 @@ import sys
 from transformers_patches import cli, flags
 from transformers_patches.weights.lookup import find_model
 
-COMMANDS = ("run", "loss", "cluster", "fit", "merge", "rank", "random", "convert", "show", "compare")
+COMMANDS = ("run", "loss", "cluster", "fit", "round", "merge", "rank", "random", "convert", "show", "compare")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,17 +27,17 @@ def column_weights(family: Family, neurons: NeuronFile | None, head: str) -> dic
         prefix = f"{family.layers}.{layer}"
         for name, places in family.inputs().items():
             if name in squares:
-                values = _relative(squares[name][layer])
+                values = relative(squares[name][layer])
                 weights.update({f"{prefix}.{place}.weight": values for place in places})
         if "mean_sq" in neurons.statistics:
             down = f"{family.projection(layer, family.down)}.weight"
-            weights[down] = _relative(neurons.statistics["mean_sq"][layer])
+            weights[down] = relative(neurons.statistics["mean_sq"][layer])
     if "head" in squares:
-        weights[head] = _relative(squares["head"][0])
+        weights[head] = relative(squares["head"][0])
     return weights
 
 
-def _relative(squares: torch.Tensor) -> torch.Tensor:
+def relative(squares: torch.Tensor) -> torch.Tensor:
     """Relative to their mean, and at least LEAST: other texts may use columns that the profiled ones did not."""
     mean = squares.float().mean()
     return (squares.float() / mean).clamp(min=LEAST) if mean > 0 else torch.ones_like(squares, dtype=torch.float32)

@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.families import family_of
 from transformers_patches.files import atomic_folder, write_text_atomic
 from transformers_patches.kernels import QuantizedTensor
+from transformers_patches.load.as_stored import as_stored, names_in_model
 from transformers_patches.load.loader import load_from
 from transformers_patches.locks import exclusive
+from transformers_patches.neurons.fingerprint import fingerprint
 from transformers_patches.neurons.fit_file import FitFile, fit_path
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.plan.resolve import RunFiles, find_fit
@@ -41,6 +44,7 @@ from transformers_patches.weights.pack_description import (
 )
 from transformers_patches.weights.pack_schema import seal
 from transformers_patches.weights.parts import whole_name
+from transformers_patches.weights.rounding import RoundedWeights, Rounding
 from transformers_patches.weights.source import Source, WeightSource, takes_whole_rows
 
 SHARD_BYTES = 2**30
@@ -188,14 +192,16 @@ def write_pack(
     settings: PartInferConfig,
     dataset_neurons: NeuronFile | None = None,
     model_neurons: NeuronFile | None = None,
+    rounding: str | Path | None = None,
 ) -> dict:
     """Make a pack of a checkpoint folder or GGUF file by loading it once. Returns its description, and its `bytes`.
 
     settings: what is planned, and the type of the weights. Neuron files are given as to load_model.
+    rounding: a rounding file, whose values are taken where it has them.
 
     The folder is written and synced under another name first, so it is whole or not there. Raises PartInferError for
-    what load_model refuses, settings without partial loading, and an output folder that exists or that another process
-    writes.
+    what load_model refuses, settings without partial loading, a rounding file of another model or format, and an output
+    folder that exists or that another process writes.
     """
     source, output = Path(model), Path(output)
     _check_absent(output)
@@ -213,7 +219,7 @@ def write_pack(
         _check_absent(output)  # again: another process may just have written it
         with atomic_folder(output) as folder:
             (folder / NEURONS).mkdir()
-            return _fill(folder, source, settings, dataset_neurons, model_neurons)
+            return _fill(folder, source, settings, (dataset_neurons, model_neurons), rounding)
 
 
 def _check_absent(output: Path) -> None:
@@ -225,16 +231,18 @@ def _fill(
     folder: Path,
     source: Path,
     settings: PartInferConfig,
-    dataset_neurons: NeuronFile | None,
-    model_neurons: NeuronFile | None,
+    neurons: tuple[NeuronFile | None, NeuronFile | None],
+    rounding: str | Path | None,
 ) -> dict:
-    recorder = _Recorder(open_weights(source), folder)
+    config = read_config(source)
+    rounded = None if rounding is None else _rounded(source, config, settings, rounding)
+    recorder = _Recorder(open_weights(source) if rounded is None else rounded, folder)
     # with the kernels of later runs, if this machine has them, so that the pack has the layout of weights in memory
     plain = replace(settings, device="cpu", memory_limit=False)
-    files = RunFiles.of(plain, dataset_neurons, model_neurons)
+    files = RunFiles.of(plain, *neurons)
     if plain.loaded_neurons_percent < 1 and any(file.experts is not None for file in files.neurons):
         raise PartInferError("experts in part can't be packed: add --loaded_neurons_percent 1")
-    loaded = load_from(recorder, read_config(source), plain, files, model_name(source), packed=True)
+    loaded = load_from(recorder, config, plain, files, model_name(source), packed=True)
     recorder.finish()
     run = loaded.run
     _save_neurons(folder / NEURONS, files, run)
@@ -253,8 +261,24 @@ def _fill(
         "packed": recorder.packed,
         "elsewhere": {name: list(recorder.shape(name)) for name in sorted(recorder.unread())},
     }
+    if rounded is not None:
+        description["rounded_for"] = rounded.rounding.texts
     write_text_atomic(folder / DESCRIPTION, json.dumps(seal(description), indent=1) + "\n")
     return description
+
+
+def _rounded(source: Path, config: PretrainedConfig, settings: PartInferConfig, rounding: str | Path) -> RoundedWeights:
+    """The model's weights with the values of a rounding file, which must be for it."""
+    weights, held = open_weights(source), Rounding.load(rounding)
+    names = names_in_model(weights, as_stored(config, weights))
+
+    def read(parameter: str) -> torch.Tensor:
+        values = torch.empty(weights.shape(names[parameter]))
+        weights.read_into(names[parameter], values)
+        return values
+
+    held.check_fits(fingerprint(config, read), settings.dtype, model_name(source), rounding)
+    return RoundedWeights(weights, held.named(names))
 
 
 def _save_neurons(folder: Path, files: RunFiles, run: ResolvedRun) -> None:

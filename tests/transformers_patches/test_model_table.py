@@ -17,6 +17,7 @@ from profiler.collect import Collector
 from profiler.layerwise import FFNWeights, LayerwiseModel, make_batches
 from profiler.loss_measurement import LossMeasurement, ScoredText
 from tests.conftest import random_neuron_file
+from tests.expert_files import expert_file
 from tests.model_table import LAYERS, MODELS, SIZE, VARIANTS, tiny_model
 from tests.transformers_patches.masked_reference import MaskedReference, NaiveMethod
 from tests.transformers_patches.model_passes import padded_prompts, passes, run, run_reference
@@ -40,7 +41,7 @@ BASE, OTHER = (random_neuron_file(seed, LAYERS, SIZE) for seed in (1, 2))
 EVERYTHING = {"sparsity": 1.0, "loaded_neurons_percent": 1.0, "base_neurons_percent": 1.0}
 ORIGINAL = {"selection": "core", "compensation": "none"}
 SPARSE = [name for name, model in MODELS.items() if model.sparse]
-PACKED = ["llama", "phi3", "granitemoehybrid", "apertus", "lfm2", "gpt_neox", "falcon_h1", "gemma3n_text"]
+PACKED_EXPERTS = [name for name, model in MODELS.items() if model.experts and name != "gpt_oss"]
 
 
 @dataclass
@@ -140,6 +141,25 @@ def test_all_neurons_are_transformers(made, model_type):
     assert differences(run(loaded.model, PASSES), expected, PASSES) < 1e-4
 
 
+@pytest.mark.parametrize("model_type", [name for name, model in MODELS.items() if model.experts])
+def test_all_neurons_of_experts_are_transformers(made, model_type):
+    one = made(model_type)
+    settings = {"selection": "up", "compensation": "none", "sparsity": 1.0, "loaded_neurons_percent": 1.0}
+    loaded = one.load(method="partinfer", **settings)
+    assert list(loaded.plan.experts) == list(MODELS[model_type].whole)
+    assert differences(run(loaded.model, PASSES), run(one.model, PASSES), PASSES) < 1e-4
+
+
+def test_what_cannot_be_packed_is_refused(made, tmp_path):
+    sparse = {"method": "partinfer", "selection": "up", "compensation": "none", "loaded_neurons_percent": 1.0}
+    with pytest.raises(PartInferError, match="gpt_oss's experts can't be packed, because columns of gate and up take"):
+        write_pack(made("gpt_oss").folder, tmp_path / "pack", PartInferConfig(**sparse, device="cpu"))
+    one = made("qwen3_moe")
+    half = PartInferConfig(**sparse | {"loaded_neurons_percent": 0.5}, device="cpu", start_num=0, end_num=LAYERS - 1)
+    with pytest.raises(PartInferError, match="experts in part can't be packed: add --loaded_neurons_percent 1"):
+        write_pack(one.folder, tmp_path / "pack", half, expert_file(one.model))
+
+
 @pytest.mark.parametrize("model_type", SPARSE)
 def test_sparse_is_masked_dense_and_native_is_torch(made, model_type):
     one, table = made(model_type), MODELS[model_type]
@@ -227,7 +247,7 @@ def test_rows_in_8_bits_stay_near(made, model_type):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("model_type", PACKED)
+@pytest.mark.parametrize("model_type", SPARSE)
 def test_a_pack_is_the_model(made, tmp_path, model_type, dtype):
     one, settings = made(model_type), {"method": "partinfer", "dtype": dtype, **ORIGINAL}
     loaded = one.load(**settings)
@@ -244,7 +264,7 @@ def test_a_pack_is_the_model(made, tmp_path, model_type, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "granitemoe"])
+@pytest.mark.parametrize("model_type", PACKED_EXPERTS)
 def test_a_pack_has_experts(made, tmp_path, model_type, dtype):
     one = made(model_type)
     settings = {"method": "partinfer", "dtype": dtype, "selection": "up", "compensation": "none", "sparsity": 0.7}

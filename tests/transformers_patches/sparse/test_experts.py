@@ -17,7 +17,8 @@ from transformers_patches.sparse.experts import LEAST_TOKENS, Experts
 SIZE, USED = 32, 2
 SETTINGS = {"method": "partinfer", "selection": "up", "compensation": "none", "loaded_neurons_percent": 1.0}
 SHAPE = {"start_num": 0, "end_num": LAYERS - 1, "device": "cpu", "dtype": "float32"}
-MODELS = ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"]
+MODELS = ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "qwen2_moe", "olmoe", "qwen3_5_moe_text"]
+BY_INTERMEDIATE_SIZE = ("mixtral", "granitemoe", "gpt_oss", "olmoe")  # in the config, of experts
 
 
 class NaiveExperts(nn.Module):
@@ -86,7 +87,7 @@ def test_equals_the_formula(request, tmp_path, model_type, lengths, kernels):
     if kernels == "native":
         request.getfixturevalue("native")
     model = tiny_model(model_type)
-    if model_type != "qwen3_moe":
+    if model_type in BY_INTERMEDIATE_SIZE:
         model.config.intermediate_size = SIZE
         model = type(model)(model.config).eval()
     model.save_pretrained(tmp_path)

@@ -30,6 +30,7 @@ ONE= FAILED=
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 NEURONS=$OUT/neurons/$MODEL
 FIT=$NEURONS/mix.fit.safetensors
+BYTES="--sparsity 0.4 --loaded_neurons_percent 0.7" # the original's; without them partinfer's are chosen by --max_loss
 
 # A step: its words. What it prints is seen, when it ran is in the log.
 step() {
@@ -77,7 +78,8 @@ tasks() {
     dataset=$1 rows=$2 fewshot=$3 task=$4
     shift 4
     [ ! -f "$FIT" ] || set -- --fit_filepath "$FIT" "$@"
-    $PYTHON evaluation/evaluate_task.py --model_name "$MODEL" --task_name "$task" --method "$METHODS" \
+    # shellcheck disable=SC2086 # several arguments
+    $PYTHON evaluation/evaluate_task.py --model_name "$MODEL" --task_name "$task" --method "$METHODS" $BYTES \
         --limit "$rows" --shuffle --num_fewshot "$fewshot" --batch_size 8 --data_dir "$DATA" \
         --dataset_neurons_filepath "$NEURONS/${ONE:-$dataset}.safetensors" \
         --model_neurons_filepath "$NEURONS/${ONE:-model}.safetensors" --output_path "$OUT" --skip_finished "$@"

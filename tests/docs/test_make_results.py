@@ -44,6 +44,7 @@ def test_a_step_that_fails_is_named_and_the_others_go_on(make, tmp_path):
     assert code == 1
     assert "start again to repeat these only:\n  tasks qa 20 1 local_squad" in said
     assert any("local_wikitext" in call and "--skip_finished" in call for call in calls)
+    assert all("--sparsity 0.4 --loaded_neurons_percent 0.7" in call for call in calls)  # as many bytes for all methods
     assert not any("gsm8k" in call for call in calls)  # there is no such data
     log = (tmp_path / "out" / "make_results.log").read_text()
     assert "ended with 1: tasks qa 20 1 local_squad" in log

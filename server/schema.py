@@ -25,7 +25,10 @@ LOST = {  # what would change the answer and is not done, with the values that m
     "function_call": (("none", "auto"), "no tools"),
     "modalities": ((["text"],), "text only"),
     "audio": ((), "text only"),
-    "echo": ((False,), "only the answer is returned: leave it out"),
+    "echo": (
+        (False,),
+        "a prompt is read by every neuron, so its log-probabilities say nothing about the settings: leave it out",
+    ),
     "suffix": (("",), "leave it out"),
     "store": ((False,), "nothing is stored"),
 }

@@ -246,7 +246,7 @@ _WITH_EXPERTS = {"llama": _MIXTRAL, "granitehybrid": _GRANITE_HYBRID_EXPERTS}
 WRITTEN = {
     architecture.model_type: (name, architecture)
     for name, architecture in (*ARCHITECTURES.items(), ("olmo2", _OLMO3))
-    if not architecture.has_experts
+    if not (architecture.has_experts or architecture.mamba or architecture.by_layer or architecture.more)
 }
 
 

@@ -76,6 +76,8 @@ def _add_task(task: argparse._ArgumentGroup) -> None:
         help="the planned neurons: a folder to load them faster (pack); a folder that transformers loads, or a file that "
         "llama.cpp loads if the name ends in .gguf (export)",
     )
+    text = "where --memory or --on_demand needs a pack of all neurons: write one beside the model, once (int4, if no --dtype is given)"
+    task.add_argument("--make_pack", action="store_true", help=text)
     text = "with --function pack: values that python -m profiler round has chosen, closer to the model's own output"
     task.add_argument("--rounding", metavar="FILE", help=text)
 
@@ -113,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     from transformers_patches.generation.runner import Runner
 
     quick_start.imported()
+    if arguments.make_pack:
+        folder = _own_pack(folder, arguments)
     settings = _settings_with_files(folder, arguments)
     if arguments.function in WRITERS:
         return (_pack if arguments.function == "pack" else _export)(settings, folder, arguments)
@@ -140,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
 def _check_output(arguments: argparse.Namespace) -> None:
     if arguments.function in WRITERS and not arguments.output:
         raise PartInferError(f"--function {arguments.function} writes a folder: name it with --output FOLDER")
+    if arguments.make_pack and arguments.function in WRITERS:
+        raise PartInferError(f"--make_pack is for runs, got --function {arguments.function}: leave it out")
     if arguments.rounding and arguments.function != "pack":
         raise PartInferError(f"--rounding belongs to --function pack, got --function {arguments.function}")
     if arguments.output and arguments.function not in WRITERS:
@@ -175,6 +181,17 @@ def _pack(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace
     if arguments.json != flags.STANDARD_OUTPUT and not arguments.quiet:
         print(f"{arguments.output}: {made['bytes'] / 1e6:.0f} of {made['bytes_dense'] / 1e6:.0f} MB", file=sys.stderr)
     return cli.DONE
+
+
+def _own_pack(folder: Path, arguments: argparse.Namespace) -> Path:
+    """The model's own pack, if there is something to read on demand."""
+    from transformers_patches.load.own_pack import own_pack
+    from transformers_patches.weights.file_kinds import is_pack
+
+    if is_pack(folder):
+        return folder
+    given = PartInferConfig.given_in(arguments)
+    return own_pack(folder, given, task_type=arguments.task_type, quiet=arguments.quiet)
 
 
 def _export(settings: PartInferConfig, folder: Path, arguments: argparse.Namespace) -> int:

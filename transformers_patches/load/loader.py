@@ -18,7 +18,7 @@ from transformers_patches.load.ffn_swap import attach_compensation
 from transformers_patches.load.generation_config import own_generation_config
 from transformers_patches.load.input_swap import choose_inputs
 from transformers_patches.load.loaded_model import LoadedModel, LoadReport
-from transformers_patches.load.memory_plan import within_memory
+from transformers_patches.load.memory_plan import in_format_that_fits, within_memory
 from transformers_patches.load.meta_model import build_model
 from transformers_patches.load.streaming import KeptOnDisk, Progress, stream_weights
 from transformers_patches.load.threads import check_threads
@@ -105,7 +105,11 @@ def _resolved(
 ) -> ResolvedRun:
     is_pack = isinstance(weights, Pack)
     whole = is_pack and weights.holds_all_neurons
-    return resolve_run(settings, config, files, packed=packed or is_pack, whole_pack=whole)
+
+    def resolve(settings: PartInferConfig) -> ResolvedRun:
+        return resolve_run(settings, config, files, packed=packed or is_pack, whole_pack=whole)
+
+    return in_format_that_fits(resolve, settings, weights)
 
 
 def load_run(run: ResolvedRun, weights: WeightSource, started: float, progress: Progress = iter) -> LoadedModel:

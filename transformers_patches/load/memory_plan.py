@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 
 import psutil
 from transformers import PreTrainedModel
 
+from transformers_patches.config import PartInferConfig
 from transformers_patches.errors import PartInferError
 from transformers_patches.fast_pass.kv_cache import ROOM
 from transformers_patches.kernels import QuantizedTensor
 from transformers_patches.load.meta_model import build_model
 from transformers_patches.modules.quantized import QuantizedWeight, weight_bytes
 from transformers_patches.plan.decision import Decision
-from transformers_patches.plan.memory import LATER, PER_TOKEN, PROMPT_TOKENS, MemoryNeeds
+from transformers_patches.plan.memory import LATER, MB, PER_TOKEN, PROMPT_TOKENS, MemoryNeeds
 from transformers_patches.plan.on_demand import why_not_on_demand
 from transformers_patches.plan.run import ResolvedRun
 from transformers_patches.sparse.request import RequestState
 from transformers_patches.weights.memory import give_back_at_once, give_back_freed
 from transformers_patches.weights.pack import Pack
 from transformers_patches.weights.source import WeightSource
+
+FORMATS = ("int8", "int4")  # from the one that changes the weights least
+
+
+def in_format_that_fits(
+    resolve: Callable[[PartInferConfig], ResolvedRun], settings: PartInferConfig, weights: WeightSource
+) -> ResolvedRun:
+    """The run in the type of most bits of which everything fits into --memory; the smallest if none does.
+
+    resolve: makes the run of settings. Where there is no bound, or --dtype or a pack has the type, nothing is chosen.
+    """
+    run, limit = resolve(settings), settings.memory_bytes
+    if limit is None or settings.dtype != "auto" or isinstance(weights, Pack) or run.device.type != "cpu":
+        return run
+    for name in FORMATS:
+        most = memory_needs(run, weights).most
+        if most <= limit:
+            break
+        why = f"{run.settings.dtype} would take {most / MB:.0f} MB"
+        try:
+            run = resolve(replace(settings, dtype=name))
+        except PartInferError:  # a model whose rows have no whole groups
+            break
+        run = replace(run, decisions=run.decisions | {"dtype": Decision(name, why)})
+    return run
 
 
 def within_memory(run: ResolvedRun, weights: WeightSource) -> ResolvedRun:
@@ -41,7 +68,7 @@ def within_memory(run: ResolvedRun, weights: WeightSource) -> ResolvedRun:
     why_not = why_not_on_demand(run.settings, run.family, native=run.native, whole_pack=whole)
     if why_not is not None:
         raise PartInferError(
-            f"--memory {run.settings.memory} is not enough to load everything, which takes {needs.most / 1e6:.0f} MB, and "
+            f"--memory {run.settings.memory} is not enough to load everything, which takes {needs.most / MB:.0f} MB in {run.settings.dtype}, and "
             f"neurons can't be read on demand: {why_not}"
         )
     share = needs.resident(limit)

@@ -37,8 +37,8 @@ def why_not_on_demand(settings: PartInferConfig, family: Family, *, native: bool
         return f"method {settings.method} reads all that it has loaded"
     if not whole_pack:
         return (
-            "it needs a pack of all neurons: make one with partinfer.py --function pack --loaded_neurons_percent 1 "
-            "--sparsity 0.7 --start_num 0 --end_num LAST"
+            "it needs a pack of all neurons: --make_pack makes one beside the model, or write it with partinfer.py "
+            "--function pack --loaded_neurons_percent 1 --sparsity 0.7 --start_num 0 --end_num LAST"
         )
     if settings.block_bytes is not None:
         return "with --block_bytes weights lie by input"

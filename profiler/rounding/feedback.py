@@ -49,13 +49,29 @@ def rounded(
 
 
 def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of a second moment [C, C], damped as far as it takes."""
+    """The upper triangular U with Uᵀ U the inverse of a second moment [C, C], which is damped as far as it takes.
+
+    From the other end M is V Vᵀ with V upper triangular, and U is the inverse of V: M itself is not inverted.
+    """
     damping, mean = DAMPING, float(moment.diagonal().mean()) or 1.0
     while True:
-        damped = moment + damping * mean * torch.eye(len(moment))
+        damped = moment.flip(0, 1)
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
+            upper = _inverse_of_upper(lower.flip(0, 1))
+            if bool(torch.isfinite(upper).all()):
                 return upper
         damping *= _STRONGER
+
+
+def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
+    """The inverse of an upper triangular matrix, by halves: most of the work is products of large matrices."""
+    size, half = len(upper), len(upper) // 2
+    if size <= _AT_ONCE:
+        return torch.linalg.solve_triangular(upper, torch.eye(size), upper=True)
+    result = torch.zeros_like(upper)
+    first, last = _inverse_of_upper(upper[:half, :half]), _inverse_of_upper(upper[half:, half:])
+    result[:half, :half], result[half:, half:] = first, last
+    torch.matmul(first @ upper[:half, half:], last, out=result[:half, half:]).neg_()
+    return result

@@ -12,6 +12,7 @@ from transformers_patches.load.memory_plan import memory_needs, within_memory
 from transformers_patches.neurons.loss_curve import ALL
 from transformers_patches.plan.memory import MB
 from transformers_patches.weights.disk_probe import disk_bandwidth
+from transformers_patches.weights.model_files import load_tokenizer
 from transformers_patches.weights.safetensors_folder import Checkpoint
 
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the FFN bytes, beside the one that is chosen
@@ -44,9 +45,11 @@ class PlanRow:
 
 def plan_rows(folder: Path, settings: PartInferConfig) -> list[PlanRow]:
     """The rows for a model and its settings; PartInferError if nothing fits."""
+    tokenizer = load_tokenizer(folder)  # which a run holds when it plans: it is a part of the runtime
     run, weights = resolve_files(folder, settings)
     needs = memory_needs(run, weights)
     run = within_memory(run, weights)
+    del tokenizer
     resident = 1.0 if run.resident is None else run.resident
     memory = kernels.bandwidth_probe(PROBE_BYTES, 4)
     disk = None

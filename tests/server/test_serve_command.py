@@ -55,7 +55,12 @@ def test_it_ends_at_once_and_cleanly(tiny_chat, bounded, sent, code):
     command += ["--checkpoint_path", str(tiny_chat), *bounded]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as server:
         line = next(line for line in server.stderr if line.startswith("serving"))
         url = re.search(r"http://\S+", line).group()

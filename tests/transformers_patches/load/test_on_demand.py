@@ -135,7 +135,7 @@ def test_what_cannot_be_read_on_demand_is_refused(packs, options, message):
 
 
 def test_without_a_pack_of_all_neurons_it_is_refused(checkpoint):
-    with pytest.raises(PartInferError, match="it needs a pack of all neurons: make one with"):
+    with pytest.raises(PartInferError, match="it needs a pack of all neurons: --make_pack makes one"):
         load(checkpoint, 0.5)
 
 

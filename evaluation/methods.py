@@ -58,6 +58,7 @@ class Configuration:
     settings: PartInferConfig  # what the model is loaded with
     by_default: bool = False  # whether what is loaded and computed was left to the program
     published: PublishedSettings | None = None  # of a published baseline
+    given: frozenset[str] = frozenset()  # the settings that were given, by name
 
     @property
     def folder_name(self) -> str:
@@ -133,7 +134,9 @@ def build_grid(arguments: argparse.Namespace) -> list[Configuration]:
             settings = PartInferConfig(method=method.compute, use_partial_loading=method.partial, **options)
             parts = [_label(key, value) for key, value in chosen.items() if len(swept[key]) > 1]
             by_default = name == "partinfer" and chooses_nothing(options)
-            grid += _with_published(Configuration(" ".join([name, *parts]), name, settings, by_default), arguments)
+            label = " ".join([name, *parts])
+            made = Configuration(label, name, settings, by_default, given=frozenset(options))
+            grid += _with_published(made, arguments)
     return grid
 
 

@@ -15,8 +15,8 @@ from transformers_patches.load.loader import load_model
 from transformers_patches.neurons.lookup import find_random_neurons
 from transformers_patches.neurons.neuron_file import NeuronFile
 from transformers_patches.neurons.random_ranking import random_ranking
-from transformers_patches.plan.neuron_files import default_settings, with_neuron_files
-from transformers_patches.weights.file_kinds import is_gguf
+from transformers_patches.plan.neuron_files import default_settings, pack_defaults, with_neuron_files
+from transformers_patches.weights.file_kinds import is_gguf, is_pack
 from transformers_patches.weights.lookup import model_name, model_names
 from transformers_patches.weights.model_files import read_config
 
@@ -39,6 +39,10 @@ def find_rankings(settings: PartInferConfig, folder: Path, task_type: str | None
 
 def settled(configuration: Configuration, folder: Path, task_type: str | None) -> Configuration:
     """The configuration with the settings that partinfer.py would choose, where that was left to the program."""
+    if is_pack(folder) and configuration.settings.use_partial_loading:
+        settings = configuration.settings
+        own = pack_defaults(folder, configuration.given, settings.method)
+        return replace(configuration, settings=replace(settings, **own), by_default=False)
     if not configuration.by_default:
         return configuration
     settings = default_settings(configuration.settings, folder, task_type)

@@ -71,7 +71,7 @@ def _opened(
     files = RunFiles.of(settings, dataset_neurons, model_neurons)
     weights = open_weights(folder)
     if isinstance(weights, Pack):
-        settings = weights.with_own_type(settings)
+        settings = weights.with_own_neurons(weights.with_own_type(settings))
         if not files.neurons:
             files = RunFiles.of(settings, **weights.neuron_files())
     return weights, config, settings, files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def settings_for(path: str | Path, given: dict, task_type: str | None) -> PartIn
     """
     check_given(given)
     if is_pack(path):
-        return PartInferConfig(**(_pack_defaults(path, given) | given))
+        return PartInferConfig(**(pack_defaults(path, given, given.get("method", "partinfer")) | given))
     settings = PartInferConfig(**given)
     if not chooses_nothing(given):
         return with_neuron_files(settings, path, task_type)
@@ -63,11 +64,11 @@ def why_dense(path: str | Path) -> str | None:
     return family.whole_layers[0] if none else None
 
 
-def _pack_defaults(path: str | Path, given: dict) -> dict:
-    """What a pack was made with, less the bound on the loss where the setting is chosen otherwise."""
-    made = pack_settings(path)
-    if made.get("max_loss") is not None and any(name in given for name in DECIDED):
-        made.pop("max_loss")
+def pack_defaults(path: str | Path, given: Container[str], method: str) -> dict:
+    """What a pack was made with, less what is given, and less the bound on the loss where that is chosen otherwise."""
+    made = {name: value for name, value in pack_settings(path).items() if name not in given}
+    if method != "partinfer" or any(name in given for name in DECIDED):
+        made.pop("max_loss", None)
     return made
 
 

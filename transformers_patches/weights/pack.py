@@ -26,6 +26,7 @@ from transformers_patches.weights.pack_description import (
     ADDED,
     COLUMN_SCALES,
     DESCRIPTION,
+    FIXED,
     LARGEST,
     NEURONS,
     ROPE_FACTORS,
@@ -202,6 +203,23 @@ class Pack(Checkpoint):
         made = self._description["settings"]
         return made["loaded_neurons_percent"] == 1 and made["compensation"] in (None, "auto", "none")
 
+    def with_own_neurons(self, settings: PartInferConfig) -> PartInferConfig:
+        """The settings as they are, or for methods that load the whole checkpoint: loading all that the pack holds.
+
+        Neurons are then summed in the pack's order. Raises PartInferError if it does not hold all of them.
+        """
+        if settings.use_partial_loading:
+            return settings
+        made = {name: value for name, value in self._description["settings"].items() if name in FIXED}
+        if not self.holds_all_neurons:
+            raise PartInferError(
+                f"{self.source} does not hold the model's own neurons, which method {settings.method} needs: it was packed "
+                f"with {_as_flags(made)}; add --use_partial_loading to compute those that it has, or take the checkpoint"
+            )
+        if settings.method == "dense":
+            made["selection"] = "auto"  # nothing is chosen
+        return replace(settings, use_partial_loading=True, **made)
+
     def pair(self, first: Source, second: Source) -> list[Place]:
         """Where two weights are stored whose rows are interleaved: [L, 2, …] each, values and, if quantised, scales.
 
@@ -331,12 +349,15 @@ class Pack(Checkpoint):
         return self._neurons[number]
 
     def _other_neurons(self, name: str) -> PartInferError:
-        made = self._description["settings"]
-        used = " ".join(f"--{key} {value}" for key, value in made.items() if value is not None)
+        used = _as_flags(self._description["settings"])
         return PartInferError(
             f"{self.source} holds other neurons of {name} than these settings need: it was packed with {used}; "
             "use these, or pack the model again"
         )
+
+
+def _as_flags(settings: dict) -> str:
+    return " ".join(f"--{name} {value}" for name, value in settings.items() if value is not None)
 
 
 def _take_half(

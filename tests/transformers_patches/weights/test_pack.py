@@ -99,6 +99,17 @@ def test_mean_compensation_and_choice_per_token_need_no_more(tiny_checkpoints, t
         load_model(tmp_path / "pack", settings(), other)
 
 
+@pytest.mark.parametrize("options", [{"method": "dense"}, {"method": "dense", "selection": "up"}, {"method": "coreinfer"}])
+def test_methods_that_load_everything_take_a_pack_of_everything(tiny_checkpoints, tmp_path, options):
+    ranks = {"dataset_neurons": DATASET, "model_neurons": MODEL}
+    write_pack(tiny_checkpoints["llama"], tmp_path / "pack", settings(loaded_neurons_percent=1.0), **ranks)
+    packed = load_model(tmp_path / "pack", settings(**options))
+    assert packed.plan.loaded_fraction == 1
+    same = {"dataset_neurons": DATASET} if options["method"] == "coreinfer" else {}
+    whole = load_model(tiny_checkpoints["llama"], settings(**options), **same)
+    torch.testing.assert_close(logits(packed), logits(whole), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -106,7 +117,7 @@ def test_mean_compensation_and_choice_per_token_need_no_more(tiny_checkpoints, t
         ({"base_neurons_percent": 0.2}, "holds other neurons"),
         ({"base_neurons_type": "model"}, "holds other neurons"),
         ({"start_num": 2}, "holds other neurons"),
-        ({"method": "dense"}, "holds other neurons"),
+        ({"method": "dense"}, "does not hold the model's own neurons, which method dense needs: it was packed with --load"),
     ],
 )
 def test_settings_that_need_other_neurons_are_told(packs, options, message):

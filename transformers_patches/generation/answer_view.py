@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Protocol
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None
 
 FENCE = "```"
 REDRAWN_EVERY = 0.1  # seconds
@@ -20,6 +26,9 @@ class AnswerView(Protocol):
     def end(self) -> None:
         """The answer is over."""
 
+    def fail(self) -> None:
+        """An error ended the answer."""
+
 
 class PlainView:
     """Text as it is."""
@@ -29,6 +38,9 @@ class PlainView:
 
     def end(self) -> None:
         print(flush=True)
+
+    def fail(self) -> None:
+        pass
 
 
 class MarkdownView:
@@ -44,6 +56,7 @@ class MarkdownView:
 
         self._console, self._live_kind, self._markdown = Console(), Live, Markdown
         self._live, self._block, self._drawn = None, "", 0.0
+        self._echo_again = _nothing
 
     def piece(self, text: str) -> None:
         self._block += text.replace("\x1b", "␛")  # an answer shall not command the terminal
@@ -60,10 +73,14 @@ class MarkdownView:
         self._end_block()
         self._block = ""
 
+    def fail(self) -> None:
+        self.end()  # the terminal becomes what it was
+
     def _draw(self) -> None:
         if self._live is None:
             self._live = self._live_kind(console=self._console, auto_refresh=False)
             self._live.start()
+            self._echo_again = without_echo()
         self._live.update(self._markdown(self._block.strip("\n"), hyperlinks=False), refresh=True)
         self._drawn = time.monotonic()
 
@@ -73,6 +90,7 @@ class MarkdownView:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            self._echo_again()
 
 
 def finished(text: str) -> int:
@@ -83,6 +101,21 @@ def finished(text: str) -> int:
             return end + 2
         end = text.rfind("\n\n", 0, end)
     return 0
+
+
+def _nothing() -> None:
+    pass
+
+
+def without_echo() -> Callable[[], None]:
+    """Let the terminal not write what is typed, ^C above all: it would move what is being drawn. Returns what undoes it."""
+    if termios is None or not sys.stdin.isatty():
+        return _nothing
+    before = termios.tcgetattr(sys.stdin)
+    mode = list(before)
+    mode[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+    return lambda: termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def view_for_chat() -> AnswerView:

@@ -64,7 +64,8 @@ class Chat:
         speeds = [r.decode_tokens_per_second for r in self.results if r.decode_tokens_per_second]
         speed = f", {sum(speeds) / len(speeds):.1f} tokens/s" if speeds else ""
         held = len(self.conversation.token_ids)
-        return f"{len(self.results)} answers, {tokens} tokens generated{speed}; {held} tokens of the chat are in memory"
+        answers = "1 answer" if len(self.results) == 1 else f"{len(self.results)} answers"
+        return f"{answers}, {tokens} tokens generated{speed}; {held} tokens of the chat are in memory"
 
     def save(self, path: str) -> str:
         write_text_atomic(path, json.dumps({"messages": self.messages()}, ensure_ascii=False, indent=1) + "\n")

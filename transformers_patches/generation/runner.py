@@ -179,9 +179,12 @@ class Runner:
     def _answer(self, text: str, prompt_ids: list[int], conversation: Conversation | None = None) -> int:
         self.loaded.reset_counters()
         shown = self.arguments.json != STANDARD_OUTPUT
-        result = generate(
-            self.loaded, self.tokenizer, prompt_ids, self.options, self.view.piece if shown else None, conversation
-        )
+        sink = self.view.piece if shown else None
+        try:
+            result = generate(self.loaded, self.tokenizer, prompt_ids, self.options, sink, conversation)
+        except BaseException:
+            self.view.fail()
+            raise
         self.results.append((text, result))
         if shown:
             self.view.end()

@@ -102,7 +102,7 @@ def test_commands_change_what_the_model_is_told(tmp_path):
     talk = Chat("Be brief.")
     talk.answered("Hi", ANSWER)
     assert [one["role"] for one in talk.asked("More")] == ["system", "user", "assistant", "user"]
-    assert "1 answers, 2 tokens generated, 20.0 tokens/s" in run_command(talk, "/stats", refuse_unknown=True)
+    assert "1 answer, 2 tokens generated, 20.0 tokens/s" in run_command(talk, "/stats", refuse_unknown=True)
     file = tmp_path / "talk.json"
     run_command(talk, f"/save {file}", refuse_unknown=True)
     run_command(talk, "/system Be\nlong.", refuse_unknown=True)

@@ -11,6 +11,9 @@ from transformers_patches import flags
 from transformers_patches.config import FLOAT_DTYPES
 from transformers_patches.errors import PartInferError
 
+TEXTS_OF_LARGE = 96  # that say enough about a large model, in minutes on a CPU
+LARGE = 1_000_000_000  # weights
+
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_argument_group("texts")
@@ -30,7 +33,12 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     texts.add_argument("--template", help="instead of the task's template; names fields of the record: 'Q: {question}'")
     texts.add_argument("--chat_template", action="store_true", help="wrap texts in the model's chat template")
     texts.add_argument("--skip", type=count, default=0, help="texts left out at the beginning (0)")
-    texts.add_argument("--limit", type=positive, help="texts to profile (all; needed with --dataset self)")
+    texts.add_argument(
+        "--limit",
+        type=positive,
+        help=f"how many texts (all; run takes {TEXTS_OF_LARGE} of {BUILTIN} if the model has a billion weights or more; needed "
+        f"with --dataset {SELF})",
+    )
     texts.add_argument("--max_length", type=positive, default=512, help="tokens of a text; the rest is cut off (512)")
     texts.add_argument("--max_new_tokens", type=count, default=128, help="greedy tokens after a text; 0: none (128)")
     texts.add_argument("--seed", type=int, default=0, help="of the sampling of --dataset self (0)")

@@ -10,9 +10,18 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from profiler.arguments import add_model_arguments, add_output_arguments, add_text_arguments, positive, text_source
+from profiler.arguments import (
+    LARGE,
+    TEXTS_OF_LARGE,
+    add_model_arguments,
+    add_output_arguments,
+    add_text_arguments,
+    positive,
+    text_source,
+)
 from profiler.collect import Collector
 from profiler.expected_loss import (
     add_loss_tokens,
@@ -30,7 +39,7 @@ from profiler.profile import ProfilingRun
 from profiler.ranking import SCORES, down_norms, rank
 from profiler.sequences import Window, windows
 from profiler.store import ProfileCheckpoint, Progress, check_output, interrupts_deferred
-from profiler.texts import SELF, ResolvedSource
+from profiler.texts import BUILTIN, SELF, ResolvedSource
 from transformers_patches import cli, flags
 from transformers_patches.locks import exclusive
 from transformers_patches.neurons.lookup import own_neuron_file
@@ -123,6 +132,7 @@ def _count(
         prompt_tokens + arguments.max_new_tokens,
         int(os.environ.get("LOCAL_WORLD_SIZE", processes.num_processes)),
     )
+    arguments = argparse.Namespace(**vars(arguments) | {"limit": texts_to_take(arguments.limit, source, loaded.model)})
     collector = Collector.of(loaded.model, 0 if own else arguments.max_new_tokens)
     statistics = collector.statistics
     settings = profiled_settings(arguments, source, loaded) | {
@@ -154,6 +164,16 @@ def _count(
     alone = processes.num_processes == 1 or source.dataset != SELF  # own texts are written by all processes together
     texts = texts_to_score(arguments, source, loaded) if alone and arguments.loss_tokens else []
     return neurons, texts
+
+
+def texts_to_take(given: int | None, source: ResolvedSource, model: PreTrainedModel) -> int | None:
+    """How many texts are profiled: what --limit says, else all. None: all.
+
+    Of a large model fewer of the project's own texts do: it is then ready in minutes on a CPU, too.
+    """
+    if given is not None or source.dataset != BUILTIN or model.num_parameters() < LARGE:
+        return given
+    return TEXTS_OF_LARGE
 
 
 def _shares_gpus(arguments: argparse.Namespace, processes: PartialState) -> bool:

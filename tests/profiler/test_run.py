@@ -47,6 +47,16 @@ def test_file_holds_ranking_scores_statistics_and_origin(model_folder, questions
     assert [p.name for p in tmp_path.iterdir()] == ["qa.safetensors"]  # no lock, no checkpoint
 
 
+def test_of_a_large_model_fewer_of_the_built_in_texts_are_taken(model_folder, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr("profiler.commands.run.LARGE", 1000)
+    monkeypatch.setattr("profiler.commands.run.TEXTS_OF_LARGE", 7)
+    short = ("--task_type", "QA", "--max_new_tokens", "0", "--loss_tokens", "0")
+    for name, dataset, limit in (("few", "builtin", ()), ("own", questions, ()), ("given", "builtin", ("--limit", "9"))):
+        assert run(model_folder, dataset, tmp_path / f"{name}.safetensors", *short, *limit) == 0
+    texts = [NeuronFile.load(tmp_path / f"{name}.safetensors").metadata["texts"] for name in ("few", "own", "given")]
+    assert texts == ["7", "21", "9"]
+
+
 @pytest.mark.parametrize("new_tokens", ["0", "5"])
 def test_statistics_do_not_depend_on_the_batch_size(model_folder, questions, tmp_path, new_tokens):
     for size in ("1", "4", "21"):

@@ -7,6 +7,7 @@ import pytest
 from transformers_patches.errors import PartInferError
 from transformers_patches.neurons import lookup
 from transformers_patches.neurons.lookup import TASK_TYPES, find_neuron_files, find_random_neurons
+from transformers_patches.neurons.neuron_file import NeuronFile
 
 
 @pytest.fixture
@@ -73,3 +74,11 @@ def test_own_files_come_before_those_that_ship(place, tmp_path, monkeypatch):
     assert (found.dataset, found.model) == (shipped / "qa.safetensors", shipped / "model.safetensors")
     (place / "qa.json").touch()
     assert find_neuron_files(["some-model"], "QA").dataset.resolve() == place / "qa.json"
+
+
+@pytest.mark.parametrize("model", ["SmolLM2-135M-Instruct", "Qwen2.5-Coder-1.5B-Instruct"])
+def test_what_ships_for_questions_says_what_leaving_out_costs(model):
+    file = NeuronFile.load(find_neuron_files([model], "QA").dataset)
+    assert file.metadata["model_name"] == model
+    assert 0.3 < file.loss.sparsity_for(0.05) < 0.9
+    assert file.loss.sparsity_for(0.02) > file.loss.sparsity_for(0.1)

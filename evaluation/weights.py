@@ -44,8 +44,8 @@ def block_bytes_fraction(loaded: LoadedModel) -> float:
     """
     model = loaded.model
     in_memory = weight_bytes(family_of(model.config).decoder_layers(model))
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    beside = loaded.report.bytes_resident - in_memory - (0 if embedding is head.weight else embedding.nbytes)
+    head = model.get_output_embeddings()
+    beside = loaded.whole_token_bytes() + loaded.unchosen_expert_bytes() - in_memory
     if isinstance(head, ScreenedHead):
         beside -= head.unread_bytes()
     left_out = sum(

@@ -95,7 +95,7 @@ def traced(folder: Path, prompts: list[list[int]], tokens: int, sparsity: float)
     """The choices of `tokens` tokens after each prompt. sparsity: share of the FFN's bytes that a token reads."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     watched, trace = Watched(model), Trace()
     for prompt in tqdm(prompts, desc="answers", leave=False):
         ids = torch.tensor([prompt])

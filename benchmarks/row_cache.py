@@ -113,9 +113,8 @@ def traced(folder: Path, prompts: list[list[int]], tokens: int, sparsity: float)
     return trace
 
 
-Rule = Callable[
-    [Tensor, Tensor], Callable[[int], Tensor]
-]  # choices [T, N], first counts [N] -> worth [N] after a token
+# choices [T, N] and first counts [N] -> what rows are worth [N] after a token
+Rule = Callable[[Tensor, Tensor], Callable[[int], Tensor]]
 
 
 def least_recently_used(chosen: Tensor, first: Tensor) -> Callable[[int], Tensor]:
@@ -182,15 +181,15 @@ def hit_rate(chosen: Tensor, first: Tensor, room: int, rule: Rule | None) -> flo
 def rows_of(trace: Trace, rooms: list[float]) -> list[dict]:
     """Hit rates of every rule for shares of the rows in memory: means over the layers, as they choose equally many."""
     half, layers = len(trace.chosen) // 2, len(trace.chosen[0])
+    first = [torch.cat(found).sum(0).float() for found in zip(*trace.chosen[:half], strict=True)]
+    tested = [torch.cat(found) for found in zip(*trace.chosen[half:], strict=True)]
     table = [{"rule": name} for name in RULES]
     bar = tqdm(total=len(rooms) * len(RULES) * layers, desc="rules", leave=False)
     for room in rooms:
         for row, rule in zip(table, RULES.values(), strict=True):
             rates = []
-            for layer in range(layers):
-                first = torch.cat([found[layer] for found in trace.chosen[:half]]).sum(0).float()
-                tested = torch.cat([found[layer] for found in trace.chosen[half:]])
-                rates.append(hit_rate(tested, first, neuron_count(room, len(first)), rule))
+            for counts, chosen in zip(first, tested, strict=True):
+                rates.append(hit_rate(chosen, counts, neuron_count(room, len(counts)), rule))
                 bar.update()
             row[f"{room:.0%} of the rows"] = sum(rates) / layers
     bar.close()

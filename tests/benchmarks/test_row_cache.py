@@ -52,11 +52,11 @@ def test_a_models_own_choices(tiny_checkpoints):
     assert [row["rule"] for row in rows] == list(RULES)
 
 
-def test_models_of_another_kind_are_refused(tiny_checkpoints, monkeypatch):
+def test_models_of_another_kind_are_refused(tiny_checkpoints):
     with pytest.raises(Exception, match="expected layers of Llama's kind"):
         traced(tiny_checkpoints["opt"], [[3, 4, 5, 6]], 2, 0.7)
 
 
-def test_one_prompt_is_too_few(capsys):
+def test_one_prompt_is_too_few():
     with pytest.raises(Exception, match="expected 2 or more, got 1"):
         main(["--prompts", "1"])
